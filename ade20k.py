@@ -1,0 +1,608 @@
+"""The data: ADE20K's 150 classes, reading pictures and labels, the training and test transforms, and the order of samples.
+
+    jpg, png --load_pair--> image (H, W, 3) uint8 RGB, label (H, W) uint8: 0 -> 255 (ignored), k -> k - 1
+      --train_transform(rng)--> (S, S, 3), (S, S), size before padding --loader--> batch --normalise--> the model
+
+Data set: ADE20K scene parsing (Zhou et al. 2017, CVPR; Zhou et al. 2019, IJCV), the 2016 challenge's layout:
+
+    ROOT/images/{training,validation}/NAME.jpg      ROOT/annotations/{training,validation}/NAME.png (0 = not labelled)
+
+As a program:  python ade20k.py {download,toy,check} DIR
+"""
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+import time
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from multiprocessing import Pool
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+from scipy.ndimage import gaussian_filter, map_coordinates, maximum_filter, minimum_filter
+from torch import Tensor
+
+IGNORE = 255                                    # the label of pixels that nobody labelled
+DEFAULT_ROOT = "data/ade/ADEChallengeData2016"
+TOY_ROOT = "data/toy"
+MEAN = torch.tensor([123.675, 116.28, 103.53])  # of ImageNet, RGB; the reference uses them for ViT-B too, although
+STD = torch.tensor([58.395, 57.12, 57.375])     # its weights were pretrained with 127.5 / 127.5
+# Names and colours of the challenge (objectInfo150, color150), the names as the reference prints them.
+CLASSES = tuple("""
+wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth,
+door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug,
+field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column,
+signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path,
+stairs, runway, case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table,
+toilet, flower, book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar,
+arcade machine, hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, television
+receiver, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster,
+stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket,
+waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal,
+bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan,
+pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag""".replace("\n", " ").strip().split(", "))
+PALETTE = np.frombuffer(bytes.fromhex("""
+787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04
+ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffff
+e0ff086608ffff3d06ffc207ff7a0800ff14ff0829ff05990633ffeb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe000
+99ff000000ffff470000ebff00adff1f00ff0bc8c8ff520000fff5003dff00ff7000ff85ff0000ffa300ff6600c2ff00008fff33ff00
+0052ff00ff2900ffad0a00ffadff0000ff99ff5c00ff00ffff00f5ff0066ffad00ff0014ffb8b8001fff00ff3d0047ffff00cc00ffc2
+00ff52000aff0070ff3300ff00c2ff007aff00ffa3ff990000ff0aff70008fff005200ffa3ff00ffeb0008b8aa8500ff00ff5cb800ff
+ff001f00b8ff00d6ffff00705cff0000e0ff70e0ff46b8a0a300ff9900ff47ff00ff00a3ffcc00ff008f00ffeb85ff00ff00ebf500ff
+ff007afff5000abed4d6ff0000ccff1400ffffff000099ff0029ff00ffcc2900ff29ff00ad00ff00f5ff4700ff7a00ff00ffb8005cff
+b8ff000085ffffd60019c2c266ff005c00ff"""), np.uint8).reshape(150, 3)
+
+
+class DataError(Exception):
+    """A fault in the data, in one sentence: the file, the value, the way out."""
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+def load_image(path: str) -> np.ndarray:
+    """Any picture Pillow can read -> (H, W, 3) uint8 RGB, upright. DataError if it cannot be read.
+
+    Grey is repeated, alpha dropped, 16 bits are cut to the upper 8, EXIF rotation is applied: as cv2.imread does it.
+    """
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode == "F":
+                raise ValueError("its pixels are floating-point numbers of unknown range")
+            if picture.mode.startswith("I"):    # 16 bits grey; Pillow's own conversion would clip instead of scaling
+                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+            return np.asarray(picture.convert("RGB"))
+    except Exception as error:                  # Pillow's decoders raise a dozen different types on damaged files
+        raise DataError(f"{path}: cannot be read as a picture ({error}), replace the file") from error
+
+
+def load_label(path: str, num_classes: int = 150) -> np.ndarray:
+    """A label file (uint8 or palette png, 0 = not labelled, 1..num_classes) -> (H, W) uint8, 255 or 0..num_classes-1."""
+    try:
+        with Image.open(path) as file:
+            label = np.asarray(file)            # of a palette file, the indices
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read as a label file ({error}), replace the file") from error
+    if label.ndim != 2 or label.dtype != np.uint8:
+        raise DataError(f"{path}: labels must be one channel of 8 bits, this is {label.dtype} of shape {label.shape}")
+    if label.max() > num_classes:
+        raise DataError(f"{path}: label {label.max()} is above the {num_classes} classes, 0 is for unlabelled pixels")
+    # One table look-up does the shift once: 0 -> 255, k -> k - 1. (uint8 0 - 1 wraps to 255.)
+    return label - np.uint8(1)
+
+
+def load_pair(image_path: str, label_path: str, num_classes: int = 150) -> tuple[np.ndarray, np.ndarray]:
+    """load_image and load_label of one sample; DataError if their sizes differ."""
+    image, label = load_image(image_path), load_label(label_path, num_classes)
+    if image.shape[:2] != label.shape:
+        raise DataError(f"{image_path}: the picture has {image.shape[0]}x{image.shape[1]} pixels, its label file "
+                        f"{label_path} {label.shape[0]}x{label.shape[1]}, they must be equal")
+    return image, label
+
+
+def scan(root: str, split: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """The (image, label) paths of ROOT/images/SPLIT and ROOT/annotations/SPLIT, sorted by name, and the faults found."""
+    folders = os.path.join(root, "images", split), os.path.join(root, "annotations", split)
+    names = []                                                              # two dictionaries: stem -> file name
+    for folder, suffixes in zip(folders, ((".jpg", ".jpeg", ".png"), (".png",))):
+        if not os.path.isdir(folder):
+            raise DataError(f"{folder}: no such folder; `python ade20k.py download data/ade` fetches ADE20K (1 GB), "
+                            "--data DIR names another data set, --data toy draws a small one")
+        files = sorted(f for f in os.listdir(folder) if f.lower().endswith(suffixes))
+        names.append({os.path.splitext(f)[0]: f for f in files})
+    faults = [f"{os.path.join(folders[0], names[0][stem])}: its label file {os.path.join(folders[1], stem)}.png is missing"
+              for stem in names[0] if stem not in names[1]]
+    faults += [f"{os.path.join(folders[1], names[1][stem])}: its picture in {folders[0]} is missing"
+               for stem in names[1] if stem not in names[0]]
+    return [tuple(os.path.join(folders[i], names[i][stem]) for i in (0, 1)) for stem in names[0] if stem in names[1]], faults
+
+
+def header_fault(pair: tuple[str, str]) -> str | None:
+    """What the first bytes of the two files tell: unreadable, or of different sizes (turned by EXIF or not)."""
+    sizes = []
+    for path in pair:
+        try:
+            with Image.open(path) as file:
+                sizes.append(file.size)
+        except Exception as error:
+            return f"{path}: cannot be read ({error}), replace the file"
+    if sorted(sizes[0]) != sorted(sizes[1]):
+        return f"{pair[0]}: the picture is {sizes[0][0]}x{sizes[0][1]}, its label file {pair[1]} {sizes[1][0]}x{sizes[1][1]}"
+
+
+def find_pairs(root: str, split: str) -> list[tuple[str, str]]:
+    """scan, and a look at every file's header; DataError with the first faults if there are any, or no pictures."""
+    pairs, faults = scan(root, split)
+    with ThreadPoolExecutor(16) as threads:     # threads: waiting for a (network) disk, not computing
+        faults += [fault for fault in threads.map(header_fault, pairs) if fault]
+    if faults:
+        raise DataError(f"{faults[0]}" + (f"; and {len(faults) - 1} faults more" if faults[1:] else "")
+                        + f"; `python ade20k.py check {root}` lists all")
+    if not pairs:
+        raise DataError(f"{os.path.join(root, 'images', split)}: holds no .jpg or .png pictures")
+    return pairs
+
+
+# ---- transforms ----------------------------------------------------------------------------------------------------
+
+def scaled_size(height: int, width: int, long: int, short: int) -> tuple[int, int]:
+    """The largest (h, w) of the same aspect with long side <= long and short side <= short, as mmcv.rescale_size."""
+    scale = min(long / max(height, width), short / min(height, width))
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def resize_bilinear(image: np.ndarray, h: int, w: int, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """What cv2.resize(image, (w, h))[y0:y1, x0:x1] gives, within one grey level, computing only box = (y0, x0, y1, x1).
+
+    image (H, W, 3) uint8 -> (y1 - y0, x1 - x0, 3) uint8. No antialiasing when shrinking: Pillow's filters, which do,
+    would feed the network smoother pictures than the published runs saw.
+    """
+    H, W = image.shape[:2]
+    y0, x0, y1, x1 = box or (0, 0, h, w)
+    if (h, w) == (H, W):
+        return image[y0:y1, x0:x1]
+    # Only the source rows a..b and columns c..d are touched (one pixel more on each side for the interpolation).
+    a, b = max(y0 * H // h - 1, 0), min(-(-y1 * H // h) + 1, H)
+    c, d = max(x0 * W // w - 1, 0), min(-(-x1 * W // w) + 1, W)
+    source = torch.from_numpy(np.ascontiguousarray(image[a:b, c:d].transpose(2, 0, 1)))[None].float()   # (1, 3, b-a, d-c)
+    # The centre of target pixel y lies at (y + 1/2) H / h of the source; grid_sample wants it from -1 to 1.
+    ys = ((torch.arange(y0, y1, dtype=torch.float64) + 0.5) * H / h - a) * 2 / (b - a) - 1
+    xs = ((torch.arange(x0, x1, dtype=torch.float64) + 0.5) * W / w - c) * 2 / (d - c) - 1
+    grid = torch.stack(torch.meshgrid(xs.float(), ys.float(), indexing="xy"), dim=-1)[None]             # (1, h, w, 2)
+    out = F.grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return (out[0] + 0.5).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def nearest_indices(old: int, new: int) -> np.ndarray:
+    """The source index of each of `new` pixels, as cv2's INTER_NEAREST: floor(i * old / new), not the pixel's centre."""
+    return np.minimum((np.arange(new) * (1 / (new / old))).astype(np.int64), old - 1)
+
+
+# HSV as cv2 has it for uint8: hue 0..179 (2 degrees a step), saturation and value 0..255, all rounded. The rounding is
+# part of the recipe: hue and saturation distortion see the picture through it. cv2 divides by table, in 20.12 fixed point.
+_HUE = np.rint(np.append(0, (180 << 12) / (6 * np.arange(1.0, 256)))).astype(np.int32)
+_SAT = np.rint(np.append(0, (255 << 12) / np.arange(1.0, 256))).astype(np.int32)
+# Back to RGB: channel = value * (1 - saturation * f(hue)); f is a trapezoid, 0 where the channel dominates (R around
+# hue 0, G around 60, B around 120). Smith 1978, "Color gamut transform pairs", for 180 hues.
+_FADE = [np.clip(np.abs((np.arange(180) / 30 - peak + 3) % 6 - 3) - 1, 0, 1).astype(np.float32) for peak in (0, 2, 4)]
+
+
+def rgb_to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(H, W, 3) uint8 -> hue (H, W) int32 0..179, saturation int32 0..255, value int32 0..255, equal to cv2's."""
+    r, g, b = image.astype(np.int32).transpose(2, 0, 1)
+    value = np.maximum(np.maximum(r, g), b)
+    spread = value - np.minimum(np.minimum(r, g), b)
+    saturation = (spread * _SAT[value] + (1 << 11)) >> 12
+    hue = np.where(value == r, g - b, np.where(value == g, b - r + 2 * spread, r - g + 4 * spread))
+    hue = (hue * _HUE[spread] + (1 << 11)) >> 12
+    return np.where(hue < 0, hue + 180, hue), saturation, value
+
+
+def hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """The inverse of rgb_to_hsv, within one level of cv2's. -> (H, W, 3) uint8"""
+    value, chroma = value.astype(np.float32), value * saturation * np.float32(1 / 255)
+    return np.stack([(value - chroma * fade[hue] + 0.5).astype(np.uint8) for fade in _FADE], axis=2)
+
+
+def scale_levels(x: np.ndarray, factor: float = 1, offset: float = 0) -> np.ndarray:
+    """x * factor + offset, clipped to 0..255 and truncated, uint8."""
+    return np.clip(x.astype(np.float32) * factor + offset, 0, 255).astype(np.uint8)
+
+
+def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Photometric distortion (SSD, Liu et al. 2016, arXiv:1512.02325, section 2.2), each step with probability 1/2."""
+    if rng.integers(0, 2):
+        image = scale_levels(image, offset=rng.uniform(-32, 32))            # brightness
+    contrast_first = rng.integers(0, 2)
+    if contrast_first and rng.integers(0, 2):
+        image = scale_levels(image, factor=rng.uniform(0.5, 1.5))
+    if rng.integers(0, 2):
+        hue, saturation, value = rgb_to_hsv(image)
+        image = hsv_to_rgb(hue, scale_levels(saturation, factor=rng.uniform(0.5, 1.5)), value)
+    if rng.integers(0, 2):
+        hue, saturation, value = rgb_to_hsv(image)
+        image = hsv_to_rgb((hue + rng.integers(-18, 18)) % 180, saturation, value)
+    if not contrast_first and rng.integers(0, 2):
+        image = scale_levels(image, factor=rng.uniform(0.5, 1.5))
+    return image
+
+
+def train_transform(image: np.ndarray, label: np.ndarray, rng: np.random.Generator, crop: int = 512, short: int = 512,
+                    photometric: bool = True) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """The reference's training pipeline up to normalisation: scale, crop, flip, distort, pad.
+
+    image (H, W, 3) uint8, label (H, W) uint8 -> (crop, crop, 3) uint8, (crop, crop) uint8, (h, w) before padding.
+    Scale: into (4 short, short) * U(0.5, 2). The crop is redrawn up to ten times while one class fills 75% or more of
+    its labelled pixels. Padding, on the right and below, is 255 in the label. In the image it is 0 *after*
+    normalisation, which no uint8 can say: normalise(images, sizes) does it.
+    Random numbers are drawn in the reference's order, so that a test can replay its stream.
+    """
+    ratio = rng.random() * 1.5 + 0.5
+    h, w = scaled_size(*label.shape, int(4 * short * ratio), int(short * ratio))
+    rows, columns = nearest_indices(label.shape[0], h), nearest_indices(label.shape[1], w)
+    for attempt in range(11):                                               # the eleventh is taken as it comes
+        y0, x0 = rng.integers(0, max(h - crop, 0) + 1), rng.integers(0, max(w - crop, 0) + 1)
+        y1, x1 = min(y0 + crop, h), min(x0 + crop, w)
+        cropped = label[rows[y0:y1, None], columns[None, x0:x1]]
+        counts = np.bincount(cropped.ravel(), minlength=256)[:IGNORE]
+        if attempt == 10 or np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < 0.75:
+            break
+    image, label = resize_bilinear(image, h, w, (y0, x0, y1, x1)), cropped
+    if rng.random() < 0.5:
+        image, label = image[:, ::-1], label[:, ::-1]
+    if photometric:
+        image = distort(image, rng)
+    pad = ((0, crop - label.shape[0]), (0, crop - label.shape[1]))
+    return np.pad(image, (*pad, (0, 0))), np.pad(label, pad, constant_values=IGNORE), label.shape
+
+
+def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """(B, 3, H, W) uint8 -> (x - mean) / std, float32, on the images' device; 0 outside each picture's (h, w) in sizes
+    (B, 2), where the picture was padded."""
+    x = (images.float() - MEAN.to(images.device)[:, None, None]) / STD.to(images.device)[:, None, None]
+    if sizes is not None:
+        inside_y = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]                     # (B, H)
+        inside_x = torch.arange(x.shape[3], device=x.device) < sizes[:, 1:]                     # (B, W)
+        x = x * (inside_y[:, None, :, None] & inside_x[:, None, None, :])
+    return x
+
+
+# ---- samples -------------------------------------------------------------------------------------------------------
+
+@lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of the n pictures in one pass over the data."""
+    return np.random.default_rng([seed, epoch, 0]).permutation(n)
+
+
+class TrainSet(torch.utils.data.Dataset):
+    """Sample number `position` of the run: which picture, and how it is cut and distorted, follow from (seed, position)
+    alone. So neither the number of workers nor of processes changes a run, and one resumed at iteration i goes on with
+    the samples it would have seen, at once."""
+
+    def __init__(self, pairs: list[tuple[str, str]], seed: int, crop: int = 512, short: int = 512, num_classes: int = 150):
+        self.pairs, self.seed, self.crop, self.short, self.num_classes = pairs, seed, crop, short, num_classes
+
+    def paths(self, position: int) -> tuple[str, str]:
+        epoch, i = divmod(position, len(self.pairs))
+        return self.pairs[permutation(self.seed, epoch, len(self.pairs))[i]]
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """-> image (3, S, S) uint8, label (S, S) uint8, size (2,) before padding"""
+        image, label = load_pair(*self.paths(position), self.num_classes)
+        rng = np.random.default_rng([self.seed, position, 1])
+        image, label, size = train_transform(image, label, rng, self.crop, self.short)
+        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label), torch.tensor(size)
+
+
+class Positions(torch.utils.data.Sampler):
+    """The positions of one process: of iteration i's batch, [i * batch, (i + 1) * batch), its share of batch / world."""
+
+    def __init__(self, start: int, iters: int, batch: int, rank: int = 0, world: int = 1):
+        self.start, self.iters, self.batch, self.rank, self.share = start, iters, batch, rank, batch // world
+
+    def __len__(self) -> int:
+        return self.iters - self.start
+
+    def __iter__(self):
+        for i in range(self.start, self.iters):
+            first = i * self.batch + self.rank * self.share
+            yield list(range(first, first + self.share))
+
+
+class TestSet(torch.utils.data.Dataset):
+    """Whole pictures and labels (None where there are none) at their own size, as (H, W, 3) and (H, W) uint8 arrays."""
+
+    def __init__(self, pairs: list[tuple[str, str | None]], num_classes: int = 150):
+        self.pairs, self.num_classes = pairs, num_classes
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int):
+        image_path, label_path = self.pairs[i]
+        if label_path is None:
+            return image_path, load_image(image_path), None
+        return image_path, *load_pair(image_path, label_path, self.num_classes)
+
+
+# ---- the toy data set ----------------------------------------------------------------------------------------------
+# Outdoor scenes drawn by code, to try everything before the real download. Sky and flat ground are computed pixel by
+# pixel; things, made of flat polygons in a 3-D world, are then drawn from far to near, picture and label alike.
+
+HEIGHT, WIDTH, FOCAL = 192, 256, 220  # in pixels
+VALUES = dict(building=2, sky=3, tree=5, fir=5, road=7, grass=10, sidewalk=12, person=13, mountain=17, car=21, sea=27,
+              house=26, sand=47, flower=67, boat=77)  # class index + 1, as in ADE20K's files; any other thing gets 0
+LIGHTS = [((1.06, 1.03, .97), (66, 128, 205), (186, 216, 236), .5),  # noon: sunlight, upper sky, haze, shadow strength
+          ((1.14, .93, .70), (94, 124, 184), (255, 208, 150), .55),  # golden evening
+          ((.86, .90, .94), (140, 153, 168), (206, 212, 216), .25)]  # overcast
+BRIGHT = [(206, 62, 54), (240, 184, 60), (52, 104, 176), (238, 236, 228), (224, 112, 158), (60, 150, 140)]
+DARK, GLASS, CREAM, WOOD, SKIN = (36, 38, 46), (84, 112, 134), (236, 228, 212), (104, 74, 54), (226, 178, 146)
+SHADE, LEAF, GRASS, SEA, SAND = (50, 90, 48), (74, 120, 56), (112, 148, 66), (44, 116, 138), (228, 202, 148)
+ROAD, PAVING, WALL, ROCK, RED = (84, 86, 92), (178, 172, 172), (196, 148, 126), (88, 94, 122), (172, 70, 52)
+
+
+def ring(n, x, y, rx, ry):
+    """Corners of a box (n = 4) or of a rounder shape around x, y; of several such shapes where these are lists."""
+    turn, (x, y, rx, ry) = (np.arange(n) + .5) * 2 * np.pi / n, (np.reshape(v, (-1, 1)) for v in (x, y, rx, ry))
+    return x + rx * np.sin(turn) / np.cos(np.pi / n), y - ry * np.cos(turn) / np.cos(np.pi / n)
+
+
+THINGS = dict(  # parts from back to front: colour (None: a bright one by chance), the corners' x, y (and z) in metres
+    tree=[(WOOD, [-.2, .2, .1, -.1], [0, 0, 3, 3]), (SHADE, *ring(10, [.3, 0], [2.9, 3.8], 1.5, 1.2)),
+          (LEAF, *ring(10, [-.5, -.2], [3.1, 4.1], 1, .8)), (GRASS, *ring(10, -.6, 3.8, .6, .6))],
+    fir=[(WOOD, *ring(4, 0, .5, .15, .5)), (SHADE, *ring(3, 0, [1.4, 2.6, 3.8], [.9, .7, .5], .8)),
+         (LEAF, *ring(3, [-.4, -.3, -.2], [1.4, 2.6, 3.8], [.6, .5, .3], .8))],
+    flower=[(LEAF, *ring(9, 0, .25, .8, .4)), (None, *ring(6, [-.5, .5, 0, -.2, .2], [.35, .3, .5, .2, .1], .15, .13))],
+    car=[(DARK, *ring(4, [-.6, .6], .25, .2, .25)), (None, [-.95, .95, .95, .65, -.65, -.95], [.3, .3, .9, 1.5, 1.5, .9]),
+         (GLASS, [-.75, .75, .55, -.55], [.95, .95, 1.4, 1.4]), (RED, *ring(4, [-.75, .75], .75, .16, .1))],
+    person=[(DARK, *ring(4, [-.12, .12], .45, .1, .45)), (None, [-.34, .34, .26, -.26], [.8, .8, 1.45, 1.45]),
+            (SKIN, *ring(8, 0, 1.62, .15, .17)), (WOOD, *ring(4, 0, 1.76, .15, .07))],
+    house=[(CREAM, [-5, -2, -2, -3.5, -5], [0, 0, 2.8, 4.8, 2.8]), (PAVING, *ring(4, 1.5, 1.4, 3.5, 1.4)),
+           (RED, [-3.6, 3.5, 5.4, -1.9], [4.9, 4.9, 2.6, 2.6]), (GLASS, *ring(4, [-3.5, -.4, 2, 4], 1.5, .5, .5))],
+    boat=[(WOOD, *ring(4, 0, 3.5, .1, 3.5)), (CREAM, [-.2, -.2, -2.6], [1.2, 6.8, 1.2]),
+          (None, [.2, .2, 2.2], [1.4, 6.2, 1.4]), (RED, [-2.6, 2.4, 3.2, -3], [0, 0, 1, 1])],
+    building=[(WALL, [0, 30, 30, 0], [0, 0, 10, 10], -12), (WALL, 0, [0, 0, 10, 10], [-12, 0, 0, -12]),
+              (GLASS, 0, *ring(4, *np.mgrid[2:9:2.4, -11:0:1.9].reshape(2, -1), .7, .5))],
+    mountain=[((128, 134, 156), [-110, 90, 60, 33, 0, -22, -50, -82], [0, 0, 44, 68, 110, 93, 55, 33]),
+              (ROCK, [20, 110, 60, 33, 0, 10, -8, 12], [0, 0, 44, 68, 110, 76, 56, 34]),
+              ((246, 248, 252), [0, -22, -13, 2, 12, 24], [110, 93, 80, 88, 74, 80])],
+    grass=[(GRASS, *ring(16, 0, 0, 70, 11))], lamp=[(DARK, *ring(4, [0, -.4], [2.4, 4.8], [.1, .6], [2.4, .12]))],
+    parasol=[(WOOD, *ring(4, 0, 1.1, .06, 1.1)), (None, [-1.5, 1.5, .8, 0, -.8], [1.8, 1.8, 2.4, 2.6, 2.4])],
+    balloon=[(WOOD, *ring(4, 0, 12.7, .7, .6)), (None, [-.7, .7, 3, 2.5, 0, -2.5, -3], [14, 14, 17, 20, 21, 20, 17])])
+SCENES = [  # eye height; the line of a road or shore: x, slope, bend; strips of ground along it (class, colour, x from,
+    # to, texture: width, depth, strength); -1 for both sides; things there (how many, x from, to, distance from, to)
+    (3.2, 0, 0, 0, [("sidewalk", PAVING, -9e9, 9e9, .5, .5, .05), ("sidewalk", CREAM, -3.7, 3.7),
+                    ("road", ROAD, -3.4, 3.4, .06, .1, .05), ("road", CREAM, -.07, .07)], -1, dict(
+        mountain=(3, -250, 250, 500, 600), building=(10, 6.8, 7, 16, 90), tree=(6, 4.6, 5, 10, 50),
+        car=(5, 1.5, 2, 9, 40), person=(6, 4.3, 6, 9, 22), lamp=(4, 4, 4, 9, 40))),
+    (5, -6, .15, 1.5, [("sea", SEA, -9e9, 9e9, 1.2, .35, .07), ("sea", CREAM, -.8, 99, .5, .3, .1), ("sand", SAND, .2, 99),
+                       ("sand", SAND, 1.5, 99, .1, .2, .04), ("grass", GRASS, 9, 9e9, .04, .1, .08)], 1, dict(
+        mountain=(3, -300, 100, 450, 600), boat=(4, -30, -8, 24, 70), person=(4, 2, 7, 12, 25),
+        parasol=(2, 3, 7, 14, 25), house=(2, 13, 20, 24, 50), tree=(4, 10, 24, 18, 60), flower=(9, 9, 13, 12, 25))),
+    (4, 0, 0, 3, [("grass", GRASS, -9e9, 9e9, .04, .1, .08), ("road", ROAD, -2.5, 2.5, .06, .1, .05),
+                  ("road", CREAM, -.07, .07)], -1, dict(
+        mountain=(4, -300, 300, 500, 600), grass=(4, -120, 120, 120, 200), house=(3, 9, 20, 22, 60), fir=(6, 5, 30, 14, 90),
+        tree=(6, 5, 30, 14, 90), car=(2, 1, 1.4, 11, 30), flower=(14, 3, 8, 9, 18), balloon=(1, -20, 20, 50, 80)))]
+
+
+def draw_scene(rng):
+    """One toy scene. rng: np.random.Generator. Returns a (192, 256, 3) uint8 RGB picture and a (192, 256) uint8 label
+    in ADE20K's file values (0 unlabelled, class index + 1 otherwise)."""
+    eye, start, slope, bend, strips, sides, things = SCENES[rng.integers(3)]
+    sun, top, haze, dark = (np.float32(v).reshape(-1, 1, 1) for v in LIGHTS[rng.integers(3)])
+    (sun_side, flip), horizon, phase = rng.choice([-1, 1], 2).tolist(), int(rng.integers(72, 88)), rng.uniform(0, 6)
+    noise = sum(2 * s * gaussian_filter(rng.standard_normal((256, 256), np.float32), s, mode="wrap") for s in (1, 2, 5))
+    y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32) + .5
+    depth = FOCAL * eye / (y[horizon:] - horizon)  # the place on the ground that each pixel shows, in metres
+    across = (x[horizon:] - WIDTH / 2) * depth / FOCAL
+
+    def line(z):
+        return start + slope * np.minimum(z, 60) + bend * np.sin(np.minimum(z, 60) / 9 + phase)
+
+    def texture(dx=1, dz=1, strength=0):  # noise in patches of dx by dz metres; fades where they are below a pixel
+        patches = map_coordinates(noise, (depth / dz, across / dx), order=1, mode="grid-wrap")
+        return strength * patches * (3 * FOCAL * eye * dz / depth ** 2).clip(0, 1)
+
+    image = top + (haze - top) * (y / horizon).clip(0, 1) ** 1.3  # colours come first: (3, HEIGHT, WIDTH)
+    away = np.hypot(x - WIDTH * (.5 + .42 * sun_side), y - horizon * .4)
+    image += (np.exp(-away / 30) + np.exp(-(away / 7) ** 4)) * sun * 180 * dark
+    sky, land = image[:, :horizon], image[:, horizon:]  # views: painting on them paints the image
+    puffs = texture(eye * .2, eye * .25, 1)[horizon - 1::-1] + rng.uniform(-.8, .2)  # clouds mirror the ground
+    sky += (puffs * .8).clip(0, .85) * (.35 * haze + 165 - 8 * puffs - sky)
+    label, beside = np.full((HEIGHT, WIDTH), VALUES["sky"], np.uint8), flip * across - line(depth)
+    for name, colour, left, right, *grain in strips:
+        cover = (np.minimum(beside - left, right - beside) * FOCAL / depth + .5).clip(0, 1)
+        fill = np.reshape(colour, (3, 1, 1)) * sun * (1 + texture(*grain))
+        land += cover * (haze + (fill - haze) * np.exp(-depth / 450) - land)
+        label[horizon:][cover >= .5] = VALUES[name]
+    spots = []
+    for name, (count, x0, x1, z0, z1) in things.items():
+        for i in range(count):
+            size, z = rng.uniform(.8, 1.25), z0 * (z1 / z0) ** ((i + rng.random()) / count)
+            x, r = float(flip * (line(z) + sides ** i * rng.uniform(x0, x1))), float(np.max(THINGS[name][-1][1])) * size + .3
+            land *= 1 - dark * np.exp(-((across - x + sun_side * r / 2) ** 2 + (depth - z) ** 2) / r ** 2)
+            spots.append((z, x, name, size))
+    label, image = (Image.fromarray(np.uint8(v.clip(0, 255))).resize((3 * WIDTH, 3 * HEIGHT), 0)
+                    for v in (label, np.dstack(image)))
+    label_pen, image_pen = ImageDraw.Draw(label), ImageDraw.Draw(image)
+    for z, x, name, size in sorted(spots, reverse=True):
+        side = np.sign(x) if name == "building" else -sun_side
+        tint = sun * rng.uniform(.88, 1.1) * rng.uniform(.94, 1.06, (3, 1, 1)) * (1 - .5 * dark * (side == sun_side))
+        for colour, *corners in THINGS[name]:
+            dx, dy, dz = np.broadcast_arrays(*map(np.atleast_2d, (*corners, 0)[:3]))
+            column = WIDTH / 2 + FOCAL * (x + side * size * dx) / (z + dz)
+            row = horizon + FOCAL * (eye - size * dy * rng.normal(1, .01, dy.shape)) / (z + dz)
+            fill = haze + (np.reshape(colour or rng.choice(BRIGHT), (3, 1, 1)) * tint - haze) * np.exp(-z / 450)
+            for polygon in 3 * np.stack([column, row], -1).reshape(len(dx), -1):
+                label_pen.polygon(polygon.tolist(), VALUES.get(name, 0))
+                image_pen.polygon(polygon.tolist(), tuple(fill.clip(0, 255).astype(int).ravel()))
+    label = np.array(label)[1::3, 1::3]
+    rough = (.025 * (label != VALUES["sky"]) + .06 * (label == VALUES["tree"])) * noise[:HEIGHT]
+    image = image.reduce(3) * (1 + rough[..., None]) + rng.normal(0, 4, (HEIGHT, WIDTH, 3))
+    label[(maximum_filter(label, 2) > minimum_filter(label, 2)) & (noise[:HEIGHT] > .8)] = 0
+    return image.clip(0, 255).astype(np.uint8), label
+
+
+def make_toy(root: str) -> str:
+    """Draw the toy data set, 96 training and 24 validation pictures in ADE20K's layout, in root; if it is there, leave it."""
+    if os.path.isdir(root):
+        return root
+    part = f"{os.path.normpath(root)}.part{os.getpid()}"        # moved into place when whole: nobody reads half of it
+    for s, (split, count) in enumerate((("training", 96), ("validation", 24))):
+        folders = os.path.join(part, "images", split), os.path.join(part, "annotations", split)
+        for folder in folders:
+            os.makedirs(folder)
+        for i in range(count):
+            image, label = draw_scene(np.random.default_rng([s, i]))
+            Image.fromarray(image).save(os.path.join(folders[0], f"toy_{i:03d}.jpg"), quality=95)
+            Image.fromarray(label).save(os.path.join(folders[1], f"toy_{i:03d}.png"))
+    try:
+        os.rename(part, root)
+    except OSError:                                             # another process was faster, with the same pictures
+        shutil.rmtree(part)
+    return root
+
+
+def data_root(name: str) -> str:
+    """The folder that --data means: `toy` is drawn where it is missing, everything else is a path."""
+    return make_toy(TOY_ROOT) if name == "toy" else name
+
+
+# ---- python ade20k.py ----------------------------------------------------------------------------------------------
+
+URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
+SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"     # as it stands in public scripts; 922 MB
+
+
+def fetch(url: str, path: str, sha: str = "", attempts: int = 5) -> None:
+    """Download url to path: to path.part first, resumed after a break, moved into place once it is whole.
+
+    sha: the start of the file's sha1 or, if that is not 40 digits long, of its sha256. OSError or ValueError if it
+    cannot be had whole or has another hash (then the part is deleted).
+    """
+    part, started = path + ".part", time.monotonic()
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    for attempt in range(attempts):
+        have = os.path.getsize(part) if os.path.exists(part) else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "python"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                have = have if answer.status == 206 else 0                  # 200: the server starts over, and so do we
+                total = have + int(answer.headers.get("Content-Length", -1))
+                with open(part, "r+b" if have else "wb") as file:
+                    file.seek(have)
+                    while block := answer.read(1 << 20):
+                        file.write(block)
+                        have += len(block)
+                        progress(f"{os.path.basename(path)}: {have / 1e6:.0f} of {total / 1e6:.0f} MB", started)
+            if have == total:
+                break
+            problem = f"the server broke off after {have} of {total} bytes"
+        except urllib.error.HTTPError as error:
+            if error.code == 416:                                           # nothing left to send: the part is whole
+                break
+            raise OSError(f"{url}: the server answers {error.code} {error.reason}") from error
+        except OSError as error:
+            problem = str(error)
+        if attempt == attempts - 1:
+            raise OSError(f"{url}: {problem}; {part} is kept, the next try goes on from there")
+        time.sleep(attempt)
+    digest = hashlib.new("sha1" if len(sha) == 40 else "sha256")
+    with open(part, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    if not digest.hexdigest().startswith(sha):
+        os.remove(part)
+        raise ValueError(f"{url}: the file's hash is {digest.hexdigest()}, not {sha}: damaged on the way, or not the file")
+    os.replace(part, path)
+
+
+def progress(text: str, started: float, done: bool = False) -> None:
+    """One line that is written over on a terminal, and only its last state elsewhere."""
+    if sys.stderr.isatty() or done:
+        print(f"\r{text}, {time.monotonic() - started:.0f} s\033[K", end="\n" if done else "", file=sys.stderr, flush=True)
+
+
+def download(folder: str) -> str:
+    """Fetch and unpack ADE20K (2016 challenge) to folder/ADEChallengeData2016; does nothing where that exists."""
+    root = os.path.join(folder, "ADEChallengeData2016")
+    if os.path.isdir(root):
+        return root
+    path, unpacked = os.path.join(folder, os.path.basename(URL)), os.path.join(folder, "unpacked.part")
+    if not os.path.exists(path):
+        fetch(URL, path, SHA1)
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            outside = entry.filename.startswith(("/", "\\")) or ".." in entry.filename.split("/")
+            if outside or (entry.external_attr >> 16) & 0o170000 == 0o120000:
+                raise ValueError(f"{path}: holds {entry.filename!r}, a link or a path outside the folder; not unpacked")
+        if sum(entry.file_size for entry in archive.infolist()) > 5e9:
+            raise ValueError(f"{path}: would unpack to more than 5 GB, the data set has 1; not unpacked")
+        archive.extractall(unpacked)
+    os.rename(os.path.join(unpacked, "ADEChallengeData2016"), root)
+    os.rmdir(unpacked)
+    return root
+
+
+def examine(pair: tuple[str, str], num_classes: int = 150) -> tuple[str | None, tuple, np.ndarray]:
+    """Read one sample whole: (fault or None, (H, W), pixels per label value 0..255)."""
+    try:
+        label = load_pair(*pair, num_classes)[1]
+        return None, label.shape, np.bincount(label.ravel(), minlength=256)
+    except DataError as fault:
+        return str(fault), (0, 0), np.zeros(256, np.int64)
+
+
+def check(root: str) -> int:
+    """Read every file of a data set, print what is in it and every fault by file. -> the number of faults"""
+    total = 0
+    for split in ("training", "validation"):
+        pairs, faults = scan(root, split)
+        sizes, counts, pictures, started = [], np.zeros(256, np.int64), np.zeros(256, np.int64), time.monotonic()
+        with Pool() as pool:
+            for n, (fault, size, count) in enumerate(pool.imap(examine, pairs, chunksize=4), start=1):
+                progress(f"{split}: {n} of {len(pairs)} pictures", started, done=n == len(pairs))
+                if fault:
+                    faults.append(fault)
+                else:
+                    sizes.append(size)
+                    counts += count
+                    pictures += count > 0
+        total += len(faults)
+        print(f"{split}: {len(sizes)} good pictures, {len(faults)} faults")
+        if sizes:
+            (h0, w0), (h1, w1) = np.min(sizes, axis=0), np.max(sizes, axis=0)
+            present = [k for k in np.argsort(-counts[:IGNORE]) if counts[k]]
+            print(f"  height {h0} to {h1}, width {w0} to {w1}; {100 * counts[IGNORE] / counts.sum():.1f}% of the pixels "
+                  f"unlabelled; {len(present)} of {len(CLASSES)} classes:")
+            for k in present:
+                print(f"    {CLASSES[k]:20s} {100 * counts[k] / counts.sum():6.2f}% of the pixels, {pictures[k]:6d} pictures")
+        for fault in faults:
+            print(f"  FAULT {fault}")
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Get, make or check a data set in ADE20K's layout.")
+    parser.add_argument("action", choices=("download", "toy", "check"),
+                        help="download: ADE20K, 1 GB, to DIR/ADEChallengeData2016; toy: draw a small data set in DIR; "
+                             "check: read all of DIR, report classes, sizes and every fault")
+    parser.add_argument("dir", metavar="DIR")
+    args = parser.parse_args()
+    try:
+        if args.action == "check":
+            sys.exit(1 if check(args.dir) else 0)
+        print(download(args.dir) if args.action == "download" else make_toy(args.dir))
+    except (DataError, OSError, ValueError, zipfile.BadZipFile) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

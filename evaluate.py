@@ -1,0 +1,342 @@
+"""Evaluation: one label per pixel for whole pictures, at one scale or several, flipped or not; the metric; the pictures.
+
+    picture --resize to (2048, 512) x scale--> model --> logits --bilinear--> the picture's own size --> softmax
+            --mean over scales and flips--> argmax --> label --> confusion matrix (C, C) --> IoU per class --> mIoU
+
+The metric is that of FCN (Long et al. 2015, arXiv:1411.4038, section 5): intersection over union, from one confusion
+matrix of the whole data set (not a mean over pictures). A class that is neither there nor predicted has no IoU (0 / 0)
+and is left out of the mean. The protocol is the reference's: two bilinear steps (to the resized picture, then to its own
+size), the mean of the softmax outputs rather than of the logits.
+
+    python evaluate.py --checkpoint upernet_deit-s16.pth --flip --scales 0.5,...,1.75
+    torchrun --nproc_per_node 8 evaluate.py        # each process takes its share, the matrices are added
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from glob import glob
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+
+from ade20k import (CLASSES, DEFAULT_ROOT, IGNORE, PALETTE, DataError, TestSet, data_root, find_pairs, normalise, progress,
+                    resize_bilinear, scaled_size)
+from convert_weights import WeightsError, describe, load_into, load_weights
+from upernet import build_model, resize
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class UsageError(Exception):
+    """An option that cannot be met, in one sentence."""
+
+
+# ---- where and how to compute --------------------------------------------------------------------------------------
+
+def setup_processes() -> tuple[int, int, torch.device]:
+    """-> (rank, number of processes, device). Under torchrun joins the others: NCCL on GPUs, gloo on CPUs."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return rank, world, device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """--dtype; auto is bfloat16 where the hardware computes in it (a CPU that emulates it would be slower), else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)           # Ampere and newer
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Matrix products and convolutions in dtype, the rest (norms, softmax, loss) in float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+# ---- inference -----------------------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def predict(model: nn.Module, image: np.ndarray, scales: tuple[float, ...] = (1.0,), flip: bool = False,
+            short: int = 512, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """Label a whole picture. model in eval mode; image (H, W, 3) uint8 RGB -> (H, W) uint8, class 0..C-1 of each pixel.
+
+    Each scale s resizes into (4 short, short) * s, keeping the aspect; flip adds the mirrored picture to every scale.
+    """
+    H, W = image.shape[:2]
+    device = next(model.parameters()).device
+    total = 0
+    for scale in scales:
+        h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
+        x = torch.from_numpy(resize_bilinear(image, h, w)).to(device)       # (h, w, 3) uint8
+        x = normalise(x.permute(2, 0, 1)[None])                             # (1, 3, h, w)
+        if flip:
+            x = torch.cat([x, x.flip(3)])                                   # both in one batch
+        with autocast(device, dtype):
+            logits = model(x)                                               # (1 or 2, C, h, w)
+        views = resize(logits.float(), (H, W))                              # (1 or 2, C, H, W)
+        if flip or len(scales) > 1:                                         # of one view, the argmax needs no softmax
+            views = views.softmax(1)
+        total = total + views[0] + (views[1].flip(2) if flip else 0)        # (C, H, W)
+    return total.argmax(0).to(torch.uint8).cpu().numpy()
+
+
+def confusion_matrix(label: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
+    """(H, W) uint8 twice -> (C, C) int64, pixels with row = true class, column = predicted; 255 in label is left out."""
+    kept = label != IGNORE
+    cells = label[kept].astype(np.int64) * num_classes + prediction[kept]
+    return np.bincount(cells, minlength=num_classes ** 2).reshape(num_classes, num_classes)
+
+
+def scores(matrix: np.ndarray) -> dict:
+    """(C, C) confusion matrix -> mIoU, mAcc, aAcc in percent and lists IoU, Acc per class, None where there is none.
+
+    IoU needs the class in truth or prediction, Acc in truth; the means are over the classes that have one.
+    """
+    hit, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    with np.errstate(invalid="ignore"):                                     # 0 / 0 is nan, and means "no such class"
+        iou, acc = 100 * hit / (true + predicted - hit), 100 * hit / true
+        overall = 100 * hit.sum() / matrix.sum()
+    mean = {"mIoU": iou, "mAcc": acc, "aAcc": np.array([overall])}
+    result = {k: None if np.isnan(v).all() else float(np.nanmean(v)) for k, v in mean.items()}
+    return result | {k: [None if np.isnan(x) else float(x) for x in v] for k, v in (("IoU", iou), ("Acc", acc))}
+
+
+def evaluate(model: nn.Module, pairs: list[tuple[str, str | None]], num_classes: int = 150, rank: int = 0, world: int = 1,
+             workers: int = 2, each=None, **how) -> np.ndarray:
+    """Label all pictures -> the confusion matrix (C, C) int64 over all of them and all processes.
+
+    pairs: (image path, label path or None). each(i, path, image, label, prediction) is called for every picture of this
+    process, if given. how: predict's scales, flip, short and dtype.
+    """
+    mine = list(range(rank, len(pairs), world))                             # without padding: none is counted twice
+    loader = torch.utils.data.DataLoader(TestSet(pairs, num_classes), batch_size=None, sampler=mine, num_workers=workers,
+                                         collate_fn=lambda sample: sample)
+    matrix, started, was_training = np.zeros((num_classes, num_classes), np.int64), time.monotonic(), model.training
+    model.eval()
+    for n, (path, image, label) in enumerate(loader, start=1):
+        prediction = predict(model, image, **how)
+        if label is not None:
+            matrix += confusion_matrix(label, prediction, num_classes)
+        if each:
+            each(mine[n - 1], path, image, label, prediction)
+        rate = n / (time.monotonic() - started)
+        if rank == 0:
+            progress(f"{n} of {len(mine)} pictures, {rate:.2f} a second, {(len(mine) - n) / rate:.0f} s left", started)
+    model.train(was_training)
+    if world > 1:
+        device = next(model.parameters()).device
+        total = torch.from_numpy(matrix).to(device)
+        dist.all_reduce(total)
+        matrix = total.cpu().numpy()
+    return matrix
+
+
+def table(result: dict, classes: tuple[str, ...]) -> str:
+    """The scores per class and their summary as text."""
+    lines = [f"{'class':24s}{'IoU':>8s}{'Acc':>8s}"]
+    percent = lambda x: "      --" if x is None else f"{x:8.2f}"            # noqa: E731
+    shown = [k for k, x in enumerate(result["IoU"]) if x is not None]
+    lines += [f"{classes[k]:24s}{percent(result['IoU'][k])}{percent(result['Acc'][k])}" for k in shown]
+    absent = [name for k, name in enumerate(classes) if k not in shown]
+    if absent:
+        lines.append(f"absent, not in the means ({len(absent)}): {', '.join(absent)}")
+    lines.append(f"mIoU {percent(result['mIoU'])}  mAcc {percent(result['mAcc'])}  aAcc {percent(result['aAcc'])}  "
+                 f"({len(shown)} of {len(classes)} classes)")
+    return "\n".join(lines)
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+def colour(label: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 -> (H, W, 3) uint8 in the official palette, ignored pixels black."""
+    return np.vstack([PALETTE, np.zeros((256 - len(PALETTE), 3), np.uint8)])[label]
+
+
+def sheet(rows: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]], classes: tuple[str, ...]) -> Image.Image:
+    """A sheet with one row for each (picture, truth or None, prediction) and below them a legend of the classes in it."""
+    titles = ["picture", "prediction"] if rows[0][1] is None else ["picture", "truth", "prediction"]
+    width = max(160, min(400, max(row[0].shape[1] for row in rows)))        # of one panel; small pictures are enlarged
+    size, gap = 15, 8
+    font = ImageFont.load_default(size)
+    panels = []
+    for image, truth, prediction in rows:
+        height = round(width * image.shape[0] / image.shape[1])
+        row = [image] + [colour(x) for x in (truth, prediction) if x is not None]
+        panels.append([Image.fromarray(x).resize((width, height), Image.LANCZOS if i == 0 else Image.NEAREST)
+                       for i, x in enumerate(row)])
+    counts = sum(np.bincount(x.ravel(), minlength=256) for row in rows for x in row[1:] if x is not None)
+    legend = [(classes[k], tuple(PALETTE[k].tolist())) for k in np.argsort(-counts[:IGNORE]) if counts[k]]
+    legend += [("not labelled", (0, 0, 0))] * bool(counts[IGNORE])
+    total = gap + len(titles) * (width + gap)
+    cell = max(size + 3 * gap + font.getlength(name) for name, _ in legend)
+    columns = max(1, int((total - gap) // cell))
+    top = size + 2 * gap
+    bottom = top + sum(row[0].height + gap for row in panels)
+    canvas = Image.new("RGB", (total, bottom + gap + -(-len(legend) // columns) * (size + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, title in enumerate(titles):
+        draw.text((gap + i * (width + gap), gap), title, "black", font)
+    for row in panels:
+        for i, panel in enumerate(row):
+            canvas.paste(panel, (gap + i * (width + gap), top))
+        top += row[0].height + gap
+    for i, (name, rgb) in enumerate(legend):                                # read down the columns, largest class first
+        x = gap + (i // -(-len(legend) // columns)) * cell
+        y = bottom + (i % -(-len(legend) // columns)) * (size + gap)
+        draw.rectangle((x, y, x + size, y + size), rgb, "black")
+        draw.text((x + size + gap, y + size / 2), name, "black", font, anchor="lm")
+    return canvas
+
+
+# ---- python evaluate.py --------------------------------------------------------------------------------------------
+
+def parse_scales(text: str) -> tuple[float, ...]:
+    """"0.5,0.75,1" -> (0.5, 0.75, 1.0); "0.5,...,1.75" means steps of 0.25. argparse's error if it is something else."""
+    try:
+        parts = text.split(",")
+        if "..." in parts:
+            first, dots, last = parts
+            parts = np.arange(float(first), float(last) + 1e-9, 0.25) if dots == "..." else parts
+        scales = tuple(float(x) for x in parts)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0.5,1,1.5 or 0.5,...,1.75") from None
+    if not scales or not all(0 < s <= 16 for s in scales):
+        raise argparse.ArgumentTypeError(f"{text!r}: scales must be above 0 and at most 16")
+    return scales
+
+
+def newest_checkpoint(folder: str) -> str:
+    """The last written checkpoint_*.pt in a work directory or in those below it. UsageError if there is none."""
+    found = glob(os.path.join(folder, "checkpoint_*.pt")) + glob(os.path.join(folder, "*", "checkpoint_*.pt"))
+    if not found:
+        raise UsageError(f"{folder}: no checkpoint_*.pt in it, train one with `python train.py --data toy` or name a "
+                         "file with --checkpoint")
+    return max(found, key=os.path.getmtime)
+
+
+def load_model(path: str, device: torch.device) -> tuple[nn.Module, dict]:
+    """The model a checkpoint describes, with its weights, in eval mode. -> (model, facts)"""
+    state_dict, facts = load_weights(path)
+    if facts["neck"] is None:
+        raise UsageError(f"{path}: a {facts['kind']} has no segmentation head to evaluate, train it first with "
+                         "`python train.py --pretrained FILE`")
+    model = build_model(facts["arch"], facts["neck"], facts["num_classes"])
+    load_into(model, state_dict, facts)
+    return model.to(device, memory_format=torch.channels_last).eval(), facts
+
+
+def inputs(args: argparse.Namespace, num_classes: int) -> list[tuple[str, str | None]]:
+    """The (image, label or None) paths that the command line asks for."""
+    if not args.image:
+        return find_pairs(data_root(args.data), args.split)
+    if not os.path.isdir(args.image):
+        return [(args.image, None)]
+    suffixes = tuple(Image.registered_extensions())
+    files = sorted(f for f in os.listdir(args.image) if f.lower().endswith(suffixes))
+    if not files:
+        raise DataError(f"{args.image}: holds no pictures")
+    return [(os.path.join(args.image, f), None) for f in files]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Evaluate a checkpoint on a data set, or label pictures with it.",
+        epilog="example: python evaluate.py --checkpoint upernet_deit-s16.pth --flip --scales 0.5,...,1.75")
+    what = parser.add_argument_group("what")
+    what.add_argument("--checkpoint", metavar="FILE", help="any file convert_weights.py reads, or a URL (default: the "
+                      "newest under runs/)")
+    what.add_argument("--data", metavar="DIR", help="data set in ADE20K's layout, or toy (default: what the checkpoint "
+                      f"was trained on, else {DEFAULT_ROOT})")
+    what.add_argument("--split", default="validation", help="images/SPLIT and annotations/SPLIT (default: validation)")
+    what.add_argument("--image", metavar="FILE_OR_DIR", help="label these pictures instead; needs --show or --save-labels")
+    how = parser.add_argument_group("how")
+    how.add_argument("--scales", type=parse_scales, default=(1.0,), metavar="S,S,...", help="sizes relative to (2048, 512); "
+                     "0.5,...,1.75 means steps of 0.25 (default: 1)")
+    how.add_argument("--flip", action="store_true", help="add the mirrored picture at every scale")
+    how.add_argument("--short-side", type=int, metavar="PIXELS", help="of the pictures at scale 1 (default: what the "
+                     "checkpoint was trained with, else 512)")
+    how.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 where the hardware has it, "
+                     "else float32 (default)")
+    how.add_argument("--workers", type=int, default=2, help="processes that read pictures (default: 2)")
+    out = parser.add_argument_group("results")
+    out.add_argument("--json", metavar="FILE", help="write scores and protocol")
+    out.add_argument("--save-labels", metavar="DIR", help="write one png a picture, label + 1 as in ADE20K's own files")
+    out.add_argument("--show", metavar="DIR", help="write one sheet a picture: picture, truth, prediction, legend")
+    args = parser.parse_args(argv)
+    if args.image and not (args.show or args.save_labels):
+        parser.error("--image needs --show DIR or --save-labels DIR, or nothing would come out")
+    if args.image and args.json:
+        parser.error("--json holds scores, and --image has no labels to score with")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    rank, world, device = setup_processes()
+    dtype = choose_dtype(args.dtype, device)
+    path = args.checkpoint or newest_checkpoint("runs")
+    model, facts = load_model(path, device)
+    trained = facts.get("args", {})                                         # of our own checkpoints
+    args.data = args.data or trained.get("data", DEFAULT_ROOT)
+    short = args.short_side or trained.get("short_side", 512)
+    classes = CLASSES if facts["num_classes"] == len(CLASSES) else tuple(f"class {k}" for k in range(facts["num_classes"]))
+    pairs = inputs(args, facts["num_classes"])
+    if rank == 0:
+        print(f"{path}: {describe(facts)}\n{args.image or args.data}: {len(pairs)} pictures, short side {short}, scales "
+              f"{','.join(f'{s:g}' for s in args.scales)}{' with flip' if args.flip else ''}, {dtype}, {world} x {device.type}"
+              .replace("torch.", ""), flush=True)
+    for folder in (args.show, args.save_labels):
+        if folder:
+            os.makedirs(folder, exist_ok=True)
+
+    def write(i: int, path: str, image: np.ndarray, label: np.ndarray | None, prediction: np.ndarray) -> None:
+        stem = os.path.splitext(os.path.basename(path))[0]
+        if args.save_labels:
+            Image.fromarray(prediction + np.uint8(1)).save(os.path.join(args.save_labels, stem + ".png"))
+        if args.show:
+            sheet([(image, label, prediction)], classes).save(os.path.join(args.show, stem + ".png"))
+
+    started = time.monotonic()
+    matrix = evaluate(model, pairs, facts["num_classes"], rank, world, args.workers, write, scales=args.scales, flip=args.flip,
+                      short=short, dtype=dtype)
+    if rank == 0:
+        progress(f"{len(pairs)} pictures, {len(pairs) / (time.monotonic() - started):.2f} a second", started, done=True)
+        for folder in filter(None, (args.show, args.save_labels)):
+            print(f"{folder}: {len(pairs)} files written")
+        if not args.image:
+            result = scores(matrix)
+            print(table(result, classes))
+            if args.json:
+                protocol = dict(checkpoint=path, data=args.data, split=args.split, images=len(pairs), scales=list(args.scales),
+                                flip=args.flip, short_side=short, dtype=str(dtype).removeprefix("torch."))
+                with open(args.json, "w") as file:
+                    json.dump(result | {"classes": list(classes), "protocol": protocol}, file, indent=1)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    args = parse()
+    try:
+        run(args)
+    except (DataError, WeightsError, UsageError, OSError) as error:
+        # A loader's process wraps the sentence in its traceback: keep the sentence.
+        print(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The head: UPerNet, which turns four feature maps into one label per pixel; the auxiliary head; the loss; build_model.
+
+In:  images (B, 3, H, W) normalised float, and in training labels (B, H, W) int64 with 255 = "no label here".
+Out: logits (B, C, H, W) without labels; (loss, parts) with labels.
+
+    level 1 --1x1--------------------(+)--3x3--+
+    level 2 --1x1------------(+)------^---3x3--+--> concatenate --3x3--> dropout --1x1--> logits at level 1's size
+    level 3 --1x1----(+)------^-----------3x3--+        ^
+    level 4 --PPM-----^-----------------------/        (all at level 1's size)
+
+Paper: UPerNet (Xiao et al. 2018, arXiv:1807.10221): a feature pyramid (FPN, Lin et al. 2017, arXiv:1612.03144) on top
+of the pyramid pooling of PSPNet (Zhao et al. 2017, arXiv:1612.01105). "^" is an upsampling that is added.
+
+Departures from the paper, all of them the reference's: 512 channels throughout, dropout before the classifier, an
+auxiliary head on level 4, and only the one task, scene parsing.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import ARCHS, build_backbone
+
+IGNORE = 255            # the label of pixels that nobody labelled: no loss, no metric
+AUX_WEIGHT = 0.4        # of the auxiliary head's loss (PSPNet, section 3.3)
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, align_corners=False: (B, C, h, w) -> (B, C, *size). Nothing to do (and nothing copied) at equal sizes."""
+    if x.shape[2:] == tuple(size):
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class ConvBNReLU(nn.Module):
+    """Convolution (no bias: BatchNorm has one) + BatchNorm + ReLU, at the input's size. (B, i, h, w) -> (B, o, h, w)"""
+
+    def __init__(self, i: int, o: int, kernel: int):
+        super().__init__()
+        self.conv = nn.Conv2d(i, o, kernel, padding=kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(o)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+def classifier(channels: int, num_classes: int) -> nn.Conv2d:
+    """A 1x1 convolution from features to logits; starts near zero, so that training starts from "all classes alike"."""
+    conv = nn.Conv2d(channels, num_classes, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+class UPerHead(nn.Module):
+    """Four maps (B, width, h_i, w_i), of four sizes or all of one -> logits (B, C, h_1, w_1)."""
+
+    def __init__(self, width: int, channels: int, num_classes: int):
+        super().__init__()
+        # PPM: averages over a 1x1, 2x2, 3x3 and 6x6 grid tell each place what scene it is part of.
+        self.pool_sizes = (1, 2, 3, 6)
+        self.ppm = nn.ModuleList(ConvBNReLU(width, channels, 1) for _ in self.pool_sizes)
+        self.bottleneck = ConvBNReLU(width + len(self.pool_sizes) * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(ConvBNReLU(width, channels, 1) for _ in range(3))
+        self.fpn_convs = nn.ModuleList(ConvBNReLU(channels, channels, 3) for _ in range(3))
+        self.fpn_bottleneck = ConvBNReLU(4 * channels, channels, 3)
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = classifier(channels, num_classes)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        top = maps[-1]                                                      # (B, width, h_4, w_4)
+        pooled = [conv(F.adaptive_avg_pool2d(top, size)) for conv, size in zip(self.ppm, self.pool_sizes)]
+        pooled = [resize(x, top.shape[2:]) for x in pooled]                 # four of (B, channels, h_4, w_4)
+        top = self.bottleneck(torch.cat([top, *pooled], dim=1))             # (B, channels, h_4, w_4)
+
+        levels = [conv(x) for conv, x in zip(self.lateral_convs, maps)] + [top]
+        for i in (2, 1, 0):                                                 # FPN: from coarse and wise to fine and naive
+            levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[2:])
+        levels = [conv(x) for conv, x in zip(self.fpn_convs, levels)] + [top]
+        levels = [resize(x, levels[0].shape[2:]) for x in levels]           # four of (B, channels, h_1, w_1)
+        x = self.fpn_bottleneck(torch.cat(levels, dim=1))                   # (B, channels, h_1, w_1)
+        return self.classifier(self.dropout(x))
+
+
+class FCNHead(nn.Module):
+    """The auxiliary head, a classifier straight on level 4. Used in training only: it brings gradient to the backbone
+    without passing the whole head (PSPNet, section 3.3). (B, width, h_4, w_4) -> (B, C, h_4, w_4)"""
+
+    def __init__(self, width: int, channels: int, num_classes: int):
+        super().__init__()
+        self.conv = ConvBNReLU(width, channels, 3)
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = classifier(channels, num_classes)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        return self.classifier(self.dropout(self.conv(maps[-1])))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of logits (B, C, h, w) against labels (B, H, W) int64; logits are upsampled to (H, W) first.
+
+    The mean is over *all* pixels: ignored ones add no loss but count in the divisor, as in the reference. A mean over
+    the labelled ones alone would weigh pictures with large unlabelled parts more.
+    """
+    logits = resize(logits.float(), labels.shape[1:])                       # float32 also under autocast, as there
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
+
+
+class Segmenter(nn.Module):
+    """Backbone, neck and heads. See build_model."""
+
+    def __init__(self, arch: str, neck: str, num_classes: int):
+        super().__init__()
+        self.backbone, self.neck = build_backbone(arch, neck)               # refuses what it does not know
+        a = ARCHS[arch]
+        self.decode_head = UPerHead(a["width"], a["channels"], num_classes)
+        self.auxiliary_head = FCNHead(a["width"], a["channels"] // 2, num_classes)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None):
+        """images (B, 3, H, W) -> logits (B, C, H, W); with labels (B, H, W): (loss, {"decode": ..., "aux": ...}).
+
+        loss is a float32 scalar, the sum of the parts; the parts are detached, "aux" carries its weight of 0.4.
+        """
+        maps = self.backbone(images)
+        if self.neck is not None:
+            maps = self.neck(maps)
+        if labels is None:
+            return resize(self.decode_head(maps), images.shape[2:])
+        decode = cross_entropy(self.decode_head(maps), labels)
+        aux = AUX_WEIGHT * cross_entropy(self.auxiliary_head(maps), labels)
+        return decode + aux, {"decode": decode.detach(), "aux": aux.detach()}
+
+
+def build_model(arch: str, neck: str = "none", num_classes: int = 150) -> Segmenter:
+    """A randomly initialised model in training mode.
+
+    arch: vit_b16, deit_b16, deit_s16, deit_t16 or toy_p8 (model.ARCHS). neck: none, ln (a LayerNorm after the last
+    layer), mln (the multi-level neck), ln_mln. ValueError if one is unknown.
+    """
+    return Segmenter(arch, neck, num_classes)
