@@ -32,7 +32,7 @@ ARCHS = {
     "deit_s16": dict(width=384, depth=12, heads=6, patch=16, grid=32, channels=512, drop_path=0.1, drop_path_ln=0.1),
     "deit_t16": dict(width=192, depth=12, heads=3, patch=16, grid=32, channels=512, drop_path=0.1, drop_path_ln=0.1),
     # A miniature for the toy data and the tests: the same code, small enough for a laptop's CPU.
-    "toy_p8": dict(width=128, depth=4, heads=4, patch=8, grid=16, channels=64, drop_path=0.0, drop_path_ln=0.0),
+    "toy_p8": dict(width=128, depth=4, heads=2, patch=8, grid=16, channels=64, drop_path=0.0, drop_path_ln=0.0),
 }
 NECKS = ("none", "ln", "mln", "ln_mln")
 

@@ -34,7 +34,8 @@ from upernet import Segmenter, build_model
 RECIPE = dict(arch="deit_s16", neck="none", iters=160000, optimizer="adamw", batch_size=16, crop_size=512, short_side=512,
               pretrained="auto")
 # What --data toy changes: a small model from scratch, small pictures, a short schedule with a higher rate.
-TOY = dict(arch="toy_p8", iters=700, batch_size=8, crop_size=128, short_side=128, pretrained="none", lr=1e-3, warmup=50)
+TOY = dict(arch="toy_p8", iters=800, interval=200, batch_size=4, crop_size=96, short_side=96,
+           pretrained="none", lr=2e-3, warmup=50)
 OPTIMIZERS = {
     "adamw": dict(lr=6e-5, power=1.0, floor=0.0, warmup=1500),
     "sgd": dict(lr=0.01, power=0.9, floor=1e-4, warmup=0),
@@ -85,17 +86,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     recipe.add_argument("--neck", choices=NECKS, help="ln: LayerNorm after the last layer, mln: multi-level neck (none)")
     recipe.add_argument("--iters", type=positive, help=f"80000 or 160000 are published (160000; toy {TOY['iters']})")
     recipe.add_argument("--optimizer", choices=OPTIMIZERS, help="(adamw)")
-    recipe.add_argument("--lr", type=float, help="base learning rate (adamw 6e-5, sgd 0.01; toy 1e-3)")
+    recipe.add_argument("--lr", type=float, help="base learning rate (adamw 6e-5, sgd 0.01; toy 2e-3)")
     recipe.add_argument("--warmup", type=int, metavar="ITERS", help="linear warmup (adamw 1500, sgd 0; toy 50)")
-    recipe.add_argument("--batch-size", type=positive, help="pictures a step over all processes (16; toy 8)")
-    recipe.add_argument("--crop-size", type=positive, metavar="PIXELS", help="side of the training crops (512; toy 128)")
-    recipe.add_argument("--short-side", type=positive, metavar="PIXELS", help="of pictures at scale 1 (512; toy 128)")
+    recipe.add_argument("--batch-size", type=positive, help="pictures a step over all processes (16; toy 4)")
+    recipe.add_argument("--crop-size", type=positive, metavar="PIXELS", help="side of the training crops (512; toy 96)")
+    recipe.add_argument("--short-side", type=positive, metavar="PIXELS", help="of pictures at scale 1 (512; toy 96)")
     recipe.add_argument("--pretrained", metavar="auto|none|FILE|URL", help="auto: the backbone the recipe starts from, "
                         "fetched once; none: from scratch; or any file convert_weights.py reads (auto; toy none)")
     recipe.add_argument("--seed", type=int, help="of data order, augmentation, initialisation and dropout (0)")
     run = parser.add_argument_group("run")
     run.add_argument("--data", metavar="DIR", help=f"data set in ADE20K's layout, or toy ({DEFAULT_ROOT})")
     run.add_argument("--work-dir", metavar="DIR", help="checkpoints and log (a new folder under runs/)")
+    run.add_argument("--interval", type=positive, metavar="ITERS", help="validate and save every so often (a tenth of "
+                     "--iters; toy 200)")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --work-dir, or under runs/")
     run.add_argument("--micro-batch", type=positive, help="pictures that go through the model at once on each process; the "
                      "rest of its share is accumulated (all at once)")
@@ -118,6 +121,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     schedule = OPTIMIZERS[args.optimizer]
     args.lr = schedule["lr"] if args.lr is None else args.lr
     args.warmup = schedule["warmup"] if args.warmup is None else args.warmup
+    args.interval = args.interval or max(1, args.iters // 10)
     return args
 
 
@@ -211,7 +215,7 @@ def train(args: argparse.Namespace) -> None:
             f"{steps} accumulated; {len(pairs['training'])} training pictures, iterations {start} to {args.iters}",
             iteration=start, args=vars(args))
 
-    every, began, window, sums, waited = max(1, args.iters // 10), time.monotonic(), time.monotonic(), 0, 0.0
+    began, window, sums, waited = time.monotonic(), time.monotonic(), 0, 0.0
     batches = iter(loader)
     for i in range(start, args.iters):
         before = time.monotonic()
@@ -245,7 +249,8 @@ def train(args: argparse.Namespace) -> None:
                 lr=group["lr"], seconds=seconds, data_seconds=wait, images_per_second=args.batch_size / seconds)
         if n % 50 == 0:
             window, sums, waited = time.monotonic(), 0, 0.0
-        if n % every == 0 or n == args.iters:
+        if n % args.interval == 0 or n == args.iters:
+            pause = time.monotonic()
             if rank == 0:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                              iteration=n, seed=args.seed, args=vars(args))
@@ -260,7 +265,8 @@ def train(args: argparse.Namespace) -> None:
                 log(f"{n}/{args.iters}  validation: mIoU {result['mIoU']:.2f}  mAcc {result['mAcc']:.2f}  aAcc "
                     f"{result['aAcc']:.2f}  ({len(pairs['validation'])} pictures)", iteration=n,
                     **{k: result[k] for k in ("mIoU", "mAcc", "aAcc")})
-            window = time.monotonic()
+            pause = time.monotonic() - pause            # validation does not count as training
+            began, window = began + pause, window + pause
     if rank == 0:
         print(f"{args.work_dir}/checkpoint_{args.iters}.pt: evaluate it with `python evaluate.py`\n{path}")
     if world > 1:

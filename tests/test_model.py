@@ -1,0 +1,168 @@
+"""model.py and upernet.py against the real mmsegmentation 0.17.0 (goldens) and against plain computations."""
+import formulas
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import write_mmseg
+
+import model
+import upernet
+from convert_weights import MMSEG, load_into, load_weights, rename, to_mmseg
+from upernet import build_model
+
+
+@pytest.mark.parametrize("arch,neck", formulas.PAIRS)
+def test_logits_loss_and_gradients_equal_the_reference(arch, neck, golden, filled):
+    gold, net = golden(f"{arch}_{neck}"), filled(arch, neck)
+    assert sum(p.numel() for p in net.parameters()) == gold["parameters"]
+    net.eval()
+    for h, w in formulas.SIZES:
+        with torch.inference_mode():
+            logits = net(torch.from_numpy(formulas.image(h, w)))
+        assert logits.shape == (1, 150, h, w)
+        error = np.abs(formulas.samples(logits) - gold[f"logits_{h}x{w}"]).max()
+        assert error <= 1e-4 * gold[f"max_{h}x{w}"], (h, w, error)
+    net.train()
+    images, labels = formulas.image(97, 131, batch=4), formulas.labels(97, 131, batch=4)
+    loss, parts = net(torch.from_numpy(images), torch.from_numpy(labels))
+    np.testing.assert_allclose([loss.item(), parts["decode"], parts["aux"]], gold["loss"], rtol=1e-5)
+    loss.backward()
+    theirs = {ours: name for name, ours in MMSEG.items()}
+    grads = {rename(name, theirs): p.grad for name, p in net.named_parameters()}
+    assert set(grads) == set(gold["grad_names"])
+    largest = gold["grad_max"].max()
+    for name, values, scale in zip(gold["grad_names"], gold["grads"], gold["grad_max"]):
+        # A bias in front of a BatchNorm has an exact gradient of 0; what either side finds there is rounding.
+        error = np.abs(formulas.samples(grads[name], len(values)) - values).max()
+        assert error <= 1e-3 * max(scale, 1e-5 * largest), (name, error, scale)
+
+
+@pytest.mark.parametrize("arch,neck", formulas.PAIRS)
+def test_drop_path_rates_are_the_released_configs(arch, neck, golden):
+    with torch.device("meta"):
+        blocks = build_model(arch, neck).backbone.blocks
+    rates = [block.drop_path.rate for block in blocks]
+    np.testing.assert_allclose(rates, np.linspace(0, golden(f"{arch}_{neck}")["drop_path"], 12), atol=1e-12)
+
+
+def test_state_dict_in_their_names_has_exactly_their_keys(golden):
+    with torch.device("meta"):
+        names = set(to_mmseg(build_model("deit_s16", "ln_mln").state_dict()))
+    assert names == set(golden("deit_s16_ln_mln")["keys"])
+
+
+def test_deit_t16_is_192_wide_with_3_heads():
+    with torch.device("meta"):
+        net = build_model("deit_t16", "mln")
+    assert net.backbone.cls_token.shape == (1, 1, 192) and net.backbone.blocks[0].attn.heads == 3
+    assert len(net.backbone.blocks) == 12 and net.backbone.pos_embed.shape == (1, 1025, 192)
+
+
+def test_pos_embed_is_resized_whenever_the_grid_differs_not_the_number_of_tokens():
+    pos = torch.randn(1, 1 + 32 * 32, 8)
+    resized = model.resize_pos_embed(pos, (32, 32), (16, 64))         # 1024 tokens too
+    assert resized.shape == pos.shape and not torch.equal(resized, pos)
+    assert torch.equal(resized[:, :1], pos[:, :1])
+    # The cubic kernel of torch (a = -0.75) by hand, along one axis of a 4 x 1 grid doubled.
+    column = torch.randn(4, dtype=torch.float64)
+    got = model.resize_pos_embed(torch.cat([torch.zeros(1), column])[None, :, None].double(), (4, 1), (8, 1))[0, 1:, 0]
+
+    def cubic(t, a=-0.75):
+        t = abs(t)
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1 if t <= 1 else a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0
+    for i in range(8):
+        place = (i + 0.5) / 2 - 0.5
+        near = [int(np.floor(place)) + k for k in (-1, 0, 1, 2)]
+        want = sum(column[min(max(n, 0), 3)] * cubic(place - n) for n in near)
+        assert abs(got[i] - want) < 1e-12
+
+
+def test_drop_path_zeroes_whole_pictures_and_keeps_the_mean():
+    torch.manual_seed(0)
+    drop, x = model.DropPath(0.3), torch.ones(20000, 2, 3)
+    y = drop(x)
+    assert set(y.unique().tolist()) == {0.0, pytest.approx(1 / 0.7)}
+    assert (y == y[:, :1, :1]).all() and abs(y.mean() - 1) < 0.02
+    assert drop.eval()(x) is x
+
+
+def test_attention_is_the_plain_formula():
+    torch.manual_seed(0)
+    layer, x = model.Attention(12, 3).double(), torch.randn(2, 5, 12, dtype=torch.float64)
+    q, k, v = F.linear(x, layer.qkv.weight, layer.qkv.bias).chunk(3, dim=-1)
+    heads = []
+    for i in range(3):
+        part = slice(4 * i, 4 * i + 4)
+        weights = (q[..., part] @ k[..., part].transpose(1, 2) / 4**0.5).softmax(-1)
+        heads.append(weights @ v[..., part])
+    torch.testing.assert_close(layer(x), F.linear(torch.cat(heads, -1), layer.proj.weight, layer.proj.bias))
+
+
+@pytest.mark.parametrize("size", [(11, 13), (3, 5), (4, 6)])
+def test_loss_in_blocks_equals_the_whole_and_passes_gradcheck(size, monkeypatch):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5, 4, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 5, (3, *size))
+    labels[0, 0] = 255
+    labels[1] = 255
+    whole = F.cross_entropy(F.interpolate(logits, size, mode="bilinear"), labels, ignore_index=255, reduction="none").mean()
+    want, = torch.autograd.grad(whole, logits)
+    for block in (1, 2 ** 20):          # row by row, and all rows at once
+        monkeypatch.setattr(upernet, "BLOCK", {"cpu": block})
+        loss = upernet.cross_entropy(logits, labels)
+        got, = torch.autograd.grad(loss, logits)
+        torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        assert torch.autograd.gradcheck(upernet.cross_entropy, (logits, labels))
+
+
+def test_ignored_pixels_count_in_the_divisor():
+    logits, labels = torch.zeros(1, 4, 2, 2), torch.tensor([[[0, 255], [255, 255]]])
+    assert upernet.cross_entropy(logits, labels).item() == pytest.approx(np.log(4) / 4)
+
+
+def test_compiles_without_a_graph_break_and_exports():
+    torch.manual_seed(0)
+    net = build_model("toy_p8", "ln_mln").eval()
+    x = torch.randn(2, 3, 75, 130)
+    with torch.no_grad():
+        want = net(x)
+        torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="resnet50.*vit_b16, deit_b16"):
+        build_model("resnet50")
+    with pytest.raises(ValueError, match="fpn.*none, ln, mln, ln_mln"):
+        build_model("deit_s16", "fpn")
+
+
+def test_timm_backbone_gives_the_features_of_the_references_own_converter(tmp_path, golden):
+    gold = golden("backbone")
+    shapes = {name: tuple(map(int, dims)) for name, *dims in (line.split() for line in gold["shapes"])}
+    weights = {k: torch.from_numpy(formulas.weight(k, s)) for k, s in shapes.items()}
+    torch.save({"model": weights}, tmp_path / "deit.pth")             # as DeiT wraps it
+    state_dict, facts = load_weights(str(tmp_path / "deit.pth"))
+    assert facts["arch"] == "deit_s16" and facts["kind"] == "timm backbone" and "14x14" in facts["pos_embed"]
+    assert [x.split(":")[0] for x in facts["left_out"]] == ["head.weight", "head.bias"]
+    np.testing.assert_allclose(formulas.samples(state_dict["backbone.pos_embed"]), gold["pos_embed"], atol=1e-6)
+    net = build_model("deit_s16", "ln").eval()
+    load_into(net, state_dict, facts)
+    with torch.inference_mode():
+        maps = net.backbone(torch.from_numpy(formulas.image(300, 401)))
+    for got, want in zip(maps, gold["maps"]):
+        np.testing.assert_allclose(formulas.samples(got), want, atol=1e-4 * np.abs(want).max())
+    # The same weights as the reference's converter names them are the same backbone.
+    theirs = {k.removeprefix("backbone."): v for k, v in to_mmseg(state_dict).items()}
+    assert set(theirs) == set(gold["keys"])
+    torch.save(theirs, tmp_path / "mmseg_backbone.pth")
+    again, facts = load_weights(str(tmp_path / "mmseg_backbone.pth"))
+    assert facts["kind"] == "mmsegmentation backbone" and all(torch.equal(again[k], v) for k, v in state_dict.items())
+
+
+def test_toy_model_loads_from_a_file_of_their_names(tmp_path):
+    net = build_model("toy_p8", "mln", num_classes=7)
+    state_dict, facts = load_weights(write_mmseg(net.state_dict(), tmp_path / "x.pth"))
+    assert (facts["arch"], facts["neck"], facts["num_classes"]) == ("toy_p8", "mln", 7)
