@@ -188,9 +188,11 @@ def nearest_indices(old: int, new: int) -> np.ndarray:
 # part of the recipe: hue and saturation distortion see the picture through it. cv2 divides by table, in 20.12 fixed point.
 _HUE = np.rint(np.append(0, (180 << 12) / (6 * np.arange(1.0, 256)))).astype(np.int32)
 _SAT = np.rint(np.append(0, (255 << 12) / np.arange(1.0, 256))).astype(np.int32)
-# Back to RGB: channel = value * (1 - saturation * f(hue)); f is a trapezoid, 0 where the channel dominates (R around
-# hue 0, G around 60, B around 120). Smith 1978, "Color gamut transform pairs", for 180 hues.
-_FADE = [np.clip(np.abs((np.arange(180) / 30 - peak + 3) % 6 - 3) - 1, 0, 1).astype(np.float32) for peak in (0, 2, 4)]
+# Back to RGB: channel = value * (1 - saturation * fade(hue)); fade is 0 over the two of six sectors where the channel
+# dominates (R around hue 0, G around 60, B around 120), 1 opposite, a ramp between. Smith 1978, "Color gamut transform
+# pairs"; in float32 as cv2's vector code computes it, so that the truncation at the end meets the same numbers.
+_SECTOR, _RAMP = np.divmod(np.arange(180, dtype=np.float32) * np.float32(6 / 180), np.float32(1))
+_FADE = [np.choose((_SECTOR.astype(int) - peak) % 6, [0, _RAMP, 1, 1, 1 - _RAMP, 0]).astype(np.float32) for peak in (0, 2, 4)]
 
 
 def rgb_to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -205,9 +207,12 @@ def rgb_to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """The inverse of rgb_to_hsv, within one level of cv2's. -> (H, W, 3) uint8"""
-    value, chroma = value.astype(np.float32), value * saturation * np.float32(1 / 255)
-    return np.stack([(value - chroma * fade[hue] + 0.5).astype(np.uint8) for fade in _FADE], axis=2)
+    """The inverse of rgb_to_hsv, truncated, equal to what cv2 computes in vectors (ends of rows it rounds). -> uint8"""
+    unit = np.float32(1 / 255)
+    value, saturation = value.astype(np.float32) * unit, np.float64(saturation.astype(np.float32) * unit)
+    # float64 inside the bracket, rounded once: cv2 uses a fused multiply-add there.
+    return np.stack([(value * (1 - saturation * fade[hue]).astype(np.float32) * np.float32(255)).astype(np.uint8)
+                     for fade in _FADE], axis=2)
 
 
 def scale_levels(x: np.ndarray, factor: float = 1, offset: float = 0) -> np.ndarray:
@@ -233,8 +238,8 @@ def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image
 
 
-def train_transform(image: np.ndarray, label: np.ndarray, rng: np.random.Generator, crop: int = 512, short: int = 512,
-                    photometric: bool = True) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+def train_transform(image: np.ndarray, label: np.ndarray, rng: np.random.Generator, crop: int = 512, short: int = 512
+                    ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """The reference's training pipeline up to normalisation: scale, crop, flip, distort, pad.
 
     image (H, W, 3) uint8, label (H, W) uint8 -> (crop, crop, 3) uint8, (crop, crop) uint8, (h, w) before padding.
@@ -256,8 +261,7 @@ def train_transform(image: np.ndarray, label: np.ndarray, rng: np.random.Generat
     image, label = resize_bilinear(image, h, w, (y0, x0, y1, x1)), cropped
     if rng.random() < 0.5:
         image, label = image[:, ::-1], label[:, ::-1]
-    if photometric:
-        image = distort(image, rng)
+    image = distort(image, rng)
     pad = ((0, crop - label.shape[0]), (0, crop - label.shape[1]))
     return np.pad(image, (*pad, (0, 0))), np.pad(label, pad, constant_values=IGNORE), label.shape
 

@@ -15,8 +15,10 @@ No pickle is executed: torch.load runs with weights_only=True, which builds tens
 """
 import argparse
 import os
+import pickle
 import re
 import sys
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -88,11 +90,15 @@ def read(path: str) -> dict:
                 raise WeightsError(f"{error}; download it by other means and give the file's path, or "
                                    "train from scratch with --pretrained none") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: no such file") from error
-    except Exception as error:                  # damaged zips and pickles raise almost anything
-        raise WeightsError(f"{path}: not a checkpoint that can be read safely ({str(error).splitlines()[0]})") from error
+    except pickle.UnpicklingError as error:     # (torch's own text advises to execute it)
+        raise WeightsError(f"{path}: not a checkpoint, or one with objects that would have to be executed to be read; "
+                           "only tensors and plain containers are") from error
+    except Exception as error:                  # damaged zips raise almost anything
+        raise WeightsError(f"{path}: not a checkpoint, or a damaged one ({(str(error) or type(error).__name__).splitlines()[0]})") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
     return content

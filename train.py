@@ -188,87 +188,103 @@ def main() -> None:
         sys.exit(2)
 
 
+def train_step(model: nn.Module, batch: tuple, micro: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+               device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """One update from one process's share of a batch, `micro` pictures at a time. -> (3,) loss, decode, aux"""
+    images, labels, sizes = (t.split(micro) for t in batch)
+    total, steps = 0, len(images)
+    optimizer.zero_grad()
+    for k, (x, y, size) in enumerate(zip(images, labels, sizes)):
+        x, y, size = (t.to(device, non_blocking=True) for t in (x, y, size))        # uint8: a quarter of float32's traffic
+        x = normalise(x, size).contiguous(memory_format=torch.channels_last)
+        # Gradients travel between the processes once a batch, with its last part.
+        wait = isinstance(model, DistributedDataParallel) and k < steps - 1
+        with model.no_sync() if wait else nullcontext():
+            with autocast(device, dtype):
+                loss, parts = model(x, y.long())
+            scaler.scale(loss / steps).backward()
+        total = total + torch.stack([loss.detach(), parts["decode"], parts["aux"]]) / steps
+    scaler.step(optimizer)
+    scaler.update()
+    return total
+
+
+def validate(model: Segmenter, pairs: list, args: argparse.Namespace, rank: int, world: int, dtype: torch.dtype, path: str
+             ) -> dict:
+    """Scores on the validation pictures; rank 0 draws four of its own to path."""
+    shown = {len(pairs) * k // 4 // world * world for k in range(4)}                # spread over the set, rank 0's
+    rows = []
+    matrix = evaluate(model, pairs, len(CLASSES), rank, world, args.workers, short=args.short_side, dtype=dtype,
+                      each=lambda i, path, *row: rows.append(row) if i in shown else None)
+    if rank == 0:
+        sheet(rows, CLASSES).save(path)
+    return scores(matrix)
+
+
 def train(args: argparse.Namespace) -> None:
     rank, world, device = setup_processes()
     root = data_root(args.data)
-    pairs = {split: find_pairs(root, split) for split in ("training", "validation")}
+    pairs, validation = find_pairs(root, "training"), find_pairs(root, "validation")
     micro, steps = split_batch(args.batch_size, world, args.micro_batch, sync_bn=world > 1 and device.type == "cuda")
     model, content = start_model(args, rank, world, device)
     dtype, start = choose_dtype(args.dtype, device), content.get("iteration", 0)
-    optimizer, scaler = build_optimizer(model, args.optimizer, args.lr), torch.amp.GradScaler(
-        device.type, enabled=dtype == torch.float16)
+    if start >= args.iters:
+        raise UsageError(f"{args.checkpoint}: has all of its {start} iterations, nothing is left to train")
+    optimizer = build_optimizer(model, args.optimizer, args.lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if content:
         optimizer.load_state_dict(content["optimizer"])
         scaler.load_state_dict(content["scaler"])
     schedule = OPTIMIZERS[args.optimizer] | dict(lr=args.lr, warmup=args.warmup)
-    parallel = DistributedDataParallel(model, [device] if device.type == "cuda" else None) if world > 1 else model
+    parallel = DistributedDataParallel(model) if world > 1 else model
     loader = torch.utils.data.DataLoader(
-        TrainSet(pairs["training"], args.seed, args.crop_size, args.short_side, len(CLASSES)),
+        TrainSet(pairs, args.seed, args.crop_size, args.short_side, len(CLASSES)),
         batch_sampler=Positions(start, args.iters, args.batch_size, rank, world), num_workers=args.workers,
         pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None)
+    work = args.work_dir = args.work_dir or new_work_dir(args)
     if rank == 0:
-        args.work_dir = args.work_dir or new_work_dir(args)
-        os.makedirs(args.work_dir, exist_ok=True)
-        log = Log(args.work_dir, start)
-        log(f"{args.work_dir}: {args.arch}, neck {args.neck}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        os.makedirs(work, exist_ok=True)
+        log = Log(work, start)
+        log(f"{work}: {args.arch}, neck {args.neck}, {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"{str(dtype)[6:]} on {world} x {device.type}\nbatch {args.batch_size} = {world} processes x {micro} pictures x "
-            f"{steps} accumulated; {len(pairs['training'])} training pictures, iterations {start} to {args.iters}",
+            f"{steps} accumulated; {len(pairs)} training pictures, iterations {start} to {args.iters}",
             iteration=start, args=vars(args))
 
-    began, window, sums, waited = time.monotonic(), time.monotonic(), 0, 0.0
-    batches = iter(loader)
+    batches, began, window, total, waited, count = iter(loader), time.monotonic(), time.monotonic(), 0, 0.0, 0
     for i in range(start, args.iters):
         before = time.monotonic()
-        images, labels, sizes = next(batches)                                   # uint8: a quarter of float32's traffic
+        batch = next(batches)
         waited += time.monotonic() - before
-        torch.manual_seed(hash((args.seed, i, rank)))       # dropout and drop path: so a resumed run needs no rng state
+        # Dropout and drop path: a seed of their own for every iteration and process, so a resumed run needs no rng state.
+        torch.manual_seed((args.seed << 40) + (i << 10) + rank)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(i, args.iters, **schedule)
-        optimizer.zero_grad()
-        for k, (x, y, size) in enumerate(zip(images.split(micro), labels.split(micro), sizes.split(micro))):
-            x, y, size = (t.to(device, non_blocking=True) for t in (x, y, size))
-            x = normalise(x, size).contiguous(memory_format=torch.channels_last)
-            last = k == steps - 1                           # gradients travel between the processes once a batch
-            with nullcontext() if last or world == 1 else parallel.no_sync():
-                with autocast(device, dtype):
-                    loss, parts = parallel(x, y.long())
-                scaler.scale(loss / steps).backward()
-            sums = sums + torch.stack([loss.detach(), parts["decode"], parts["aux"]]) / steps
-        scaler.step(optimizer)
-        scaler.update()
-
-        n = i + 1
-        if rank == 0 and (n % 50 == 0 or n == args.iters):
-            count = (n - start) % 50 or 50
-            loss, decode, aux = (sums / count).tolist()
+        total = total + train_step(parallel, batch, micro, optimizer, scaler, device, dtype)
+        count, n = count + 1, i + 1
+        if n % 50 == 0 or n == args.iters:
+            loss, decode, aux = (total / count).tolist()                            # waits for the GPU, so not every time
             seconds, wait = (time.monotonic() - window) / count, waited / count
             left = (args.iters - n) * (time.monotonic() - began) / (n - start)
-            log(f"{n}/{args.iters}  loss {loss:.4f} (decode {decode:.4f} + aux {aux:.4f})  lr {group['lr']:.3e}  "
-                f"{seconds:.3f} s/iter ({wait:.3f} waiting for data)  {args.batch_size / seconds:.1f} images/s  "
-                f"{left / 3600:.0f}h{left / 60 % 60:02.0f}m left", iteration=n, loss=loss, decode=decode, aux=aux,
-                lr=group["lr"], seconds=seconds, data_seconds=wait, images_per_second=args.batch_size / seconds)
-        if n % 50 == 0:
-            window, sums, waited = time.monotonic(), 0, 0.0
+            if rank == 0:
+                log(f"{n}/{args.iters}  loss {loss:.4f} (decode {decode:.4f} + aux {aux:.4f})  lr {group['lr']:.3e}  "
+                    f"{seconds:.3f} s/iter ({wait:.3f} waiting for data)  {args.batch_size / seconds:.1f} images/s  "
+                    f"{left / 3600:.0f}h{left / 60 % 60:02.0f}m left", iteration=n, loss=loss, decode=decode, aux=aux,
+                    lr=group["lr"], seconds=seconds, data_seconds=wait, images_per_second=args.batch_size / seconds)
+            window, total, waited, count = time.monotonic(), 0, 0.0, 0
         if n % args.interval == 0 or n == args.iters:
             pause = time.monotonic()
+            if rank == 0:                                                           # save first: validation may fail
+                save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                          iteration=n, seed=args.seed, args=vars(args)), os.path.join(work, f"checkpoint_{n}.pt"))
+            result = validate(model, validation, args, rank, world, dtype, os.path.join(work, f"sheet_{n}.png"))
             if rank == 0:
-                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                             iteration=n, seed=args.seed, args=vars(args))
-                save(state, os.path.join(args.work_dir, f"checkpoint_{n}.pt"))
-            rows = []
-            matrix = evaluate(model, pairs["validation"], len(CLASSES), rank, world, args.workers, short=args.short_side,
-                              dtype=dtype, each=lambda i, path, *row: rows.append(row) if len(rows) < 4 else None)
-            if rank == 0:
-                result = scores(matrix)
-                path = os.path.join(args.work_dir, f"sheet_{n}.png")
-                sheet([(image, label, prediction) for image, label, prediction in rows], CLASSES).save(path)
-                log(f"{n}/{args.iters}  validation: mIoU {result['mIoU']:.2f}  mAcc {result['mAcc']:.2f}  aAcc "
-                    f"{result['aAcc']:.2f}  ({len(pairs['validation'])} pictures)", iteration=n,
-                    **{k: result[k] for k in ("mIoU", "mAcc", "aAcc")})
-            pause = time.monotonic() - pause            # validation does not count as training
+                means = {k: result[k] for k in ("mIoU", "mAcc", "aAcc")}
+                log(f"{n}/{args.iters}  validation: " + "  ".join(f"{k} {v:.2f}" for k, v in means.items())
+                    + f"  ({len(validation)} pictures)", iteration=n, **means)
+            pause = time.monotonic() - pause                                        # does not count as training
             began, window = began + pause, window + pause
     if rank == 0:
-        print(f"{args.work_dir}/checkpoint_{args.iters}.pt: evaluate it with `python evaluate.py`\n{path}")
+        print(f"{work}/checkpoint_{n}.pt: evaluate it with `python evaluate.py`\n{work}/sheet_{n}.png")
     if world > 1:
         dist.destroy_process_group()
 

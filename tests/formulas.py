@@ -50,8 +50,9 @@ def labels(height, width, batch=1, seed=0):
     return blocks.repeat(24, 1).repeat(24, 2)[:, :height, :width]
 
 
-def picture(height=90, width=120, seed=0):
-    """(height, width, 3) uint8: every kind of colour, smooth in one half and noise in the other."""
+def picture(height=90, width=128, seed=0):
+    """(height, width, 3) uint8: every kind of colour, smooth in one half and noise in the other. 128 wide as cv2 rounds the
+    pixels at the end of a row that do not fill a vector (of up to 64), where it truncates all others."""
     r = np.random.RandomState(seed)
     noise = r.randint(0, 256, (height, width, 3))
     y, x = np.mgrid[0:height, 0:width]

@@ -82,17 +82,26 @@ def test_resize_is_plain_bilinear_interpolation():
 
 
 def test_crop_is_redrawn_while_one_class_fills_it():
-    """A label that is one class but for a corner: crops without the corner are refused ten times, then taken."""
-    label = np.zeros((100, 400), np.uint8)
-    label[:50, :50] = 1
-    image = np.zeros((100, 400, 3), np.uint8)
-    mixed = 0
-    for seed in range(60):
-        _, y, _ = ade20k.train_transform(image, label, np.random.default_rng(seed), crop=50, short=100)
-        counts = np.bincount(y[y != 255], minlength=2)
-        mixed += counts[1] > 0 and counts[0] > 0
-    once = np.mean([(lambda r: r)(0)])  # placeholder replaced below
-    assert mixed > 20 and once == 0
+    """A plain replay of the rule: draw until two classes or more share the crop below 75%, at most ten times."""
+    label, image = np.zeros((100, 300), np.uint8), np.zeros((100, 300, 3), np.uint8)
+    label[:60, :60], label[70:, 200:] = 1, 255
+    redrawn = 0
+    for seed in range(40):
+        rng = ReplayedRng(seed)
+        ratio = rng.random() * 1.5 + 0.5
+        h, w = ade20k.scaled_size(100, 300, int(400 * ratio), int(100 * ratio))
+        large = label[ade20k.nearest_indices(100, h)][:, ade20k.nearest_indices(300, w)]
+        for attempt in range(11):
+            y, x = rng.integers(0, max(h - 50, 0) + 1), rng.integers(0, max(w - 50, 0) + 1)
+            want = large[y:y + 50, x:x + 50]
+            counts = np.unique(want[want != 255], return_counts=True)[1]
+            if len(counts) > 1 and counts.max() / counts.sum() < 0.75:
+                break
+        redrawn += attempt > 0
+        want = want[:, ::-1] if rng.random() < 0.5 else want
+        got = ade20k.train_transform(image, label, ReplayedRng(seed), crop=50, short=100)[1]
+        assert (got == want).all()
+    assert redrawn > 10
 
 
 def test_padding_is_zero_after_normalisation_and_pixels_follow_the_formula():
@@ -216,18 +225,21 @@ def test_every_pass_over_the_data_sees_every_picture_once():
 # ---- the toy data set and the facts ----
 
 def test_toy_set_is_deterministic_and_as_described(tmp_path):
-    roots = [ade20k.make_toy(str(tmp_path / name)) for name in ("one", "two")]
-    seen, unlabelled = set(), []
-    for split, count in (("training", 96), ("validation", 24)):
-        pairs = [ade20k.find_pairs(root, split) for root in roots]
-        assert len(pairs[0]) == count
-        for (a, b), (c, d) in zip(*pairs):
-            assert open(a, "rb").read() == open(c, "rb").read() and open(b, "rb").read() == open(d, "rb").read()
-            label = ade20k.load_pair(a, b)[1]
+    root, seen, unlabelled = ade20k.make_toy(str(tmp_path / "toy")), set(), []
+    for s, (split, count) in enumerate((("training", 96), ("validation", 24))):
+        pairs = ade20k.find_pairs(root, split)
+        assert len(pairs) == count
+        for i, pair in enumerate(pairs):
+            image, label = ade20k.load_pair(*pair)
             seen |= set(np.unique(label))
             unlabelled.append((label == 255).mean())
+            if i < 4:                                                    # drawn again: the same
+                again, labels = ade20k.draw_scene(np.random.default_rng([s, i]))
+                assert (labels - np.uint8(1) == label).all() and np.abs(again.astype(int) - image).mean() < 4   # jpeg
     assert len(seen - {255}) >= 12 and 0.003 < np.mean(unlabelled) < 0.05
-    assert sorted(os.listdir(tmp_path)) == ["one", "two"]                # nothing half-made is left beside them
+    assert os.listdir(tmp_path) == ["toy"]                               # nothing half-made is left beside it
+    before = os.stat(root).st_mtime_ns
+    assert ade20k.make_toy(root) == root and os.stat(root).st_mtime_ns == before
 
 
 def test_classes_and_palette_are_the_official_ones(sample):

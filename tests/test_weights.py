@@ -46,7 +46,7 @@ def test_prefixes_of_data_parallel_are_taken_off(net, tmp_path):
 def test_deit_b_is_told_from_vit_b_by_the_config_in_the_file(tmp_path):
     with torch.device("meta"):
         names = to_mmseg(build_model("deit_b16").state_dict())
-    weights = {k: torch.zeros(1).expand(v.shape) for k, v in names.items()}     # 1 value each, however large the shape
+    weights = {k: torch.zeros(()).expand(v.shape) for k, v in names.items()}    # 1 value each, however large the shape
     for config, arch in (("pretrained='pretrain/deit_base_patch16_224-b5f2ef4d.pth'", "deit_b16"), ("", "vit_b16")):
         torch.save({"state_dict": weights, "meta": {"config": config}}, tmp_path / "x.pth")
         assert load_weights(str(tmp_path / "x.pth"))[1]["arch"] == arch
