@@ -138,7 +138,8 @@ def load_weights(path_or_url: str) -> tuple[dict[str, Tensor], dict]:
     elif "deit" in str(content.get("meta", "")) and facts["arch"] == "vit_b16":
         facts["arch"] = "deit_b16"              # mmsegmentation stores the config of the run as text
     with torch.device("meta"):                  # shapes without memory
-        model = build_model(facts["arch"], facts["neck"] or "ln", facts["num_classes"] or 150)
+        neck = facts["neck"] or ("ln" if "backbone.norm.weight" in tensors else "none")
+        model = build_model(facts["arch"], neck, facts["num_classes"] or 150)
     grid = model.backbone.grid
     old = int((tensors["backbone.pos_embed"].shape[1] - 1) ** 0.5)
     if (old, old) != grid and tensors["backbone.pos_embed"].shape[1] == 1 + old * old:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ade20k import (CLASSES, DEFAULT_ROOT, IGNORE, PALETTE, DataError, TestSet, data_root, find_pairs, normalise, progress,
                     resize_bilinear, scaled_size)
 from convert_weights import WeightsError, describe, load_into, load_weights
-from upernet import build_model, resize
+from upernet import BLOCK, Segmenter, build_model, interpolation_matrix, resize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,28 +70,37 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 # ---- inference -----------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def predict(model: nn.Module, image: np.ndarray, scales: tuple[float, ...] = (1.0,), flip: bool = False,
+def predict(model: Segmenter, image: np.ndarray, scales: tuple[float, ...] = (1.0,), flip: bool = False,
             short: int = 512, dtype: torch.dtype = torch.float32) -> np.ndarray:
     """Label a whole picture. model in eval mode; image (H, W, 3) uint8 RGB -> (H, W) uint8, class 0..C-1 of each pixel.
 
     Each scale s resizes into (4 short, short) * s, keeping the aspect; flip adds the mirrored picture to every scale.
     """
-    H, W = image.shape[:2]
-    device = next(model.parameters()).device
-    total = 0
+    (H, W), device, views = image.shape[:2], next(model.parameters()).device, []
     for scale in scales:
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
-        x = torch.from_numpy(resize_bilinear(image, h, w)).to(device)       # (h, w, 3) uint8
+        x = torch.tensor(resize_bilinear(image, h, w), device=device)       # (h, w, 3) uint8
         x = normalise(x.permute(2, 0, 1)[None])                             # (1, 3, h, w)
-        if flip:
-            x = torch.cat([x, x.flip(3)])                                   # both in one batch
+        x = torch.cat([x, x.flip(3)]) if flip else x                        # both in one batch
         with autocast(device, dtype):
-            logits = model(x)                                               # (1 or 2, C, h, w)
-        views = resize(logits.float(), (H, W))                              # (1 or 2, C, H, W)
-        if flip or len(scales) > 1:                                         # of one view, the argmax needs no softmax
-            views = views.softmax(1)
-        total = total + views[0] + (views[1].flip(2) if flip else 0)        # (C, H, W)
-    return total.argmax(0).to(torch.uint8).cpu().numpy()
+            small = model.decode_head(model.features(x)).float()            # (1 or 2, C, h', w'), as the head gives them
+        # The two bilinear steps of the protocol, h' x w' -> h x w -> H x W: along x at once, along y as one matrix that is
+        # applied below to some rows at a time, so that (C, H, W) exists for none of the views, however many there are.
+        wide = resize(resize(small, (small.shape[2], w)), (small.shape[2], W)).permute(0, 2, 3, 1)      # (., h', W, C)
+        M = interpolation_matrix(h, H, small) @ interpolation_matrix(small.shape[2], h, small)          # (H, h')
+        views += [(M, (v.flip(1) if k else v).flatten(1)) for k, v in enumerate(wide)]                  # v: (h', W, C)
+    C, rows = small.shape[1], []
+    step = max(1, BLOCK[device.type] // (C * W))
+    for start in range(0, H, step):
+        total = 0
+        for M, wide in views:
+            m = M[start:start + step]                                       # (r, h'), all zero but for a few columns
+            used = m.any(0).nonzero()
+            a, b = used[0, 0], used[-1, 0] + 1
+            logits = (m[:, a:b] @ wide[a:b]).view(len(m), W, C)
+            total = total + (logits.softmax(2) if len(views) > 1 else logits)   # of one view, the argmax is the same
+        rows.append(total.argmax(2).to(torch.uint8))
+    return torch.cat(rows).cpu().numpy()
 
 
 def confusion_matrix(label: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:

@@ -262,7 +262,9 @@ def train(args: argparse.Namespace) -> None:
         total = total + train_step(parallel, batch, micro, optimizer, scaler, device, dtype)
         count, n = count + 1, i + 1
         if n % 50 == 0 or n == args.iters:
-            loss, decode, aux = (total / count).tolist()                            # waits for the GPU, so not every time
+            if world > 1:
+                dist.all_reduce(total)
+            loss, decode, aux = (total / count / world).tolist()                    # waits for the GPU, so not every time
             seconds, wait = (time.monotonic() - window) / count, waited / count
             left = (args.iters - n) * (time.monotonic() - began) / (n - start)
             if rank == 0:

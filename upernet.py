@@ -98,6 +98,12 @@ class FCNHead(nn.Module):
         return self.classifier(self.dropout(self.conv(maps[-1])))
 
 
+def interpolation_matrix(old: int, new: int, like: Tensor) -> Tensor:
+    """(new, old), two numbers a row: the product with it is `resize` along one axis. Of the dtype and device of `like`."""
+    identity = torch.eye(old, dtype=like.dtype, device=like.device)
+    return F.interpolate(identity[None], size=new, mode="linear", align_corners=False)[0].T.contiguous()
+
+
 class UpsampledCrossEntropy(torch.autograd.Function):
     """cross_entropy below, a block of rows after the other, so that the logits at full size never exist as a whole.
 
@@ -111,8 +117,7 @@ class UpsampledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
         (B, C, h, _), (H, W) = logits.shape, labels.shape[1:]
-        M = torch.eye(h, device=logits.device, dtype=logits.dtype)                  # interpolating the identity gives the
-        M = F.interpolate(M[None], size=H, mode="linear")[0].T.contiguous()         # interpolation's own matrix, (H, h)
+        M = interpolation_matrix(h, H, like=logits)
         step = max(1, BLOCK[logits.device.type] // (C * W))                         # rows of a block
         loss, grads = 0, []
         for x, y in zip(logits.split(1), labels):                                   # (1, C, h, w), (H, W)
@@ -161,14 +166,17 @@ class Segmenter(nn.Module):
         self.decode_head = UPerHead(a["width"], a["channels"], num_classes)
         self.auxiliary_head = FCNHead(a["width"], a["channels"] // 2, num_classes)
 
+    def features(self, images: Tensor) -> list[Tensor]:
+        """images (B, 3, H, W) -> the four maps that the heads see."""
+        maps = self.backbone(images)
+        return maps if self.neck is None else self.neck(maps)
+
     def forward(self, images: Tensor, labels: Tensor | None = None):
         """images (B, 3, H, W) -> logits (B, C, H, W); with labels (B, H, W): (loss, {"decode": ..., "aux": ...}).
 
         loss is a float32 scalar, the sum of the parts; the parts are detached, "aux" carries its weight of 0.4.
         """
-        maps = self.backbone(images)
-        if self.neck is not None:
-            maps = self.neck(maps)
+        maps = self.features(images)
         if labels is None:
             return resize(self.decode_head(maps), images.shape[2:])
         decode = cross_entropy(self.decode_head(maps), labels)

@@ -235,7 +235,7 @@ def test_toy_set_is_deterministic_and_as_described(tmp_path):
             unlabelled.append((label == 255).mean())
             if i < 4:                                                    # drawn again: the same
                 again, labels = ade20k.draw_scene(np.random.default_rng([s, i]))
-                assert (labels - np.uint8(1) == label).all() and np.abs(again.astype(int) - image).mean() < 4   # jpeg
+                assert (labels - np.uint8(1) == label).all() and np.abs(again.astype(int) - image).mean() < 6   # jpeg
     assert len(seen - {255}) >= 12 and 0.003 < np.mean(unlabelled) < 0.05
     assert os.listdir(tmp_path) == ["toy"]                               # nothing half-made is left beside it
     before = os.stat(root).st_mtime_ns

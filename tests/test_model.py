@@ -24,18 +24,20 @@ def test_logits_loss_and_gradients_equal_the_reference(arch, neck, golden, fille
         error = np.abs(formulas.samples(logits) - gold[f"logits_{h}x{w}"]).max()
         assert error <= 1e-4 * gold[f"max_{h}x{w}"], (h, w, error)
     net.train()
-    images, labels = formulas.image(97, 131, batch=4), formulas.labels(97, 131, batch=4)
-    loss, parts = net(torch.from_numpy(images), torch.from_numpy(labels))
+    with torch.no_grad():
+        loss, parts = net(torch.from_numpy(formulas.image(97, 131, 4)), torch.from_numpy(formulas.labels(97, 131, 4)))
     np.testing.assert_allclose([loss.item(), parts["decode"], parts["aux"]], gold["loss"], rtol=1e-5)
-    loss.backward()
+    # Gradients in float64 on both sides: in float32 an activation within rounding of 0 is on either side of its ReLU by
+    # chance. (BatchNorm's running averages, which the line above moved, take no part in training mode.)
+    net.double()(torch.from_numpy(formulas.image(97, 131, 2)).double(), torch.from_numpy(formulas.labels(97, 131, 2)))[0].backward()
     theirs = {ours: name for name, ours in MMSEG.items()}
     grads = {rename(name, theirs): p.grad for name, p in net.named_parameters()}
     assert set(grads) == set(gold["grad_names"])
     largest = gold["grad_max"].max()
     for name, values, scale in zip(gold["grad_names"], gold["grads"], gold["grad_max"]):
-        # A bias in front of a BatchNorm has an exact gradient of 0; what either side finds there is rounding.
-        error = np.abs(formulas.samples(grads[name], len(values)) - values).max()
-        assert error <= 1e-3 * max(scale, 1e-5 * largest), (name, error, scale)
+        if scale > 1e-12 * largest:             # a bias in front of a BatchNorm has an exact gradient of 0
+            error = np.abs(formulas.samples(grads[name], len(values)) - values).max()
+            assert error <= 1e-3 * scale, (name, error, scale)
 
 
 @pytest.mark.parametrize("arch,neck", formulas.PAIRS)
@@ -82,7 +84,7 @@ def test_drop_path_zeroes_whole_pictures_and_keeps_the_mean():
     torch.manual_seed(0)
     drop, x = model.DropPath(0.3), torch.ones(20000, 2, 3)
     y = drop(x)
-    assert set(y.unique().tolist()) == {0.0, pytest.approx(1 / 0.7)}
+    assert sorted(y.unique().tolist()) == pytest.approx([0, 1 / 0.7])
     assert (y == y[:, :1, :1]).all() and abs(y.mean() - 1) < 0.02
     assert drop.eval()(x) is x
 
