@@ -18,7 +18,7 @@ import time
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 from multiprocessing import Pool
 
 import numpy as np
@@ -497,14 +497,15 @@ def fetch(url: str, path: str, sha: str = "", attempts: int = 5) -> None:
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 have = have if answer.status == 206 else 0                  # 200: the server starts over, and so do we
-                total = have + int(answer.headers.get("Content-Length", -1))
+                length = answer.headers.get("Content-Length")               # not every server tells
+                total = have + int(length) if length else None
                 with open(part, "r+b" if have else "wb") as file:
                     file.seek(have)
                     while block := answer.read(1 << 20):
                         file.write(block)
                         have += len(block)
-                        progress(f"{os.path.basename(path)}: {have / 1e6:.0f} of {total / 1e6:.0f} MB", started)
-            if have == total:
+                        progress(f"{os.path.basename(path)}: {have / 1e6:.0f} of {(total or 0) / 1e6:.0f} MB", started)
+            if total in (have, None):
                 break
             problem = f"the server broke off after {have} of {total} bytes"
         except urllib.error.HTTPError as error:

@@ -98,7 +98,8 @@ def read(path: str) -> dict:
         raise WeightsError(f"{path}: not a checkpoint, or one with objects that would have to be executed to be read; "
                            "only tensors and plain containers are") from error
     except Exception as error:                  # damaged zips raise almost anything
-        raise WeightsError(f"{path}: not a checkpoint, or a damaged one ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"{path}: not a checkpoint, or a damaged one ({reason})") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
     return content

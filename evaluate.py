@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 import time
 from datetime import timedelta
 from glob import glob
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from torch import nn
 
 from ade20k import (CLASSES, DEFAULT_ROOT, IGNORE, PALETTE, DataError, TestSet, data_root, find_pairs, normalise, progress,
                     resize_bilinear, scaled_size)
@@ -90,7 +91,7 @@ def predict(model: Segmenter, image: np.ndarray, scales: tuple[float, ...] = (1.
         M = interpolation_matrix(h, H, small) @ interpolation_matrix(small.shape[2], h, small)          # (H, h')
         views += [(M, (v.flip(1) if k else v).flatten(1)) for k, v in enumerate(wide)]                  # v: (h', W, C)
     C, rows = small.shape[1], []
-    step = max(1, BLOCK[device.type] // (C * W))
+    step = max(1, BLOCK.get(device.type, 2 ** 26) // (C * W))
     for start in range(0, H, step):
         total = 0
         for M, wide in views:
@@ -162,7 +163,7 @@ def table(result: dict, classes: tuple[str, ...]) -> str:
     lines += [f"{classes[k]:24s}{percent(result['IoU'][k])}{percent(result['Acc'][k])}" for k in shown]
     absent = [name for k, name in enumerate(classes) if k not in shown]
     if absent:
-        lines.append(f"absent, not in the means ({len(absent)}): {', '.join(absent)}")
+        lines += textwrap.wrap(f"absent, not in the means ({len(absent)}): {', '.join(absent)}", 100, subsequent_indent="  ")
     lines.append(f"mIoU {percent(result['mIoU'])}  mAcc {percent(result['mAcc'])}  aAcc {percent(result['aAcc'])}  "
                  f"({len(shown)} of {len(classes)} classes)")
     return "\n".join(lines)

@@ -18,7 +18,6 @@ import sys
 import time
 from contextlib import nullcontext
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -223,6 +222,7 @@ def validate(model: Segmenter, pairs: list, args: argparse.Namespace, rank: int,
 
 def train(args: argparse.Namespace) -> None:
     rank, world, device = setup_processes()
+    torch.backends.cudnn.benchmark = True       # every crop has one size: let cuDNN try its kernels once
     root = data_root(args.data)
     pairs, validation = find_pairs(root, "training"), find_pairs(root, "validation")
     micro, steps = split_batch(args.batch_size, world, args.micro_batch, sync_bn=world > 1 and device.type == "cuda")

@@ -23,7 +23,7 @@ from model import ARCHS, build_backbone
 
 IGNORE = 255            # the label of pixels that nobody labelled: no loss, no metric
 AUX_WEIGHT = 0.4        # of the auxiliary head's loss (PSPNet, section 3.3)
-BLOCK = {"cpu": 2 ** 20, "cuda": 2 ** 26}   # logits that exist at once in the loss: 4 MB fit a cache, a GPU wants more
+BLOCK = {"cpu": 2 ** 20}    # logits that exist at once in loss and inference: 4 MB stay in a cache; elsewhere 2 ** 26
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -116,9 +116,9 @@ class UpsampledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
-        (B, C, h, _), (H, W) = logits.shape, labels.shape[1:]
+        (_, C, h, _), (H, W) = logits.shape, labels.shape[1:]
         M = interpolation_matrix(h, H, like=logits)
-        step = max(1, BLOCK[logits.device.type] // (C * W))                         # rows of a block
+        step = max(1, BLOCK.get(logits.device.type, 2 ** 26) // (C * W))            # rows of a block
         loss, grads = 0, []
         for x, y in zip(logits.split(1), labels):                                   # (1, C, h, w), (H, W)
             x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()

@@ -1,7 +1,11 @@
 """ade20k.py against the real reference's transforms (goldens), plain loops, and damaged files."""
+import hashlib
+import http.server
 import os
 import subprocess
 import sys
+import threading
+import zipfile
 from zlib import crc32
 
 import formulas
@@ -251,3 +255,77 @@ def test_classes_and_palette_are_the_official_ones(sample):
     assert len(set(ade20k.CLASSES)) == len(rows) == 150
     for name, row in zip(ade20k.CLASSES, rows):
         assert name.split()[0] in row["Name"].replace(";", " ").split(), (name, row["Name"])
+
+
+# ---- fetching ----
+
+@pytest.fixture
+def server():
+    """A local HTTP server over a dictionary {path: bytes}; `faults` is a list of byte counts after which it breaks off."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        files, faults, starts = {}, [], []
+
+        def do_GET(self):
+            content = self.files.get(self.path)
+            if content is None:
+                return self.send_error(404)
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            self.starts.append(start)
+            if start >= len(content):
+                return self.send_error(416)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start:][:self.faults.pop(0) if self.faults else None])
+
+        def log_message(self, *args):
+            pass
+    service = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=service.serve_forever, daemon=True).start()
+    Handler.url = f"http://127.0.0.1:{service.server_port}"
+    yield Handler
+    service.shutdown()
+
+
+def test_fetch_resumes_checks_and_moves_into_place(server, tmp_path):
+    content = np.random.RandomState(0).bytes(300_000)
+    server.files["/a.bin"], server.faults[:] = content, [100_000, 50_000]
+    path = str(tmp_path / "sub" / "a.bin")
+    ade20k.fetch(server.url + "/a.bin", path, hashlib.sha1(content).hexdigest())
+    assert open(path, "rb").read() == content and os.listdir(tmp_path / "sub") == ["a.bin"]
+    assert server.starts == [0, 100_000, 150_000], "each try went on where the one before broke off"
+    ade20k.fetch(server.url + "/a.bin", str(tmp_path / "b"), hashlib.sha256(content).hexdigest()[:8])
+    with pytest.raises(ValueError, match="hash is .* not 00000000"):
+        ade20k.fetch(server.url + "/a.bin", str(tmp_path / "c"), "00000000")
+    with pytest.raises(OSError, match="404"):
+        ade20k.fetch(server.url + "/none", str(tmp_path / "d"))
+    server.faults[:] = [1000]
+    with pytest.raises(OSError, match="broke off after 1000 of 300000 bytes"):
+        ade20k.fetch(server.url + "/a.bin", str(tmp_path / "e"), attempts=1)
+    assert sorted(os.listdir(tmp_path)) == ["b", "e.part", "sub"]
+
+
+def make_zip(path, names):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"x")
+
+
+def test_download_unpacks_once_and_refuses_paths_outside(server, tmp_path, monkeypatch):
+    make_zip(tmp_path / "good.zip", ["ADEChallengeData2016/images/training/a.jpg", "ADEChallengeData2016/sceneCategories.txt"])
+    make_zip(tmp_path / "bad.zip", ["ADEChallengeData2016/a.jpg", "../../outside.txt"])
+    for name in ("good", "bad"):
+        content = (tmp_path / f"{name}.zip").read_bytes()
+        server.files[f"/{name}.zip"] = content
+        monkeypatch.setattr(ade20k, "URL", f"{server.url}/{name}.zip")
+        monkeypatch.setattr(ade20k, "SHA1", hashlib.sha1(content).hexdigest())
+        folder = tmp_path / name
+        if name == "bad":
+            with pytest.raises(ValueError, match="outside.txt.*outside the folder"):
+                ade20k.download(str(folder))
+            assert os.listdir(folder) == ["bad.zip"] and not (tmp_path / "outside.txt").exists()
+        else:
+            root = ade20k.download(str(folder))
+            assert os.path.exists(root + "/images/training/a.jpg")
+            server.files.clear()                # a second call asks nobody
+            assert ade20k.download(str(folder)) == root

@@ -29,7 +29,8 @@ def test_logits_loss_and_gradients_equal_the_reference(arch, neck, golden, fille
     np.testing.assert_allclose([loss.item(), parts["decode"], parts["aux"]], gold["loss"], rtol=1e-5)
     # Gradients in float64 on both sides: in float32 an activation within rounding of 0 is on either side of its ReLU by
     # chance. (BatchNorm's running averages, which the line above moved, take no part in training mode.)
-    net.double()(torch.from_numpy(formulas.image(97, 131, 2)).double(), torch.from_numpy(formulas.labels(97, 131, 2)))[0].backward()
+    images = torch.from_numpy(formulas.image(97, 131, 2)).double()
+    net.double()(images, torch.from_numpy(formulas.labels(97, 131, 2)))[0].backward()
     theirs = {ours: name for name, ours in MMSEG.items()}
     grads = {rename(name, theirs): p.grad for name, p in net.named_parameters()}
     assert set(grads) == set(gold["grad_names"])

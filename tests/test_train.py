@@ -110,7 +110,8 @@ def run(folder, *arguments, launch=()):
                           capture_output=True, text=True)
 
 
-TINY = ("--data", "set", "--arch", "toy_p8", "--pretrained", "none", "--lr", 1e-3, "--iters", 6, "--interval", 3, "--batch-size", 4, "--crop-size", 32, "--short-side", 32)
+TINY = ("--data", "set", "--arch", "toy_p8", "--pretrained", "none", "--lr", 1e-3, "--iters", 6, "--interval", 3,
+        "--batch-size", 4, "--crop-size", 32, "--short-side", 32)
 
 
 def read_log(folder):
