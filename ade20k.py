@@ -528,9 +528,12 @@ def fetch(url: str, path: str, sha: str = "", attempts: int = 5) -> None:
 
 
 def progress(text: str, started: float, done: bool = False) -> None:
-    """One line that is written over on a terminal, and only its last state elsewhere."""
-    if sys.stderr.isatty() or done:
-        print(f"\r{text}, {time.monotonic() - started:.0f} s\033[K", end="\n" if done else "", file=sys.stderr, flush=True)
+    """On a terminal one line that is written over, and cleared by an empty text; elsewhere only its last state."""
+    text += f", {time.monotonic() - started:.0f} s" if text else ""
+    if sys.stderr.isatty():
+        print(f"\r{text}\033[K", end="\n" if done else "", file=sys.stderr, flush=True)
+    elif done:
+        print(text, file=sys.stderr)
 
 
 def download(folder: str) -> str:

@@ -59,7 +59,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)           # Ampere and newer
     else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        has = torch.cpu.get_capabilities()
+        fast = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -125,6 +126,11 @@ def scores(matrix: np.ndarray) -> dict:
     return result | {k: [None if np.isnan(x) else float(x) for x in v] for k, v in (("IoU", iou), ("Acc", acc))}
 
 
+def unchanged(sample):
+    """A collate function by name: where loaders start processes afresh (macOS), a lambda could not travel to them."""
+    return sample
+
+
 def evaluate(model: nn.Module, pairs: list[tuple[str, str | None]], num_classes: int = 150, rank: int = 0, world: int = 1,
              workers: int = 2, each=None, **how) -> np.ndarray:
     """Label all pictures -> the confusion matrix (C, C) int64 over all of them and all processes.
@@ -134,7 +140,7 @@ def evaluate(model: nn.Module, pairs: list[tuple[str, str | None]], num_classes:
     """
     mine = list(range(rank, len(pairs), world))                             # without padding: none is counted twice
     loader = torch.utils.data.DataLoader(TestSet(pairs, num_classes), batch_size=None, sampler=mine, num_workers=workers,
-                                         collate_fn=lambda sample: sample)
+                                         collate_fn=unchanged)
     matrix, started, was_training = np.zeros((num_classes, num_classes), np.int64), time.monotonic(), model.training
     model.eval()
     for n, (path, image, label) in enumerate(loader, start=1):
@@ -146,6 +152,7 @@ def evaluate(model: nn.Module, pairs: list[tuple[str, str | None]], num_classes:
         rate = n / (time.monotonic() - started)
         if rank == 0:
             progress(f"{n} of {len(mine)} pictures, {rate:.2f} a second, {(len(mine) - n) / rate:.0f} s left", started)
+    progress("", started)
     model.train(was_training)
     if world > 1:
         device = next(model.parameters()).device
@@ -244,8 +251,9 @@ def load_model(path: str, device: torch.device) -> tuple[nn.Module, dict]:
     if facts["neck"] is None:
         raise UsageError(f"{path}: a {facts['kind']} has no segmentation head to evaluate, train it first with "
                          "`python train.py --pretrained FILE`")
-    model = build_model(facts["arch"], facts["neck"], facts["num_classes"])
-    load_into(model, state_dict, facts)
+    with torch.device("meta"):                  # no initialisation: load_into sets every value, or fails
+        model = build_model(facts["arch"], facts["neck"], facts["num_classes"])
+    load_into(model.to_empty(device="cpu"), state_dict, facts)
     return model.to(device, memory_format=torch.channels_last).eval(), facts
 
 

@@ -270,7 +270,7 @@ def train(args: argparse.Namespace) -> None:
             if rank == 0:
                 log(f"{n}/{args.iters}  loss {loss:.4f} (decode {decode:.4f} + aux {aux:.4f})  lr {group['lr']:.3e}  "
                     f"{seconds:.3f} s/iter ({wait:.3f} waiting for data)  {args.batch_size / seconds:.1f} images/s  "
-                    f"{left / 3600:.0f}h{left / 60 % 60:02.0f}m left", iteration=n, loss=loss, decode=decode, aux=aux,
+                    f"{int(left // 3600)}h{int(left // 60 % 60):02d}m left", iteration=n, loss=loss, decode=decode, aux=aux,
                     lr=group["lr"], seconds=seconds, data_seconds=wait, images_per_second=args.batch_size / seconds)
             window, total, waited, count = time.monotonic(), 0, 0.0, 0
         if n % args.interval == 0 or n == args.iters:

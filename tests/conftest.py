@@ -42,7 +42,9 @@ def write_mmseg(state_dict, path, **more):
 def filled(tmp_path):
     """filled(arch, neck) -> our model with the golden weights, loaded through a mmsegmentation file, dropout off."""
     def build(arch, neck):
-        net = upernet.build_model(arch, neck)
+        with torch.device("meta"):              # no initialisation: the file sets every value
+            net = upernet.build_model(arch, neck)
+        net.to_empty(device="cpu")
         load_into(net, *load_weights(write_mmseg(net.state_dict(), tmp_path / "mmseg.pth")))
         for module in net.modules():
             if isinstance(module, model.DropPath):
