@@ -1,6 +1,6 @@
 """The data: ADE20K's 150 classes, reading pictures and labels, the training and test transforms, and the order of samples.
 
-    jpg, png --load_pair--> image (H, W, 3) uint8 RGB, label (H, W) uint8: 0 -> 255 (ignored), k -> k - 1
+    jpg, png --load--> image (H, W, 3) uint8 RGB, label (H, W) uint8: 0 -> 255 (ignored), k -> k - 1
       --train_transform(rng)--> (S, S, 3), (S, S), size before padding --loader--> batch --normalise--> the model
 
 Data set: ADE20K scene parsing (Zhou et al. 2017, CVPR; Zhou et al. 2019, IJCV), the 2016 challenge's layout:
@@ -97,7 +97,7 @@ def load_label(path: str, num_classes: int = 150) -> np.ndarray:
     return label - np.uint8(1)
 
 
-def load_pair(image_path: str, label_path: str, num_classes: int = 150) -> tuple[np.ndarray, np.ndarray]:
+def load(image_path: str, label_path: str, num_classes: int = 150) -> tuple[np.ndarray, np.ndarray]:
     """load_image and load_label of one sample; DataError if their sizes differ."""
     image, label = load_image(image_path), load_label(label_path, num_classes)
     if image.shape[:2] != label.shape:
@@ -299,7 +299,7 @@ class TrainSet(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
         """-> image (3, S, S) uint8, label (S, S) uint8, size (2,) before padding"""
-        image, label = load_pair(*self.paths(position), self.num_classes)
+        image, label = load(*self.paths(position), self.num_classes)
         rng = np.random.default_rng([self.seed, position, 1])
         image, label, size = train_transform(image, label, rng, self.crop, self.short)
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label), torch.tensor(size)
@@ -333,7 +333,7 @@ class TestSet(torch.utils.data.Dataset):
         image_path, label_path = self.pairs[i]
         if label_path is None:
             return image_path, load_image(image_path), None
-        return image_path, *load_pair(image_path, label_path, self.num_classes)
+        return image_path, *load(image_path, label_path, self.num_classes)
 
 
 # ---- the toy data set ----------------------------------------------------------------------------------------------
@@ -560,7 +560,7 @@ def download(folder: str) -> str:
 def examine(pair: tuple[str, str], num_classes: int = 150) -> tuple[str | None, tuple, np.ndarray]:
     """Read one sample whole: (fault or None, (H, W), pixels per label value 0..255)."""
     try:
-        label = load_pair(*pair, num_classes)[1]
+        label = load(*pair, num_classes)[1]
         return None, label.shape, np.bincount(label.ravel(), minlength=256)
     except DataError as fault:
         return str(fault), (0, 0), np.zeros(256, np.int64)

@@ -29,7 +29,7 @@ def test_training_geometry_replays_the_references_random_stream(sample, golden, 
     gold = golden("transforms")
     monkeypatch.setattr(ade20k, "distort", lambda image, rng: image)
     for i, (image_path, label_path) in enumerate(pairs_of(sample, "training")):
-        image, label = ade20k.load_pair(image_path, label_path)
+        image, label = ade20k.load(image_path, label_path)
         for seed in (0, 1, 2):
             rng, key = ReplayedRng(1000 * i + seed), f"{os.path.basename(image_path)[:-4]}_{seed}"
             x, y, size = ade20k.train_transform(image, label, rng)
@@ -165,9 +165,9 @@ def test_faults_are_named_with_file_and_value(small_set):
     assert len(ade20k.find_pairs(small_set, "training")) == 2
     Image.fromarray(np.full((40, 60), 151, np.uint8)).save(label)
     with pytest.raises(DataError, match="p1.png: label 151 is above the 150 classes"):
-        ade20k.load_pair(image, label)
+        ade20k.load(image, label)
     Image.fromarray(np.ones((41, 60), np.uint8)).save(label)
-    for find in (lambda: ade20k.load_pair(image, label), lambda: ade20k.find_pairs(small_set, "training")):
+    for find in (lambda: ade20k.load(image, label), lambda: ade20k.find_pairs(small_set, "training")):
         with pytest.raises(DataError, match=r"p1.jpg.*40.*p1.png.*41"):
             find()
     Image.fromarray(np.ones((40, 60, 3), np.uint8)).save(label)
@@ -234,7 +234,7 @@ def test_toy_set_is_deterministic_and_as_described(tmp_path):
         pairs = ade20k.find_pairs(root, split)
         assert len(pairs) == count
         for i, pair in enumerate(pairs):
-            image, label = ade20k.load_pair(*pair)
+            image, label = ade20k.load(*pair)
             seen |= set(np.unique(label))
             unlabelled.append((label == 255).mean())
             if i < 4:                                                    # drawn again: the same
