@@ -343,6 +343,7 @@ def run(args: argparse.Namespace) -> None:
                 with open(args.json, "w") as file:
                     json.dump(result | {"classes": list(classes), "protocol": protocol}, file, indent=1)
     if world > 1:
+        dist.barrier()                          # nobody leaves while another may still be talking to it
         dist.destroy_process_group()
 
 

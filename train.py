@@ -288,6 +288,7 @@ def train(args: argparse.Namespace) -> None:
     if rank == 0:
         print(f"{work}/checkpoint_{n}.pt: evaluate it with `python evaluate.py`\n{work}/sheet_{n}.png")
     if world > 1:
+        dist.barrier()                          # nobody leaves while another may still be talking to it
         dist.destroy_process_group()
 
 
