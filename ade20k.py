@@ -10,7 +10,9 @@ Data set: ADE20K scene parsing (Zhou et al. 2017, CVPR; Zhou et al. 2019, IJCV),
 As a program:  python ade20k.py {download,toy,check} DIR
 """
 import argparse
+import fcntl
 import hashlib
+import http.client
 import os
 import shutil
 import sys
@@ -20,6 +22,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from multiprocessing import Pool
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -46,7 +49,7 @@ receiver, airplane, dirt track, apparel, pole, land, bannister, escalator, ottom
 stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket,
 waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal,
 bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan,
-pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag""".replace("\n", " ").strip().split(", "))
+pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag""".strip().replace("\n", " ").split(", "))
 PALETTE = np.frombuffer(bytes.fromhex("""
 787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04
 ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffff
@@ -106,12 +109,26 @@ def load(image_path: str, label_path: str, num_classes: int = 150) -> tuple[np.n
     return image, label
 
 
+def hint_at_root(root: str) -> None:
+    """DataError if the folder root is too high above a data set or too deep in it, or the other release of ADE20K."""
+    if not os.path.isdir(root):
+        return
+    if os.path.isdir(os.path.join(root, "images", "ADE")) or os.path.exists(os.path.join(root, "index_ade20k.pkl")):
+        raise DataError(f"{root}: this is the full ADE20K release of 2021, with other labels than the challenge set of 2016 "
+                        "that the recipes use; `python ade20k.py download data/ade` fetches that one (1 GB)")
+    near = sorted(os.listdir(root)) + ["..", "../.."]
+    for folder in (os.path.normpath(os.path.join(root, name)) for name in near):
+        if all(os.path.isdir(os.path.join(folder, name, "training")) for name in ("images", "annotations")):
+            raise DataError(f"{root}: holds no data set itself, but {folder} does: use --data {folder}")
+
+
 def scan(root: str, split: str) -> tuple[list[tuple[str, str]], list[str]]:
     """The (image, label) paths of ROOT/images/SPLIT and ROOT/annotations/SPLIT, sorted by name, and the faults found."""
     folders = os.path.join(root, "images", split), os.path.join(root, "annotations", split)
     names = []                                                              # two dictionaries: stem -> file name
     for folder, suffixes in zip(folders, ((".jpg", ".jpeg", ".png"), (".png",))):
         if not os.path.isdir(folder):
+            hint_at_root(root)
             raise DataError(f"{folder}: no such folder; `python ade20k.py download data/ade` fetches ADE20K (1 GB), "
                             "--data DIR names another data set, --data toy draws a small one")
         files = sorted(f for f in os.listdir(folder) if f.lower().endswith(suffixes))
@@ -483,48 +500,66 @@ URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"     # as it stands in public scripts; 922 MB
 
 
-def fetch(url: str, path: str, sha: str = "", attempts: int = 5) -> None:
+def fetch(url: str, path: str, sha: str = "", attempts: int = 5, timeout: float = 60) -> None:
     """Download url to path: to path.part first, resumed after a break, moved into place once it is whole.
 
-    sha: the start of the file's sha1 or, if that is not 40 digits long, of its sha256. OSError or ValueError if it
-    cannot be had whole or has another hash (then the part is deleted).
+    sha: the start of the file's sha1 or, if that is not 40 digits long, of its sha256. timeout: seconds without a byte
+    that count as a break. Of several processes one downloads and the others wait for it. OSError or ValueError if the
+    file cannot be had whole or has another hash (then the part is deleted).
     """
-    part, started = path + ".part", time.monotonic()
+    part = path + ".part"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    for attempt in range(attempts):
-        have = os.path.getsize(part) if os.path.exists(part) else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "python"})
+    with open(part, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)        # given back when the file is closed, however the process ends
+        same = os.path.exists(part) and os.path.samestat(os.fstat(file.fileno()), os.stat(part))
+        if os.path.exists(path):                # another process was faster
+            return os.remove(part) if same else None
+        if not same:                            # another process had the lock, and deleted what it got
+            return fetch(url, path, sha, attempts, timeout)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                have = have if answer.status == 206 else 0                  # 200: the server starts over, and so do we
-                length = answer.headers.get("Content-Length")               # not every server tells
-                total = have + int(length) if length else None
-                with open(part, "r+b" if have else "wb") as file:
-                    file.seek(have)
-                    while block := answer.read(1 << 20):
-                        file.write(block)
-                        have += len(block)
-                        progress(f"{os.path.basename(path)}: {have / 1e6:.0f} of {(total or 0) / 1e6:.0f} MB", started)
-            if total in (have, None):
-                break
-            problem = f"the server broke off after {have} of {total} bytes"
-        except urllib.error.HTTPError as error:
-            if error.code == 416:                                           # nothing left to send: the part is whole
-                break
-            raise OSError(f"{url}: the server answers {error.code} {error.reason}") from error
-        except OSError as error:
-            problem = str(error)
-        if attempt == attempts - 1:
-            raise OSError(f"{url}: {problem}; {part} is kept, the next try goes on from there")
-        time.sleep(attempt)
-    digest = hashlib.new("sha1" if len(sha) == 40 else "sha256")
-    with open(part, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    if not digest.hexdigest().startswith(sha):
-        os.remove(part)
-        raise ValueError(f"{url}: the file's hash is {digest.hexdigest()}, not {sha}: damaged on the way, or not the file")
-    os.replace(part, path)
+            for attempt in range(attempts):
+                problem = fetch_rest(url, file, timeout, os.path.basename(path))
+                if problem is None:
+                    break
+                if attempt == attempts - 1:
+                    raise OSError(f"{url}: {problem}; {part} is kept, the next try goes on from there")
+                time.sleep(attempt)
+        finally:
+            file.flush()
+            if os.path.getsize(part) == 0:
+                os.remove(part)                 # nothing came: leave nothing
+        with open(part, "rb") as whole:
+            digest = hashlib.file_digest(whole, "sha1" if len(sha) == 40 else "sha256").hexdigest()
+        if not digest.startswith(sha):
+            os.remove(part)
+            raise ValueError(f"{url}: the file's hash is {digest}, not {sha}: damaged on the way, or not the file")
+        os.replace(part, path)
+
+
+def fetch_rest(url: str, file: BinaryIO, timeout: float, label: str) -> str | None:
+    """Append to file what it lacks of url. -> None, or what broke off and is worth another try; OSError if nothing is."""
+    have, started = file.seek(0, os.SEEK_END), time.monotonic()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "User-Agent": "python"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            if answer.status != 206:                                            # 200: the server starts over, and so do we
+                have = file.truncate(0)
+            length = answer.headers.get("Content-Length")                       # not every server tells
+            total = have + int(length) if length else None
+            while block := answer.read1(1 << 20):        # (read would lose what came before a break)
+                file.write(block)
+                have += len(block)
+                progress(f"{label}: {have / 1e6:.0f} of {(total or 0) / 1e6:.0f} MB", started)
+        return None if total in (have, None) else f"the server broke off after {have} of {total} bytes"
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{have}":
+            return None                                                         # nothing left to send: the part is whole
+        if error.code == 416:
+            file.truncate(0)
+            return f"the server has nothing after the {have} bytes of the part, which is begun anew"
+        raise OSError(f"{url}: the server answers {error.code} {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
 
 
 def progress(text: str, started: float, done: bool = False) -> None:

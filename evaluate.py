@@ -17,6 +17,7 @@ import os
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from datetime import timedelta
 from glob import glob
 
@@ -25,10 +26,12 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ade20k import (CLASSES, DEFAULT_ROOT, IGNORE, PALETTE, DataError, TestSet, data_root, find_pairs, normalise, progress,
                     resize_bilinear, scaled_size)
 from convert_weights import WeightsError, describe, load_into, load_weights
+from model import ARCHS, NECKS, PAIRS
 from upernet import BLOCK, Segmenter, build_model, interpolation_matrix, resize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,15 +43,16 @@ class UsageError(Exception):
 
 # ---- where and how to compute --------------------------------------------------------------------------------------
 
-def setup_processes() -> tuple[int, int, torch.device]:
-    """-> (rank, number of processes, device). Under torchrun joins the others: NCCL on GPUs, gloo on CPUs."""
+def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
+    """-> (rank, number of processes, device). Under torchrun joins the others: NCCL for tensors on GPUs, gloo on CPUs;
+    RuntimeError in all of them when one has not answered for `timeout` seconds."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
     return rank, world, device
 
 
@@ -219,6 +223,73 @@ def sheet(rows: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]], classes:
     return canvas
 
 
+# ---- speed ---------------------------------------------------------------------------------------------------------
+
+def measure(action, device: torch.device, seconds: float = 5.0) -> tuple[float, float]:
+    """-> (median seconds of one action, peak MB meanwhile: torch's on CUDA, the whole process's on Linux CPUs)."""
+    cuda, times = device.type == "cuda", []
+    action()                                    # warm-up: memory is reserved, kernels are chosen or compiled
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    elif os.path.exists("/proc/self/clear_refs"):
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")                     # the kernel's own peak counter starts anew
+    while len(times) < 3 or sum(times) < seconds:
+        began = time.perf_counter()
+        action()
+        if cuda:
+            torch.cuda.synchronize()            # kernels run behind Python's back
+        times.append(time.perf_counter() - began)
+    if cuda:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        with suppress(OSError), open("/proc/self/status") as file:
+            peak = 1024 * int(next(line for line in file if line.startswith("VmHWM")).split()[1])
+    return float(np.median(times)), peak / 1e6
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large square matrix product, the best this machine does in this dtype."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return 2 * n ** 3 / measure(lambda: a @ b, device)[0]
+
+
+def forward_flops(arch: str, neck: str, height: int, width: int, train: bool = False) -> float:
+    """Operations (two per multiply and add) in matrix products and convolutions of one picture's forward pass."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:      # shapes without numbers
+        model, x = build_model(arch, neck), torch.zeros(2, 3, height, width)
+        maps = model.features(x)
+        for head in (model.decode_head, model.auxiliary_head)[:1 + train]:
+            head(maps)
+    return counter.get_total_flops() / 2
+
+
+def chosen_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The published (arch, neck) pairs, or those of --arch, or that of --arch and --neck, or those of --neck."""
+    if args.arch and args.neck:
+        return [(args.arch, args.neck)]
+    return [pair for pair in PAIRS if args.arch in (None, pair[0]) and args.neck in (None, pair[1])]
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Pictures a second, memory and share of the machine's peak of each published pair, on one 512x512 picture."""
+    _, _, device = setup_processes()
+    dtype = choose_dtype(args.dtype, device)
+    rate = matmul_rate(device, dtype)
+    image = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    scales = ",".join(f"{s:g}" for s in args.scales) + " with flip" * args.flip
+    print(f"{device.type}, {torch.get_num_threads()} threads, {str(dtype)[6:]}, matrix products at {rate / 1e9:.0f} GFLOP/s; "
+          f"one 512x512 picture in, label map out, scales {scales}\n"
+          f"{'arch':10s}{'neck':8s}{'GFLOP':>8s}{'seconds':>10s}{'pictures/s':>12s}{'MB':>8s}{'of peak':>9s}")
+    for arch, neck in chosen_pairs(args):
+        model = build_model(arch, neck).to(device, memory_format=torch.channels_last).eval()
+        flops = sum(forward_flops(arch, neck, int(512 * s), int(512 * s)) for s in args.scales) * (1 + args.flip)
+        seconds, peak = measure(lambda: predict(model, image, args.scales, args.flip, dtype=dtype), device)
+        print(f"{arch:10s}{neck:8s}{flops / 1e9:8.0f}{seconds:10.3f}{1 / seconds:12.2f}{peak:8.0f}"
+              f"{flops / seconds / rate:9.0%}", flush=True)
+
+
 # ---- python evaluate.py --------------------------------------------------------------------------------------------
 
 def parse_scales(text: str) -> tuple[float, ...]:
@@ -236,13 +307,13 @@ def parse_scales(text: str) -> tuple[float, ...]:
     return scales
 
 
-def newest_checkpoint(folder: str) -> str:
-    """The last written checkpoint_*.pt in a work directory or in those below it. UsageError if there is none."""
+def checkpoints(folder: str) -> list[str]:
+    """The checkpoint_*.pt in a work directory and in those below it, the last written first. UsageError if there is none."""
     found = glob(os.path.join(folder, "checkpoint_*.pt")) + glob(os.path.join(folder, "*", "checkpoint_*.pt"))
     if not found:
         raise UsageError(f"{folder}: no checkpoint_*.pt in it, train one with `python train.py --data toy` or name a "
                          "file with --checkpoint")
-    return max(found, key=os.path.getmtime)
+    return sorted(found, key=os.path.getmtime, reverse=True)
 
 
 def load_model(path: str, device: torch.device) -> tuple[nn.Module, dict]:
@@ -290,11 +361,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 where the hardware has it, "
                      "else float32 (default)")
     how.add_argument("--workers", type=int, default=2, help="processes that read pictures (default: 2)")
+    how.add_argument("--compile", action="store_true", help="torch.compile backbone, neck and head: a minute at each new "
+                     "size of pictures, then faster, on GPUs above all")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--benchmark", action="store_true", help="time one 512x512 picture with random weights, and stop")
+    speed.add_argument("--arch", choices=ARCHS, help="with --benchmark: this one alone (default: the published pairs)")
+    speed.add_argument("--neck", choices=NECKS, help="with --benchmark: this one alone")
     out = parser.add_argument_group("results")
     out.add_argument("--json", metavar="FILE", help="write scores and protocol")
     out.add_argument("--save-labels", metavar="DIR", help="write one png a picture, label + 1 as in ADE20K's own files")
     out.add_argument("--show", metavar="DIR", help="write one sheet a picture: picture, truth, prediction, legend")
     args = parser.parse_args(argv)
+    if (args.arch or args.neck) and not args.benchmark:
+        parser.error("--arch and --neck are for --benchmark alone: a checkpoint knows its own")
     if args.image and not (args.show or args.save_labels):
         parser.error("--image needs --show DIR or --save-labels DIR, or nothing would come out")
     if args.image and args.json:
@@ -305,8 +384,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     rank, world, device = setup_processes()
     dtype = choose_dtype(args.dtype, device)
-    path = args.checkpoint or newest_checkpoint("runs")
+    path = args.checkpoint or checkpoints("runs")[0]
     model, facts = load_model(path, device)
+    for part in model.children() if args.compile else ():
+        part.compile()
     trained = facts.get("args", {})                                         # of our own checkpoints
     args.data = args.data or trained.get("data", DEFAULT_ROOT)
     short = args.short_side or trained.get("short_side", 512)
@@ -350,7 +431,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse()
     try:
-        run(args)
+        benchmark(args) if args.benchmark else run(args)
     except (DataError, WeightsError, UsageError, OSError) as error:
         # A loader's process wraps the sentence in its traceback: keep the sentence.
         print(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}", file=sys.stderr)

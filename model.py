@@ -35,6 +35,8 @@ ARCHS = {
     "toy_p8": dict(width=128, depth=4, heads=2, patch=8, grid=16, channels=64, drop_path=0.0, drop_path_ln=0.0),
 }
 NECKS = ("none", "ln", "mln", "ln_mln")
+PAIRS = [("deit_s16", "none"), ("deit_s16", "mln"), ("deit_s16", "ln_mln"), ("deit_b16", "none"), ("deit_b16", "mln"),
+         ("deit_b16", "ln_mln"), ("vit_b16", "mln"), ("vit_b16", "ln_mln")]         # of the published table
 
 
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

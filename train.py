@@ -14,18 +14,22 @@ What the published runs did, where it differs from what their configs say:
 import argparse
 import json
 import os
+import re
+import signal
 import sys
 import time
-from contextlib import nullcontext
+import zipfile
+from contextlib import nullcontext, suppress
+from glob import glob
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ade20k import CLASSES, DEFAULT_ROOT, DataError, Positions, TrainSet, data_root, find_pairs, normalise
 from convert_weights import PRETRAINED, WeightsError, describe, load_into, load_weights, read, save
-from evaluate import DTYPES, UsageError, autocast, choose_dtype, evaluate, newest_checkpoint, scores, setup_processes, sheet
+from evaluate import DTYPES, UsageError, autocast, checkpoints, choose_dtype, evaluate, scores, setup_processes, sheet
 from model import ARCHS, NECKS
 from upernet import Segmenter, build_model
 
@@ -39,6 +43,9 @@ OPTIMIZERS = {
     "adamw": dict(lr=6e-5, power=1.0, floor=0.0, warmup=1500),
     "sgd": dict(lr=0.01, power=0.9, floor=1e-4, warmup=0),
 }
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)      # Ctrl-C; clusters: the end is near (two customs)
+PATIENCE = 5            # losses in a row that are not finite
+RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def learning_rate(i: int, iters: int, lr: float, power: float, floor: float, warmup: int) -> float:
@@ -99,6 +106,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--interval", type=positive, metavar="ITERS", help="validate and save every so often (a tenth of "
                      "--iters; toy 200)")
     run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --work-dir, or under runs/")
+    run.add_argument("--keep", type=positive, help="checkpoints to keep: the newest ones, beside the best (2)")
+    run.add_argument("--deterministic", action="store_true", help="the same result every time on the same machine, slower")
+    run.add_argument("--timeout", type=positive, metavar="SECONDS", help="how long processes wait for one that hangs (1800)")
     run.add_argument("--micro-batch", type=positive, help="pictures that go through the model at once on each process; the "
                      "rest of its share is accumulated (all at once)")
     run.add_argument("--dtype", choices=("auto", *DTYPES), help="auto: bfloat16 where the hardware has it, else float32")
@@ -106,13 +116,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     known = {}
     if args.resume:
-        args.checkpoint = newest_checkpoint(args.work_dir or "runs")
+        args.checkpoint = usable_checkpoint(args.work_dir or "runs")
         known = read(args.checkpoint)["args"] | {"work_dir": os.path.dirname(args.checkpoint)}
         for key in ("arch", "neck"):            # a checkpoint knows its own architecture, which wins
             if getattr(args, key) not in (None, known[key]):
                 print(f"--{key} {getattr(args, key)} is ignored: {args.checkpoint} is {known[key]}", file=sys.stderr)
             setattr(args, key, known[key])
-    known = dict(data=DEFAULT_ROOT, seed=0, dtype="auto", workers=2) | RECIPE \
+        for key, value in known.items():        # these may change; none of them does so unnoticed
+            if getattr(args, key) not in (None, value) and key not in ("work_dir", "resume", "workers", "keep", "timeout"):
+                print(f"--{key.replace('_', '-')} was {value} until here, from here on {getattr(args, key)}", file=sys.stderr)
+    known = dict(data=DEFAULT_ROOT, seed=0, dtype="auto", workers=2, keep=2, timeout=1800) | RECIPE \
         | (TOY if "toy" in (args.data, known.get("data")) else {}) | known
     for key, value in vars(args).items():
         if value is None:
@@ -121,6 +134,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.lr = schedule["lr"] if args.lr is None else args.lr
     args.warmup = schedule["warmup"] if args.warmup is None else args.warmup
     args.interval = args.interval or max(1, args.iters // 10)
+    if RESTARTED and not args.resume:           # torchrun --max-restarts repeats the command: go on from what is there
+        args.work_dir = args.work_dir or new_work_dir(args)
+    if args.work_dir and not args.resume and glob(os.path.join(args.work_dir, "checkpoint_*.pt")):
+        if RESTARTED:
+            return parse([*(sys.argv[1:] if argv is None else argv), "--resume", "--work-dir", args.work_dir])
+        raise UsageError(f"{args.work_dir}: holds the checkpoints of a run, go on with it by --resume or name another")
     return args
 
 
@@ -132,43 +151,113 @@ def positive(text: str) -> int:
 
 
 def new_work_dir(args: argparse.Namespace) -> str:
-    """runs/ARCH_NECK_DATA_ITERS, with -2, -3, ... if that is taken."""
+    """runs/ARCH_NECK_DATA_ITERS, with -2, -3, ... if that is taken; after a restart by torchrun the last one taken."""
     base = f"runs/{args.arch}_{args.neck}_{os.path.basename(os.path.normpath(args.data))}_{args.iters}"
-    names = (base + (f"-{n}" if n > 1 else "") for n in range(1, 10000))
-    return next(name for name in names if not os.path.exists(name))
+    names = [base + (f"-{n}" if n > 1 else "") for n in range(1, 10000)]
+    free = next(k for k, name in enumerate(names) if not os.path.exists(name))
+    return names[free - 1 if RESTARTED and free else free]
+
+
+def usable_checkpoint(folder: str) -> str:
+    """The newest checkpoint in a work directory, or below runs/, that is whole. Damaged ones are named and passed over."""
+    found = checkpoints(os.path.dirname(checkpoints(folder)[0]))           # those of one run
+    for path in found:
+        try:
+            damaged = zipfile.ZipFile(path).testzip()           # compares every tensor's bytes with their checksum
+            if damaged is None and {"model", "optimizer", "scaler", "iteration", "args"} <= set(read(path)):
+                return path
+            reason = f"damaged at {damaged}" if damaged else "not a training checkpoint"
+        except (WeightsError, OSError, zipfile.BadZipFile) as error:
+            reason = str(error)
+        print(f"warning: {path} cannot be used ({reason}), trying the one before", file=sys.stderr)
+    raise UsageError(f"{os.path.dirname(found[0])}: none of its {len(found)} checkpoints can be used, "
+                     "start anew without --resume")
 
 
 class Log:
     """One JSON object a line in WORK_DIR/log.jsonl, and the same in words on the terminal. On rank 0 alone."""
 
     def __init__(self, folder: str, iteration: int):
-        self.path = os.path.join(folder, "log.jsonl")
-        kept = []
+        self.path, self.entries = os.path.join(folder, "log.jsonl"), []
         if iteration and os.path.exists(self.path):     # resumed: what came after the checkpoint will come again
             with open(self.path) as file:
-                kept = [line for line in file if json.loads(line)["iteration"] <= iteration]
-        with open(self.path, "w") as file:
-            file.writelines(kept)
+                for line in file:
+                    with suppress(json.JSONDecodeError):                # the last line of a run that was killed may be half
+                        self.entries += [json.loads(line)]
+        self.entries = [e for e in self.entries if e["iteration"] <= iteration]
+        with open(self.path + ".part", "w") as file:
+            file.writelines(json.dumps(e) + "\n" for e in self.entries)
+        os.replace(self.path + ".part", self.path)
 
     def __call__(self, words: str, **entry) -> None:
         print(words, flush=True)
+        if entry:
+            self.entries.append(entry)
+            attempt(self.path, self.append, entry)
+
+    def append(self, entry: dict) -> None:
         with open(self.path, "a") as file:
             file.write(json.dumps(entry) + "\n")
+
+    def has(self, iteration: int) -> bool:
+        """Whether the validation of this iteration is in it."""
+        return any(e["iteration"] == iteration and "mIoU" in e for e in self.entries)
+
+    def best(self) -> dict:
+        """The validation with the highest mIoU so far, {} before the first."""
+        return max((e for e in self.entries if e.get("mIoU") is not None), key=lambda e: e["mIoU"], default={})
+
+
+def attempt(path: str, write, *arguments) -> bool:
+    """write(*arguments); where that fails (a full disk, say), days of training must not: it is said, and tried again when
+    the next one is due. (torch reports some failed writes as RuntimeError.)"""
+    try:
+        write(*arguments)
+        return True
+    except (OSError, RuntimeError) as error:
+        print(f"warning: {path} is not written ({str(error).splitlines()[0]}); training goes on, make room", file=sys.stderr)
+        return False
+
+
+class Stopped(Exception):
+    """The run ends before its last iteration: (sentence, exit code)."""
+
+
+def watch_signals() -> list:
+    """-> a list, empty until a signal asks this process to stop: then [128 + its number, when]. A second leaves at once."""
+    asked = []
+
+    def note(number, frame):
+        # torchrun passes the terminal's Ctrl-C on to processes that got it from the terminal themselves: same request.
+        if asked and (time.monotonic() - asked[1] > 2 or "TORCHELASTIC_RUN_ID" not in os.environ):
+            os._exit(128 + number)
+        asked[:] = asked or [128 + number, time.monotonic()]
+    for number in SIGNALS:
+        signal.signal(number, note)
+    return asked
+
+
+def ignore_signals(worker: int) -> None:
+    """For the loader's processes: a signal to the whole group is the training process's to answer."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def start_model(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> tuple[Segmenter, dict]:
     """The model with its pretrained or resumed weights, on the device. -> (model, the checkpoint's content or {})"""
     torch.manual_seed(args.seed)
     model, content = build_model(args.arch, args.neck, len(CLASSES)), {}
-    source = args.checkpoint if args.resume else PRETRAINED.get(args.arch) if args.pretrained == "auto" else args.pretrained
-    if source is None:
+    source = PRETRAINED.get(args.arch) if args.pretrained == "auto" else args.pretrained
+    if args.resume:
+        content = read(args.checkpoint)
+        model.load_state_dict(content["model"])
+    elif source is None:
         raise UsageError(f"there is no pretrained file for {args.arch}: --pretrained none starts from scratch")
-    if source != "none":
+    elif source != "none":
         if world > 1 and rank > 0:
             dist.barrier()                      # rank 0 fetches, the others find the file
         state_dict, facts = load_weights(source)
-        load_into(model, state_dict, facts)
-        content = read(source) if args.resume else {}
+        load_into(model, state_dict, facts, new_classes=True)
         if rank == 0:
             print(f"{source}: {describe(facts)}")
             if world > 1:
@@ -178,21 +267,11 @@ def start_model(args: argparse.Namespace, rank: int, world: int, device: torch.d
     return model.to(device, memory_format=torch.channels_last), content
 
 
-def main() -> None:
-    try:
-        train(parse())
-    except (DataError, WeightsError, UsageError, OSError) as error:
-        # A loader's process wraps the sentence in its traceback: keep the sentence.
-        print(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}", file=sys.stderr)
-        sys.exit(2)
-
-
-def train_step(model: nn.Module, batch: tuple, micro: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-               device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """One update from one process's share of a batch, `micro` pictures at a time. -> (3,) loss, decode, aux"""
+def gradients(model: nn.Module, batch: tuple, micro: int, scaler: torch.amp.GradScaler, device: torch.device,
+              dtype: torch.dtype) -> Tensor:
+    """Adds the gradients of one process's share of a batch, `micro` pictures at a time. -> (3,) loss, decode, aux"""
     images, labels, sizes = (t.split(micro) for t in batch)
     total, steps = 0, len(images)
-    optimizer.zero_grad()
     for k, (x, y, size) in enumerate(zip(images, labels, sizes)):
         x, y, size = (t.to(device, non_blocking=True) for t in (x, y, size))        # uint8: a quarter of float32's traffic
         x = normalise(x, size).contiguous(memory_format=torch.channels_last)
@@ -203,93 +282,171 @@ def train_step(model: nn.Module, batch: tuple, micro: int, optimizer: torch.opti
                 loss, parts = model(x, y.long())
             scaler.scale(loss / steps).backward()
         total = total + torch.stack([loss.detach(), parts["decode"], parts["aux"]]) / steps
-    scaler.step(optimizer)
-    scaler.update()
     return total
 
 
-def validate(model: Segmenter, pairs: list, args: argparse.Namespace, rank: int, world: int, dtype: torch.dtype, path: str
-             ) -> dict:
-    """Scores on the validation pictures; rank 0 draws four of its own to path."""
-    shown = {len(pairs) * k // 4 // world * world for k in range(4)}                # spread over the set, rank 0's
-    rows = []
-    matrix = evaluate(model, pairs, len(CLASSES), rank, world, args.workers, short=args.short_side, dtype=dtype,
-                      each=lambda i, path, *row: rows.append(row) if i in shown else None)
-    if rank == 0:
-        sheet(rows, CLASSES).save(path)
-    return scores(matrix)
+class Run:
+    """The parts of a run, on one of its processes: what the loop below needs, and what a checkpoint holds."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.rank, self.world, self.device = rank, world, device = setup_processes(args.timeout)
+        if args.deterministic:      # kernels that add in a fixed order, slower; torch warns of those that have none
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = not args.deterministic     # every crop has one size: let cuDNN try its kernels once
+        root = data_root(args.data)
+        pairs, self.validation = find_pairs(root, "training"), find_pairs(root, "validation")
+        self.micro, steps = split_batch(args.batch_size, world, args.micro_batch, sync_bn=world > 1 and device.type == "cuda")
+        self.model, content = start_model(args, rank, world, device)
+        self.parallel = DistributedDataParallel(self.model) if world > 1 else self.model
+        self.dtype, self.start = choose_dtype(args.dtype, device), content.get("iteration", 0)
+        self.optimizer = build_optimizer(self.model, args.optimizer, args.lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        if content:
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scaler.load_state_dict(content["scaler"])
+        self.window = content.get("window", [0.0] * 4)      # sums since the last log line: loss, decode, aux, iterations
+        self.samples = TrainSet(pairs, args.seed, args.crop_size, args.short_side, len(CLASSES))
+        self.loader = torch.utils.data.DataLoader(
+            self.samples, batch_sampler=Positions(self.start, args.iters, args.batch_size, rank, world),
+            num_workers=args.workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
+            prefetch_factor=4 if args.workers else None)
+        self.work = args.work_dir = args.work_dir or new_work_dir(args)
+        self.asked = watch_signals()
+        if rank == 0:
+            os.makedirs(self.work, exist_ok=True)
+            self.log = Log(self.work, self.start)
+            self.log(f"{self.work}: {args.arch}, neck {args.neck}, {sum(p.numel() for p in self.model.parameters()):,} "
+                     f"parameters, {str(self.dtype)[6:]} on {world} x {device.type}\nbatch {args.batch_size} = {world} "
+                     f"processes x {self.micro} pictures x {steps} accumulated; {len(pairs)} training pictures, iterations "
+                     f"{self.start} to {args.iters}", **{} if self.start else dict(iteration=0, args=vars(args)))
+
+    def share(self, *values: float) -> list[float]:
+        """The sum of each value over all processes. On the CPU (gloo) also beside NCCL: no GPU has to be waited for."""
+        values = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def step(self, i: int, batch: tuple) -> tuple[bool, bool]:
+        """Iteration i: one update of the weights. -> (was any process asked to stop?, was the loss finite?)"""
+        # Dropout and drop path: a seed of their own for every iteration and process, so a resumed run needs no rng state.
+        torch.manual_seed((self.args.seed << 40) + (i << 10) + self.rank)
+        schedule = OPTIMIZERS[self.args.optimizer] | dict(lr=self.args.lr, warmup=self.args.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(i, self.args.iters, **schedule)
+        statistics = [b.clone() for b in self.model.buffers()]          # BatchNorm's, before this batch is added to them
+        losses = gradients(self.parallel, batch, self.micro, self.scaler, self.device, self.dtype)
+        finite = torch.isfinite(losses).all().item()
+        stop, broken, *losses = self.share(bool(self.asked), not finite, *(losses / self.world).tolist())
+        if broken:              # in any process: all of them leave weights and statistics as they were
+            for b, old in zip(self.model.buffers(), statistics):
+                b.copy_(old)
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.window = [a + b for a, b in zip(self.window, (*losses, 1))]
+        self.optimizer.zero_grad()
+        return bool(stop), not broken
+
+    def save(self, n: int) -> str | None:
+        """Write checkpoint_n.pt, on rank 0; the others wait until that is done. -> its path, None where it failed"""
+        path, done = os.path.join(self.work, f"checkpoint_{n}.pt"), 0
+        if self.rank == 0:
+            best = self.log.best()
+            done = attempt(path, save, dict(
+                model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+                iteration=n, window=self.window, best=best, seed=self.args.seed, args=vars(self.args)), path)
+            number = lambda p: int(re.search(r"_(\d+)\.pt$", p)[1])     # noqa: E731
+            old = sorted(glob(os.path.join(self.work, "checkpoint_*.pt")), key=number)[:-self.args.keep]
+            for other in old if done else []:
+                if number(other) != best.get("iteration"):
+                    os.remove(other)
+        return path if self.share(done)[0] else None
+
+    def validate(self, n: int) -> None:
+        """Scores on the validation pictures; rank 0 logs them and draws four of its own. Stopped when a signal comes."""
+        shown = {len(self.validation) * k // 4 // self.world * self.world for k in range(4)}    # spread over the set
+        rows, path = [], os.path.join(self.work, f"sheet_{n}.png")
+
+        def each(i, name, *row):
+            if self.asked:
+                raise Stopped("stopped during the validation; go on with --resume, it comes first then", self.asked[0])
+            rows.extend([row] if i in shown else [])
+        matrix = evaluate(self.model, self.validation, len(CLASSES), self.rank, self.world, self.args.workers,
+                          short=self.args.short_side, dtype=self.dtype, each=each)
+        if self.rank == 0:
+            means = {k: v for k, v in scores(matrix).items() if k in ("mIoU", "mAcc", "aAcc")}
+            self.log(f"{n}/{self.args.iters}  validation: " + "  ".join(f"{k} {v:.2f}" for k, v in means.items())
+                     + f"  ({len(self.validation)} pictures)", iteration=n, **means)
+            attempt(path, sheet(rows, CLASSES).save, path)
 
 
 def train(args: argparse.Namespace) -> None:
-    rank, world, device = setup_processes()
-    torch.backends.cudnn.benchmark = True       # every crop has one size: let cuDNN try its kernels once
-    root = data_root(args.data)
-    pairs, validation = find_pairs(root, "training"), find_pairs(root, "validation")
-    micro, steps = split_batch(args.batch_size, world, args.micro_batch, sync_bn=world > 1 and device.type == "cuda")
-    model, content = start_model(args, rank, world, device)
-    dtype, start = choose_dtype(args.dtype, device), content.get("iteration", 0)
-    if start >= args.iters:
-        raise UsageError(f"{args.checkpoint}: has all of its {start} iterations, nothing is left to train")
-    optimizer = build_optimizer(model, args.optimizer, args.lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if content:
-        optimizer.load_state_dict(content["optimizer"])
-        scaler.load_state_dict(content["scaler"])
-    schedule = OPTIMIZERS[args.optimizer] | dict(lr=args.lr, warmup=args.warmup)
-    parallel = DistributedDataParallel(model) if world > 1 else model
-    loader = torch.utils.data.DataLoader(
-        TrainSet(pairs, args.seed, args.crop_size, args.short_side, len(CLASSES)),
-        batch_sampler=Positions(start, args.iters, args.batch_size, rank, world), num_workers=args.workers,
-        pin_memory=device.type == "cuda", prefetch_factor=4 if args.workers else None)
-    work = args.work_dir = args.work_dir or new_work_dir(args)
-    if rank == 0:
-        os.makedirs(work, exist_ok=True)
-        log = Log(work, start)
-        log(f"{work}: {args.arch}, neck {args.neck}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"{str(dtype)[6:]} on {world} x {device.type}\nbatch {args.batch_size} = {world} processes x {micro} pictures x "
-            f"{steps} accumulated; {len(pairs)} training pictures, iterations {start} to {args.iters}",
-            iteration=start, args=vars(args))
-
-    batches, began, window, total, waited, count = iter(loader), time.monotonic(), time.monotonic(), 0, 0.0, 0
-    for i in range(start, args.iters):
-        before = time.monotonic()
+    run = Run(args)
+    # A run that stopped between saving and validating has the validation of its iteration still to come.
+    due = run.start and (run.start % args.interval == 0 or run.start == args.iters)
+    if run.share(run.rank == 0 and due and not run.log.has(run.start))[0]:
+        run.validate(run.start)
+    elif run.start >= args.iters:
+        raise UsageError(f"{args.checkpoint}: has all of its {run.start} iterations, nothing is left to train")
+    batches, since, clock, waited, broken = iter(run.loader), run.start, time.monotonic(), 0.0, 0
+    for i in range(run.start, args.iters):
+        n, before = i + 1, time.monotonic()
         batch = next(batches)
         waited += time.monotonic() - before
-        # Dropout and drop path: a seed of their own for every iteration and process, so a resumed run needs no rng state.
-        torch.manual_seed((args.seed << 40) + (i << 10) + rank)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(i, args.iters, **schedule)
-        total = total + train_step(parallel, batch, micro, optimizer, scaler, device, dtype)
-        count, n = count + 1, i + 1
+        stop, finite = run.step(i, batch)
+        broken = 0 if finite else broken + 1
+        if broken and run.rank == 0:
+            files = ", ".join(run.samples.paths(p)[0] for p in range(i * args.batch_size, n * args.batch_size))
+            run.log(f"warning: iteration {n}: the loss is not finite, the step is not taken; its pictures: {files}",
+                    iteration=n, skipped=files)
         if n % 50 == 0 or n == args.iters:
-            if world > 1:
-                dist.all_reduce(total)
-            loss, decode, aux = (total / count / world).tolist()                    # waits for the GPU, so not every time
-            seconds, wait = (time.monotonic() - window) / count, waited / count
-            left = (args.iters - n) * (time.monotonic() - began) / (n - start)
-            if rank == 0:
-                log(f"{n}/{args.iters}  loss {loss:.4f} (decode {decode:.4f} + aux {aux:.4f})  lr {group['lr']:.3e}  "
-                    f"{seconds:.3f} s/iter ({wait:.3f} waiting for data)  {args.batch_size / seconds:.1f} images/s  "
-                    f"{int(left // 3600)}h{int(left // 60 % 60):02d}m left", iteration=n, loss=loss, decode=decode, aux=aux,
-                    lr=group["lr"], seconds=seconds, data_seconds=wait, images_per_second=args.batch_size / seconds)
-            window, total, waited, count = time.monotonic(), 0, 0.0, 0
-        if n % args.interval == 0 or n == args.iters:
-            pause = time.monotonic()
-            if rank == 0:                                                           # save first: validation may fail
-                save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                          iteration=n, seed=args.seed, args=vars(args)), os.path.join(work, f"checkpoint_{n}.pt"))
-            result = validate(model, validation, args, rank, world, dtype, os.path.join(work, f"sheet_{n}.png"))
-            if rank == 0:
-                means = {k: result[k] for k in ("mIoU", "mAcc", "aAcc")}
-                log(f"{n}/{args.iters}  validation: " + "  ".join(f"{k} {v:.2f}" for k, v in means.items())
-                    + f"  ({len(validation)} pictures)", iteration=n, **means)
-            pause = time.monotonic() - pause                                        # does not count as training
-            began, window = began + pause, window + pause
-    if rank == 0:
-        print(f"{work}/checkpoint_{n}.pt: evaluate it with `python evaluate.py`\n{work}/sheet_{n}.png")
-    if world > 1:
+            loss, decode, aux = (x / max(run.window[3], 1) for x in run.window[:3])
+            seconds, wait = (time.monotonic() - clock) / (n - since), waited / (n - since)
+            left, lr = (args.iters - n) * seconds, run.optimizer.param_groups[0]["lr"]
+            if run.rank == 0:
+                run.log(f"{n}/{args.iters}  loss {loss:.4f} (decode {decode:.4f} + aux {aux:.4f})  lr {lr:.3e}  "
+                        f"{seconds:.3f} s/iter ({wait:.3f} waiting for data)  {args.batch_size / seconds:.1f} images/s  "
+                        f"{int(left // 3600)}h{int(left // 60 % 60):02d}m left", iteration=n, loss=loss, decode=decode,
+                        aux=aux, lr=lr, seconds=seconds, data_seconds=wait, images_per_second=args.batch_size / seconds)
+            run.window, since, clock, waited = [0.0] * 4, n, time.monotonic(), 0.0
+        due = n % args.interval == 0 or n == args.iters
+        if due or stop or broken == PATIENCE:
+            path = run.save(n)
+            where = f"{path} holds all of it, go on with --resume" if path else "this state could not be saved"
+            if broken == PATIENCE:
+                raise Stopped(f"error: the loss was not finite {PATIENCE} times in a row and none of these steps was taken: "
+                              f"{where} and a lower --lr, or without the pictures named above", 3)
+            if stop:
+                raise Stopped(f"stopped by a signal after iteration {n}: {where}", (run.asked or [128 + signal.SIGTERM])[0])
+            before = time.monotonic()
+            run.validate(n)
+            clock += time.monotonic() - before                      # does not count as training
+    if run.rank == 0:
+        print(f"{run.work}/checkpoint_{args.iters}.pt: evaluate it with `python evaluate.py`\n"
+              f"{run.work}/sheet_{args.iters}.png")
+    if run.world > 1:
         dist.barrier()                          # nobody leaves while another may still be talking to it
         dist.destroy_process_group()
+
+
+def main() -> None:
+    try:
+        train(parse())
+    except (DataError, WeightsError, UsageError, OSError) as error:
+        # A loader's process wraps the sentence in its traceback: keep the sentence.
+        print(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stopped:
+        print(stopped.args[0], file=sys.stderr)
+        sys.exit(stopped.args[1])
+    except RuntimeError as error:
+        if not re.search("[Tt]imed out|onnection (closed|reset)|Broken pipe", str(error)):
+            raise
+        print(f"error: another process has died or hangs ({str(error).splitlines()[0]}); go on with --resume", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
+import http.server
 import os
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -62,3 +65,37 @@ class ReplayedRng:
     def __init__(self, seed):
         state = np.random.RandomState(seed)
         self.random, self.integers, self.uniform = state.random_sample, state.randint, state.uniform
+
+
+@pytest.fixture
+def server():
+    """A local HTTP server over `files`, {path: bytes}. `faults` lists, one an answer, after how many bytes it breaks off; a
+    negative number of them: after which it stalls for two seconds. `length`: what it says the length is, if not the truth."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        files, faults, starts, length = {}, [], [], None
+
+        def do_GET(self):
+            content = self.files.get(self.path)
+            if content is None:
+                return self.send_error(404)
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            self.starts.append(start)
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                return self.end_headers()
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(self.length or len(content) - start))
+            self.end_headers()
+            fault = self.faults.pop(0) if self.faults else None
+            self.wfile.write(content[start:][:fault if fault is None else abs(fault)])
+            if fault is not None and fault < 0:
+                time.sleep(2)
+
+        def log_message(self, *args):
+            pass
+    service = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=service.serve_forever, daemon=True).start()
+    Handler.url = f"http://127.0.0.1:{service.server_port}"
+    yield Handler
+    service.shutdown()

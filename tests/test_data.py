@@ -1,11 +1,11 @@
 """ade20k.py against the real reference's transforms (goldens), plain loops, and damaged files."""
 import hashlib
-import http.server
 import os
+import struct
 import subprocess
 import sys
-import threading
 import zipfile
+import zlib
 from zlib import crc32
 
 import formulas
@@ -187,6 +187,25 @@ def test_faults_are_named_with_file_and_value(small_set):
         ade20k.find_pairs(small_set + "/nowhere", "training")
 
 
+def test_a_folder_near_a_data_set_or_of_the_wrong_release_is_recognised(small_set, tmp_path):
+    for wrong in (os.path.dirname(small_set), small_set + "/images", small_set + "/images/training"):
+        with pytest.raises(DataError, match=f"use --data {small_set}$"):
+            ade20k.find_pairs(wrong, "training")
+    os.makedirs(tmp_path / "ADE20K_2021_17_01" / "images" / "ADE" / "training")
+    with pytest.raises(DataError, match="full ADE20K release of 2021.*download"):
+        ade20k.find_pairs(str(tmp_path / "ADE20K_2021_17_01"), "training")
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked(small_set):
+    """A few kilobytes of png that say they are 60000 x 60000 pixels."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc32(kind + data))  # noqa: E731
+    with open(small_set + "/images/training/p0.jpg", "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+                   + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b""))
+    with pytest.raises(DataError, match="p0.jpg: cannot be read .*decompression bomb"):
+        ade20k.find_pairs(small_set, "training")
+
+
 def test_check_reports_every_fault_by_file_in_one_pass(small_set):
     with open(small_set + "/images/training/bad.jpg", "wb") as file:
         file.write(b"not a jpeg")
@@ -258,34 +277,6 @@ def test_classes_and_palette_are_the_official_ones(sample):
 
 
 # ---- fetching ----
-
-@pytest.fixture
-def server():
-    """A local HTTP server over a dictionary {path: bytes}; `faults` is a list of byte counts after which it breaks off."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        files, faults, starts = {}, [], []
-
-        def do_GET(self):
-            content = self.files.get(self.path)
-            if content is None:
-                return self.send_error(404)
-            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-            self.starts.append(start)
-            if start >= len(content):
-                return self.send_error(416)
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(content) - start))
-            self.end_headers()
-            self.wfile.write(content[start:][:self.faults.pop(0) if self.faults else None])
-
-        def log_message(self, *args):
-            pass
-    service = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=service.serve_forever, daemon=True).start()
-    Handler.url = f"http://127.0.0.1:{service.server_port}"
-    yield Handler
-    service.shutdown()
-
 
 def test_fetch_resumes_checks_and_moves_into_place(server, tmp_path):
     content = np.random.RandomState(0).bytes(300_000)

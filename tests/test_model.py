@@ -155,8 +155,8 @@ def test_timm_backbone_gives_the_features_of_the_references_own_converter(tmp_pa
     weights = {k: torch.from_numpy(formulas.weight(k, s)) for k, s in shapes.items()}
     torch.save({"model": weights}, tmp_path / "deit.pth")             # as DeiT wraps it
     state_dict, facts = load_weights(str(tmp_path / "deit.pth"))
-    assert facts["arch"] == "deit_s16" and facts["kind"] == "timm backbone" and "14x14" in facts["pos_embed"]
-    assert [x.split(":")[0] for x in facts["left_out"]] == ["head.weight", "head.bias"]
+    assert facts["arch"] == "deit_s16" and facts["kind"] == "timm" and facts["resolution"] == "224x224"
+    assert [x.split()[0] for x in facts["left_out"]] == ["head.bias", "head.weight"]
     np.testing.assert_allclose(formulas.samples(state_dict["backbone.pos_embed"]), gold["pos_embed"], atol=1e-6)
     net = build_model("deit_s16", "ln").eval()
     load_into(net, state_dict, facts)

@@ -1,0 +1,314 @@
+"""Faults, injected for real: signals, kill -9, damaged files, a full disk, processes that die or hang, numbers that are none.
+
+    python -m pytest tests/faults.py            (about four minutes; .ci/run does it too, `pytest tests` does not)
+    python tests/faults.py 50                   (so many random kills of one run, which must end with the same weights)
+"""
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from glob import glob
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT]
+
+import ade20k  # noqa: E402
+import train  # noqa: E402
+
+OPTIONS = ("--data", "set", "--arch", "toy_p8", "--pretrained", "none", "--lr", 1e-3, "--warmup", 5, "--iters", 110,
+           "--interval", 30, "--batch-size", 4, "--crop-size", 32, "--short-side", 32)
+TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+
+
+def make_set(folder):
+    from PIL import Image
+    for split, count in (("training", 8), ("validation", 3)):
+        for kind in ("images", "annotations"):
+            os.makedirs(folder / "set" / kind / split)
+        for i in range(count):
+            image, label = ade20k.draw_scene(np.random.default_rng([7, i]))
+            Image.fromarray(image).save(folder / f"set/images/{split}/s{i}.jpg")
+            Image.fromarray(label).save(folder / f"set/annotations/{split}/s{i}.png")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    make_set(folder)
+    return folder
+
+
+def start(folder, *arguments, launch=(), **more):
+    """train.py in a process group of its own, as a terminal or a cluster would start it."""
+    return subprocess.Popen([sys.executable, *launch, os.path.join(ROOT, "train.py"), *map(str, arguments)], cwd=folder,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **more)
+
+
+def finish(process, code=0, timeout=200):
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == code, (process.returncode, out[-500:], err[-2000:])
+    return out, err
+
+
+def wait_for(path, process, seconds=60):
+    """Until a file is there: how far the run is."""
+    end = time.monotonic() + seconds
+    while not glob(str(path)):
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def result(work):
+    """(all that a run computed, its log without what the clock says)"""
+    with open(work / "log.jsonl") as file:
+        log = [json.loads(line) for line in file]
+    kept = [{k: v for k, v in e.items() if "second" not in k} for e in log if "args" not in e]
+    content = torch.load(work / "checkpoint_110.pt", weights_only=True)
+    state = content["optimizer"]["state"]
+    return {**content["model"], **{f"{k} {n}": v for k, s in state.items() for n, v in s.items()}}, kept
+
+
+def assert_same(work, other):
+    (a, log_a), (b, log_b) = result(work), result(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert log_a == log_b and [e["iteration"] for e in log_a if "mIoU" in e] == [30, 60, 90, 110]
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    """The run that nothing disturbed."""
+    finish(start(folder, *OPTIONS, "--work-dir", "straight"))
+    return folder / "straight"
+
+
+@pytest.mark.parametrize("number,workers", [(signal.SIGINT, 2), (signal.SIGTERM, 0), (signal.SIGUSR1, 2), (signal.SIGKILL, 2)])
+def test_a_run_stopped_by_a_signal_and_resumed_is_the_run_that_was_not(number, workers, straight, folder):
+    work = folder / number.name
+    run = start(folder, *OPTIONS, "--work-dir", work, "--workers", workers)
+    wait_for(work / "checkpoint_30.pt", run)
+    time.sleep(random.random())                 # in the validation, before or after it
+    os.killpg(run.pid, number)                  # to the loader's processes too, as from a terminal or a cluster
+    out, err = finish(run, -9 if number == signal.SIGKILL else 128 + number)
+    assert number == signal.SIGKILL or "go on with --resume" in err
+    finish(start(folder, "--resume", "--work-dir", work, "--workers", 2 - workers))
+    assert_same(work, straight)
+    assert len(glob(str(work / "checkpoint_*.pt"))) <= 3 and not glob(str(work / "*.part"))
+
+
+def test_a_second_signal_leaves_at_once(straight, folder):
+    run = start(folder, *OPTIONS, "--work-dir", "twice")
+    wait_for(folder / "twice" / "checkpoint_30.pt", run)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(run.pid, number)
+    out, err = finish(run, 128 + signal.SIGTERM)
+    assert "go on" not in err
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, straight, folder):
+    work = folder / damage
+    shutil.copytree(straight, work)
+    newest, before = work / "checkpoint_110.pt", work / "checkpoint_90.pt"
+    if damage == "cut":
+        os.truncate(newest, os.path.getsize(newest) // 2)
+    else:                                       # one bit of one weight, which only a checksum can tell
+        with open(newest, "r+b") as file:
+            file.seek(os.path.getsize(newest) // 2)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+    out, err = finish(start(folder, "--resume", "--work-dir", work))
+    assert f"warning: {newest} cannot be used" in err and "iterations 90 to 110" in out and before.exists()
+    assert_same(work, straight)
+
+
+def test_a_full_disk_is_said_survived_and_leaves_the_old_files_whole(straight, folder):
+    """A limit on the size of any file stands for the disk: it holds the log and not a checkpoint, until it is raised."""
+    work = folder / "full"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))        # noqa: E731
+    run = start(folder, *OPTIONS, "--work-dir", work, preexec_fn=limit)
+    wait_for(work / "sheet_30.png", run)        # (drawn after checkpoint 30 was tried)
+    assert not glob(str(work / "checkpoint_*"))
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    out, err = finish(run)
+    assert "checkpoint_30.pt is not written" in err and "training goes on" in err
+    assert_same(work, straight)
+
+
+def test_a_changed_argument_is_named_and_a_used_folder_refused(straight, folder):
+    out, err = finish(start(folder, "--resume", "--work-dir", straight, "--lr", 5, "--seed", 3, "--workers", 1), 2)
+    assert "--lr was 0.001 until here, from here on 5.0" in err and "--seed was 0 until here" in err
+    assert "workers" not in err and "nothing is left to train" in err
+    out, err = finish(start(folder, *OPTIONS, "--work-dir", straight), 2)
+    assert "holds the checkpoints of a run" in err
+
+
+# ---- numbers that are none ----
+
+def test_a_loss_that_stays_not_finite_ends_the_run_with_code_3(folder):
+    out, err = finish(start(folder, *OPTIONS, "--lr", 1e30, "--warmup", 0, "--work-dir", "wild"), 3)
+    assert out.count("the loss is not finite, the step is not taken") == train.PATIENCE and "set/images/training/s" in out
+    assert "5 times in a row" in err
+    content = torch.load(folder / "wild" / f"checkpoint_{1 + train.PATIENCE}.pt", weights_only=True)
+    assert all(torch.isfinite(v).all() for k, v in content["model"].items() if "running" in k), "statistics were put back"
+
+
+def test_one_bad_batch_changes_nothing_and_training_goes_on(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    run = train.Run(train.parse([*map(str, OPTIONS), "--work-dir", "one", "--workers", "0"]))
+    batch = next(iter(run.loader))
+    assert run.step(0, batch) == (False, True)
+    before = {k: v.clone() for k, v in run.model.state_dict().items()}
+    window, good = list(run.window), train.normalise
+    monkeypatch.setattr(train, "normalise", lambda x, size: good(x, size) * float("nan"))
+    assert run.step(1, batch) == (False, False) and run.window == window
+    assert all(torch.equal(v, before[k]) for k, v in run.model.state_dict().items())
+    monkeypatch.setattr(train, "normalise", good)
+    assert run.step(2, batch) == (False, True)
+    assert not torch.equal(run.model.backbone.pos_embed, before["backbone.pos_embed"])
+    for number in train.SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+
+
+# ---- several processes ----
+
+FROZEN = """
+import sys, torch, train, model
+from torch import nn
+# On a CPU there is no SyncBN: with the statistics frozen and nothing random, the sum over processes is all that is left.
+nn.BatchNorm2d.train = lambda self, mode=True: self
+build = train.build_model
+def frozen(*arguments):
+    net = build(*arguments)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.training = False
+        if isinstance(m, nn.Dropout2d): m.p = 0.0
+    return net
+train.build_model = frozen
+train.main()
+"""
+
+
+def test_two_processes_give_the_weights_of_one(folder):
+    (folder / "frozen.py").write_text(FROZEN)
+    got = []
+    for name, launch in (("alone", ()), ("both", (*TWO, "--standalone"))):
+        run = subprocess.run([sys.executable, *launch, "frozen.py", *map(str, OPTIONS), "--iters", "4", "--interval", "4",
+                              "--batch-size", "16", "--optimizer", "sgd", "--work-dir", name], cwd=folder, text=True,
+                             capture_output=True, env=os.environ | {"PYTHONPATH": ROOT})
+        assert run.returncode == 0, run.stderr[-2000:]
+        got.append(torch.load(folder / name / "checkpoint_4.pt", weights_only=True)["model"])
+    for k, v in got[0].items():
+        torch.testing.assert_close(got[1][k], v, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def straight_two(folder):
+    finish(start(folder, *OPTIONS, "--work-dir", "two", launch=(*TWO, "--standalone")))
+    return folder / "two"
+
+
+def workers_of(process):
+    """The training processes under a torchrun: {rank: pid}."""
+    found = {}
+    for path in glob("/proc/[0-9]*/environ"):
+        try:
+            with open(path, "rb") as file:
+                variables = dict(v.split(b"=", 1) for v in file.read().split(b"\0") if b"=" in v)
+            with open(path.replace("environ", "stat")) as file:
+                parent = int(file.read().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == process.pid and b"LOCAL_RANK" in variables:
+            found[int(variables[b"LOCAL_RANK"])] = int(path.split("/")[2])
+    return found
+
+
+def test_a_killed_process_is_restarted_from_the_last_checkpoint(straight_two, folder):
+    work = folder / "restarted"
+    run = start(folder, *OPTIONS, "--work-dir", work, launch=(*TWO, "--standalone", "--max-restarts", "1"))
+    wait_for(work / "checkpoint_60.pt", run)
+    os.kill(workers_of(run)[1], signal.SIGKILL)
+    out, err = finish(run)
+    assert "iterations 60 to 110" in out or "iterations 90 to 110" in out
+    assert_same(work, straight_two)
+
+
+def test_ctrl_c_under_torchrun_saves_once_and_resumes(straight_two, folder):
+    work = folder / "interrupted"
+    run = start(folder, *OPTIONS, "--work-dir", work, launch=(*TWO, "--standalone"))
+    wait_for(work / "checkpoint_30.pt", run)
+    os.killpg(run.pid, signal.SIGINT)           # the terminal's: torchrun and its processes all get it, and torchrun's too
+    out, err = run.communicate(timeout=60)
+    assert run.returncode != 0 and "go on with --resume" in err
+    finish(start(folder, "--resume", "--work-dir", work, launch=(*TWO, "--standalone")))
+    assert_same(work, straight_two)
+
+
+def test_a_process_that_hangs_ends_the_others_inside_the_timeout(folder):
+    run = start(folder, *OPTIONS, "--work-dir", "hang", "--timeout", 5, launch=(*TWO, "--standalone"))
+    wait_for(folder / "hang" / "checkpoint_30.pt", run)
+    stopped = workers_of(run)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    began = time.monotonic()
+    out, err = run.communicate(timeout=90)
+    assert run.returncode != 0 and "error: another process has died or hangs" in err
+    assert time.monotonic() - began < 60        # (torchrun itself waits half a minute for the one that hangs)
+
+
+def test_two_nodes_train_and_evaluate_as_one_does(straight_two, folder):
+    port = random.randrange(20000, 40000)
+    agents = [("-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(k), "--nproc_per_node", "1",
+               "--master_addr", "127.0.0.1", "--master_port", str(port)) for k in range(2)]
+    for run in [start(folder, *OPTIONS, "--work-dir", "nodes", launch=agent) for agent in agents]:
+        finish(run)
+    assert_same(folder / "nodes", straight_two)
+    command = [os.path.join(ROOT, "evaluate.py"), "--checkpoint", "nodes/checkpoint_110.pt", "--json"]
+    subprocess.run([sys.executable, *command, "one.json"], cwd=folder, check=True, capture_output=True)
+    both = [subprocess.Popen([sys.executable, *agent, *command, "two.json"], cwd=folder, stdout=subprocess.DEVNULL)
+            for agent in agents]
+    assert [p.wait(120) for p in both] == [0, 0]
+    one, two = (json.loads((folder / name).read_text()) for name in ("one.json", "two.json"))
+    assert one == two
+
+
+# ---- many kills ----
+
+def stress(count: int) -> None:
+    """Kill one run `count` times at random moments, resume it each time, and compare it with one that was left alone."""
+    import pathlib
+    import tempfile
+    with tempfile.TemporaryDirectory() as name:
+        folder, r = pathlib.Path(name), random.Random(0)
+        options = ("--data", "toy", "--iters", 110, "--interval", 3)
+        finish(start(folder, *options, "--work-dir", "straight"), timeout=2000)
+        kills = done = 0
+        while not done:
+            # Once enough kills are survived, the run is left to end.
+            begun = glob(str(folder / "killed" / "checkpoint_*.pt"))
+            again = ("--resume",) if begun else options
+            run = start(folder, *again, "--work-dir", "killed")
+            try:
+                run.communicate(timeout=r.uniform(3, 12) if kills < count else 2000)
+                done = 1
+            except subprocess.TimeoutExpired:
+                os.killpg(run.pid, signal.SIGKILL)
+                run.communicate()
+                kills += 1
+                print(f"kill {kills}, newest: {max(begun, key=os.path.getmtime, default='none')}", flush=True)
+        a, b = result(folder / "straight"), result(folder / "killed")
+        assert all(torch.equal(a[0][k], b[0][k]) for k in a[0]) and a[1] == b[1]
+        print(f"{kills} kills survived: weights, optimizer state and log are equal to the last bit")
+
+
+if __name__ == "__main__":
+    stress(int(sys.argv[1]))

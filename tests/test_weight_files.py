@@ -1,0 +1,435 @@
+"""Files of every kind that convert_weights.py reads: exact against the code they come from, safe against damage."""
+import argparse
+import hashlib
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import types
+import zipfile
+
+import formulas
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_mmseg
+
+import ade20k
+from convert_weights import WeightsError, load_into, load_weights, to_mmseg
+from upernet import build_model
+
+
+def write_safetensors(weights, path, **changes):
+    """The format by its specification; `changes` replaces entries of the header, or adds some."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, value in weights.items():
+        raw = np.ascontiguousarray(value).tobytes()
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    for name, change in changes.items():
+        header[name] = header.get(name, {}) | change
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + data)
+    return str(path)
+
+
+def write_torch(weights, path, **more):
+    torch.save({"model": {k: torch.from_numpy(np.asarray(v)) for k, v in weights.items()}, **more}, path)
+    return str(path)
+
+
+def by_formula(gold):
+    shapes = {name: tuple(map(int, dims)) for name, *dims in (line.split() for line in gold["shapes"])}
+    return {k: formulas.weight(k, s) for k, s in shapes.items()}
+
+
+def timm_weights(arch="toy_p8", neck="ln"):
+    net = build_model(arch, neck)
+    return {k: formulas.weight(k, v.shape) for k, v in net.backbone.state_dict().items()}
+
+
+def features(state_dict, facts, x, arch):
+    net = build_model(arch, "ln").eval()
+    load_into(net, state_dict, facts)
+    with torch.inference_mode():
+        return net.backbone(torch.from_numpy(x))[-1]
+
+
+@pytest.mark.parametrize("write,suffix", [(write_torch, "pth"), (write_safetensors, "safetensors")])
+@pytest.mark.parametrize("kind,name", [("timm", "timm"), ("Hugging Face", "transformers"), ("torchvision", "torchvision")])
+def test_features_are_those_of_the_code_the_file_comes_from(kind, name, write, suffix, golden, tmp_path):
+    gold = golden(name)
+    state_dict, facts = load_weights(write(by_formula(gold), tmp_path / "x.bin"))     # the name's ending says nothing
+    assert facts["kind"] == kind and facts["arch"] == "deit_t16" and facts["resolution"] == "512x512"
+    assert facts["tensors"] == len(build_model("deit_t16", "ln").backbone.state_dict())
+    if suffix == "pth":
+        got = features(state_dict, facts, formulas.image(512, 512), "deit_t16").flatten(2).transpose(1, 2)
+        np.testing.assert_allclose(formulas.samples(got), gold["features"], atol=1e-5 * gold["largest"])
+
+
+def test_mmsegmentation_1_has_no_patch_bias_and_loads_with_one_of_zeros(golden, tmp_path):
+    gold = golden("mmseg122")
+    torch.save({"state_dict": {k: torch.from_numpy(np.asarray(v)) for k, v in by_formula(gold).items()}}, tmp_path / "x.pth")
+    state_dict, facts = load_weights(str(tmp_path / "x.pth"))
+    assert "bias of zeros" in facts["added"][0] and facts["neck"] == "mln" and facts["arch"] == "deit_s16"
+    net = build_model("deit_s16", "mln").eval()
+    load_into(net, state_dict, facts)
+    with torch.inference_mode():
+        logits = net.decode_head(net.features(torch.from_numpy(formulas.image(97, 131))))
+    np.testing.assert_allclose(formulas.samples(logits), gold["features"], atol=1e-5 * gold["largest"])
+
+
+# ---- Google's JAX files, against a plain forward pass in their own layout ----
+
+def jax_weights(width=128, depth=4, heads=2, patch=8, grid=16, seed=0):
+    r, d = np.random.RandomState(seed), width // heads
+    w = {"cls": r.normal(0, 1, (1, 1, width)), "embedding/kernel": r.normal(0, .1, (patch, patch, 3, width)),
+         "embedding/bias": r.normal(0, .1, width), "head/kernel": r.normal(0, 1, (width, 10)), "head/bias": np.zeros(10),
+         "pre_logits/kernel": r.normal(0, 1, (width, width)), "pre_logits/bias": np.zeros(width),
+         "Transformer/posembed_input/pos_embedding": r.normal(0, 1, (1, 1 + grid * grid, width))}
+
+    def norm(name):
+        w[f"Transformer/{name}/scale"], w[f"Transformer/{name}/bias"] = r.uniform(.5, 1.5, width), r.normal(0, .1, width)
+    norm("encoder_norm")
+    for i in range(depth):
+        block = f"encoderblock_{i}/"
+        norm(block + "LayerNorm_0")
+        norm(block + "LayerNorm_2")
+        for part in ("query", "key", "value"):
+            w[f"Transformer/{block}MultiHeadDotProductAttention_1/{part}/kernel"] = r.normal(0, .1, (width, heads, d))
+            w[f"Transformer/{block}MultiHeadDotProductAttention_1/{part}/bias"] = r.normal(0, .1, (heads, d))
+        w[f"Transformer/{block}MultiHeadDotProductAttention_1/out/kernel"] = r.normal(0, .1, (heads, d, width))
+        w[f"Transformer/{block}MultiHeadDotProductAttention_1/out/bias"] = r.normal(0, .1, width)
+        for j, (a, b) in enumerate(((width, 4 * width), (4 * width, width))):
+            w[f"Transformer/{block}MlpBlock_3/Dense_{j}/kernel"] = r.normal(0, .05, (a, b))
+            w[f"Transformer/{block}MlpBlock_3/Dense_{j}/bias"] = r.normal(0, .1, b)
+    return {k: v.astype(np.float32) for k, v in w.items()}
+
+
+def jax_forward(w, x):
+    """x (H, W, 3) -> (tokens, width): flax's own formulas in numpy, one product at a time."""
+    from scipy.special import erf
+    p = w["embedding/kernel"].shape[0]
+
+    def norm(t, name):
+        t = (t - t.mean(-1, keepdims=True)) / np.sqrt(t.var(-1, keepdims=True) + 1e-6)
+        return t * w[f"Transformer/{name}/scale"] + w[f"Transformer/{name}/bias"]
+    patches = [np.einsum("hwc,hwcd->d", x[i:i + p, j:j + p], w["embedding/kernel"]) + w["embedding/bias"]
+               for i in range(0, x.shape[0], p) for j in range(0, x.shape[1], p)]
+    t = np.concatenate([w["cls"][0], np.stack(patches)]) + w["Transformer/posembed_input/pos_embedding"][0]
+    for i in range(4):
+        block = f"encoderblock_{i}/"
+        part = {n: (w[f"Transformer/{block}MultiHeadDotProductAttention_1/{n}/kernel"],
+                    w[f"Transformer/{block}MultiHeadDotProductAttention_1/{n}/bias"]) for n in ("query", "key", "value", "out")}
+        y = norm(t, block + "LayerNorm_0")
+        q, k, v = (np.einsum("nd,dhe->nhe", y, part[n][0]) + part[n][1] for n in ("query", "key", "value"))
+        scores = np.einsum("qhe,khe->hqk", q, k) / np.sqrt(q.shape[-1])
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        mixed = np.einsum("hqk,khe->qhe", scores / scores.sum(-1, keepdims=True), v)
+        t = t + np.einsum("qhe,hed->qd", mixed, part["out"][0]) + part["out"][1]
+        y = norm(t, block + "LayerNorm_2") @ w[f"Transformer/{block}MlpBlock_3/Dense_0/kernel"] \
+            + w[f"Transformer/{block}MlpBlock_3/Dense_0/bias"]
+        y = y * (1 + erf(y / np.sqrt(2))) / 2
+        t = t + y @ w[f"Transformer/{block}MlpBlock_3/Dense_1/kernel"] + w[f"Transformer/{block}MlpBlock_3/Dense_1/bias"]
+    return norm(t, "encoder_norm")
+
+
+@pytest.mark.parametrize("pack", [np.savez, np.savez_compressed])
+def test_features_of_a_jax_file_are_those_of_a_plain_loop(pack, tmp_path):
+    w = jax_weights()
+    pack(tmp_path / "x.npz", **w)
+    state_dict, facts = load_weights(str(tmp_path / "x.npz"))
+    assert facts["kind"] == "JAX" and len(facts["left_out"]) == 4 and "classifier" in facts["left_out"][0]
+    if pack is np.savez:
+        x = formulas.image(128, 128)
+        got = features(state_dict, facts, x, "toy_p8")[0].flatten(1).T
+        np.testing.assert_allclose(got, jax_forward(w, x[0].transpose(1, 2, 0))[1:], atol=2e-4)
+
+
+def test_pos_embed_of_a_jax_file_is_resized_as_google_does_or_on_request_as_torch_does(tmp_path):
+    w = jax_weights(grid=14)
+    np.savez(tmp_path / "x.npz", **w)
+    table = w["Transformer/posembed_input/pos_embedding"][0, 1:].reshape(14, 14, 128)
+    want = np.empty((16, 16, 128))
+    for i in range(16):                         # bilinear with the corners on each other, pixel by pixel
+        for j in range(16):
+            y, x = i * 13 / 15, j * 13 / 15
+            a, b = min(int(y), 12), min(int(x), 12)
+            want[i, j] = (table[a, b] * (a + 1 - y) + table[a + 1, b] * (y - a)) * (b + 1 - x) \
+                + (table[a, b + 1] * (a + 1 - y) + table[a + 1, b + 1] * (y - a)) * (x - b)
+    google, torchs = (load_weights(str(tmp_path / "x.npz"), bicubic=b)[0]["backbone.pos_embed"] for b in (False, True))
+    np.testing.assert_allclose(google[0, 1:], want.reshape(256, 128), atol=1e-5)
+    cubic = torch.nn.functional.interpolate(torch.from_numpy(table).permute(2, 0, 1)[None], size=16, mode="bicubic")
+    np.testing.assert_allclose(torchs[0, 1:], cubic[0].flatten(1).T, atol=1e-6)
+    assert torch.equal(google[0, 0], torchs[0, 0]) and torch.equal(google[0, 0], torch.from_numpy(w[
+        "Transformer/posembed_input/pos_embedding"])[0, 0])
+
+
+# ---- What is left out on purpose, and said ----
+
+def test_distilled_mae_and_classifier_tensors_are_left_out_and_said(tmp_path):
+    base = timm_weights()
+    more = {"head.weight": np.zeros((10, 128)), "dist_token": np.ones((1, 1, 128)), "head_dist.bias": np.zeros(10)}
+    pos = np.concatenate([base["pos_embed"][:, :1], np.full((1, 1, 128), 7), base["pos_embed"][:, 1:]], axis=1)
+    state_dict, facts = load_weights(write_torch(base | more | {"pos_embed": pos.astype(np.float32)}, tmp_path / "d.pth",
+                                                 optimizer={"state": {}}, epoch=3))
+    assert all(np.array_equal(state_dict["backbone." + k], v) for k, v in base.items()) and len(state_dict) == len(base)
+    said = " ".join(facts["left_out"])
+    assert all(x in said for x in ("dist_token", "head_dist.bias", "head.weight", "optimizer, epoch"))
+    decoder = {"mask_token": np.zeros((1, 1, 64)), "decoder_embed.weight": np.zeros((64, 128)),
+               "decoder_blocks.0.attn.qkv.weight": np.zeros((192, 64)), "decoder_pos_embed": np.zeros((1, 257, 64))}
+    state_dict, facts = load_weights(write_torch(base | decoder, tmp_path / "m.pth"))
+    assert set(state_dict) == {"backbone." + k for k in base} and len(facts["left_out"]) == 4
+
+
+def test_hugging_faces_deit_has_a_wrapper_and_a_token_more(golden, tmp_path):
+    plain = by_formula(golden("transformers"))
+    theirs = {k.replace("vit.", "deit."): v for k, v in plain.items()}
+    pos = theirs["deit.embeddings.position_embeddings"]
+    theirs["deit.embeddings.position_embeddings"] = np.insert(pos, 1, 5, axis=1)
+    theirs["deit.embeddings.distillation_token"] = pos[:, :1]
+    a, _ = load_weights(write_safetensors(plain, tmp_path / "a"))
+    b, facts = load_weights(write_safetensors(theirs, tmp_path / "b"))
+    assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
+    assert any("distillation_token" in x for x in facts["left_out"])
+
+
+def test_objects_of_mmengine_and_ema_copies_are_skipped_never_built(tmp_path, monkeypatch):
+    """What mmengine 0.10 pickles beside the weights: HistoryBuffer, numpy arrays, argparse.Namespace."""
+    built = []
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    module.HistoryBuffer = type("HistoryBuffer", (), {"__module__": module.__name__,
+                                                      "__setstate__": lambda self, state: built.append(state)})
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    history = module.HistoryBuffer()
+    history.__dict__.update(_log_history=np.ones(3), scalar=np.float64(2))
+    net = build_model("toy_p8", "mln", 9)
+    weights = {"module." + k: v for k, v in to_mmseg(net.state_dict()).items()}
+    weights |= {"module.ema_backbone_layers_0_ln1_weight": torch.ones(128)}
+    torch.save({"meta": {"epoch": 1}, "state_dict": weights, "message_hub": {"loss": history},
+                "ema_state_dict": {"steps": torch.tensor(3)}, "args": argparse.Namespace(lr=1)}, tmp_path / "x.pth")
+    monkeypatch.undo()
+    with pytest.raises(Exception, match="HistoryBuffer"):           # what torch itself says to this file
+        torch.load(tmp_path / "x.pth", weights_only=True)
+    state_dict, facts = load_weights(str(tmp_path / "x.pth"))
+    assert all(torch.equal(state_dict[k], v) for k, v in net.state_dict().items()) and not built
+    said = " ".join(facts["left_out"])
+    assert "ema_backbone_layers_0_ln1_weight" in said and "message_hub, ema_state_dict" in said
+
+
+def test_a_file_of_two_models_is_refused(tmp_path):
+    base = timm_weights()
+    both = {f"{w}.{k}": v for w in ("student", "teacher") for k, v in base.items()}
+    with pytest.raises(WeightsError, match="holds 2 models, called student., teacher."):
+        load_weights(write_torch(both, tmp_path / "x.pth"))
+
+
+def test_a_model_without_auxiliary_head_evaluates_and_trains_with_a_new_one(tmp_path):
+    net = build_model("toy_p8", "ln", 9)
+    kept = {k: v for k, v in to_mmseg(net.state_dict()).items() if not k.startswith("auxiliary_head.")}
+    torch.save({"state_dict": kept}, tmp_path / "x.pth")
+    state_dict, facts = load_weights(str(tmp_path / "x.pth"))
+    other = build_model("toy_p8", "ln", 9)
+    before = other.auxiliary_head.classifier.weight.clone()
+    load_into(other, state_dict, facts)
+    assert torch.equal(other.decode_head.classifier.weight, net.decode_head.classifier.weight)
+    assert torch.equal(other.auxiliary_head.classifier.weight, before)
+    assert any(x.startswith("auxiliary_head (not in the file") for x in facts["left_out"])
+
+
+def test_another_number_of_classes_loads_all_but_the_classifiers(tmp_path):
+    net, other = build_model("toy_p8", "ln", 9), build_model("toy_p8", "ln", 4)
+    state_dict, facts = load_weights(write_mmseg(net.state_dict(), tmp_path / "x.pth"))
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(WeightsError, match="another class count"):
+        load_into(other, state_dict, dict(facts))
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items()), "no partial load"
+    load_into(other, state_dict, facts, new_classes=True)
+    for k, v in other.state_dict().items():
+        assert torch.equal(v, before[k] if ".classifier." in k else state_dict[k]), k
+    assert sum("9 classes in the file, 4 here" in x for x in facts["left_out"]) == 4
+
+
+@pytest.mark.parametrize("arch,neck,cause", [("toy_p8", "mln", "another neck"), ("deit_t16", "ln", "another architecture")])
+def test_the_likely_cause_is_named(arch, neck, cause, tmp_path):
+    state_dict, facts = load_weights(write_mmseg(build_model("toy_p8", "ln", 9).state_dict(), tmp_path / "x.pth"))
+    with pytest.raises(WeightsError, match=cause):
+        load_into(build_model(arch, neck, 9), state_dict, facts)
+
+
+# ---- Damage and malice ----
+
+LIMITED = """
+import resource, sys
+import convert_weights as c
+start = int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (start + (1 << 30),) * 2)     # a gigabyte more, and no more
+"""
+
+
+def limited(code, *arguments, cwd):
+    return subprocess.run([sys.executable, "-c", LIMITED + code, *map(str, arguments)], cwd=cwd, capture_output=True,
+                          text=True, timeout=300, env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"})
+
+
+def test_bombs_and_lies_are_refused_in_bounded_memory(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("embedding/kernel.npy", "w", force_zip64=True) as entry:
+            for _ in range(65):
+                entry.write(bytes(1 << 24))
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40,)})
+    with zipfile.ZipFile(tmp_path / "shape.npz", "w") as archive:
+        archive.writestr("embedding/kernel.npy", head.getvalue() + bytes(64))
+    with zipfile.ZipFile(tmp_path / "object.npz", "w") as archive:
+        np.lib.format.write_array(file := io.BytesIO(), np.array([{}], object), allow_pickle=True)
+        archive.writestr("embedding/kernel.npy", file.getvalue())
+    weights = timm_weights()
+    write_safetensors(weights, tmp_path / "beyond", **{"norm.bias": {"data_offsets": [0, 1 << 50]}})
+    write_safetensors(weights, tmp_path / "overlap", **{"norm.bias": {"data_offsets": [0, 512]}})
+    write_safetensors(weights, tmp_path / "dtype", **{"norm.bias": {"dtype": "F64"}})
+    write_safetensors(weights, tmp_path / "huge", extra={"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 1 << 62]})
+    (tmp_path / "header").write_bytes(struct.pack("<Q", 1 << 60) + b'{"a": 1}')
+    names = ["bomb.npz", "shape.npz", "object.npz", "beyond", "overlap", "dtype", "huge", "header"]
+    done = limited("""
+for name in sys.argv[1:]:
+    try:
+        c.load_weights(name)
+        print(name, "LOADED")
+    except c.WeightsError as error:
+        print(name, "refused:", error)
+""", *names, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == len(names), done.stderr
+    for name, line in zip(names, lines):
+        assert line.startswith(f"{name} refused: {name}: not a checkpoint, or a damaged one ("), line
+
+
+def test_damaged_files_of_every_kind_fail_or_load_whole(tmp_path):
+    """60 damages to each kind: cut, flipped, overwritten, inserted. No crash, no hang, nothing half-loaded, one sentence."""
+    weights = timm_weights()
+    torch.save({k: torch.from_numpy(v) for k, v in weights.items()}, tmp_path / "legacy",
+               _use_new_zipfile_serialization=False)
+    write_torch(weights, tmp_path / "torch")
+    write_safetensors(weights, tmp_path / "safetensors")
+    np.savez(tmp_path / "jax.npz", **jax_weights())
+    np.savez_compressed(tmp_path / "packed.npz", **jax_weights())
+    done = limited("""
+import random
+for name in sys.argv[1:]:
+    good, r, loaded = open(name, "rb").read(), random.Random(name), 0
+    whole = {k: v.shape for k, v in c.load_weights(name)[0].items()}
+    for trial in range(60):
+        bad, kind = bytearray(good), trial % 6
+        # Headers and directories are where damage is interesting: half of it goes there.
+        at = r.randrange(len(bad)) if trial % 2 else r.choice((r.randrange(4096), len(bad) - 1 - r.randrange(4096)))
+        if kind == 0: del bad[at:]
+        if kind == 1: bad[at] ^= 1 << r.randrange(8)
+        if kind == 2: bad[at:at + 64] = r.randbytes(64)
+        if kind == 3: bad[at:at] = r.randbytes(r.randrange(1, 64))
+        if kind == 4: bad[at:at + 8] = (r.choice((0, 1 << 31, 1 << 62, 2 ** 64 - 1))).to_bytes(8, "little")
+        if kind == 5: del bad[at:at + r.randrange(1, 4096)]
+        open("damaged", "wb").write(bad)
+        try:
+            loaded += {k: v.shape for k, v in c.load_weights("damaged")[0].items()} == whole
+        except c.WeightsError as error:
+            assert "damaged" in str(error) and "\\n" not in str(error), error
+    print(name, loaded)
+""", "legacy", "torch", "safetensors", "jax.npz", "packed.npz", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["legacy", "torch", "safetensors", "jax.npz",
+                                                                      "packed.npz"]
+
+
+def test_converting_vit_b_takes_little_more_memory_than_its_file(tmp_path):
+    with torch.device("meta"):
+        names = to_mmseg(build_model("vit_b16", "mln").state_dict())
+    torch.save({"state_dict": {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in names.items()}}, tmp_path / "a.pth")
+    size = os.path.getsize(tmp_path / "a.pth")
+    done = subprocess.run([sys.executable, "-c", """
+import resource, sys
+import convert_weights as c
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sys.argv[1:] = ["a.pth", "b.pt"]
+c.main()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
+"""], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ROOT})
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) < 1.3 * size
+    assert os.path.getsize(tmp_path / "b.pt") > 0.99 * size
+
+
+# ---- URLs ----
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_a_url_is_fetched_once_resumed_checked_and_cached(server, hub, tmp_path):
+    content = open(write_torch(timm_weights(), tmp_path / "x"), "rb").read()
+    name = f"toy-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    server.files[f"/{name}"] = server.files["/wrong-00000000.pth"] = server.files["/a/model.safetensors"] = content
+    server.faults[:] = [100_000]
+    a, _ = load_weights(f"{server.url}/{name}")
+    assert server.starts == [0, 100_000] and os.listdir(hub) == [name]
+    b, _ = load_weights(f"{server.url}/{name}")
+    assert len(server.starts) == 2 and all(torch.equal(a[k], b[k]) for k in a), "the second call asks nobody"
+    with pytest.raises(WeightsError, match="hash is .* --pretrained none"):
+        load_weights(f"{server.url}/wrong-00000000.pth")
+    with pytest.raises(WeightsError, match="404 .* give the file's path"):
+        load_weights(f"{server.url}/absent.pth")
+    assert os.listdir(hub) == [name], "nothing of what failed is left"
+
+
+def test_two_addresses_with_one_file_name_are_two_files(server, hub, tmp_path):
+    for k, arch in enumerate(("a", "b")):
+        weights = timm_weights()
+        weights["norm.bias"] += k
+        server.files[f"/{arch}/model.safetensors"] = open(write_safetensors(weights, tmp_path / "x"), "rb").read()
+    a, b = (load_weights(f"{server.url}/{x}/model.safetensors")[0]["backbone.norm.bias"] for x in "ab")
+    assert torch.allclose(a + 1, b) and len(os.listdir(hub)) == 2
+
+
+def test_a_page_in_place_of_a_file_is_not_kept(server, hub):
+    server.files["/x.pth"] = b"<!DOCTYPE html><html>sign in</html>"
+    with pytest.raises(WeightsError, match="not a checkpoint"):
+        load_weights(f"{server.url}/x.pth")
+    assert os.listdir(hub) == []
+
+
+def test_a_server_that_stalls_or_lies_about_the_length(server, tmp_path):
+    content = os.urandom(200_000)
+    server.files["/a"], server.faults[:] = content, [-50_000]
+    ade20k.fetch(server.url + "/a", str(tmp_path / "a"), timeout=0.5)
+    assert (tmp_path / "a").read_bytes() == content and server.starts == [0, 50_000]
+    server.length = 300_000
+    with pytest.raises(OSError, match="broke off after 200000 of"):
+        ade20k.fetch(server.url + "/a", str(tmp_path / "b"), attempts=1, timeout=0.5)
+    (tmp_path / "d.part").write_bytes(content)                  # killed after the last byte, before the move
+    ade20k.fetch(server.url + "/a", str(tmp_path / "d"))
+    (tmp_path / "e.part").write_bytes(content + b"more")        # of another version of the file
+    server.length = None
+    ade20k.fetch(server.url + "/a", str(tmp_path / "e"))
+    assert (tmp_path / "d").read_bytes() == (tmp_path / "e").read_bytes() == content
+    server.length = 100
+    with pytest.raises(ValueError, match="hash"):
+        ade20k.fetch(server.url + "/a", str(tmp_path / "c"), hashlib.sha1(content).hexdigest())
+
+
+def test_two_processes_fetch_one_file_once(server, tmp_path):
+    content = os.urandom(3_000_000)
+    server.files["/a"], server.faults[:] = content, [-1_000_000]
+    code = f"import ade20k; ade20k.fetch('{server.url}/a', 'a', '{hashlib.sha1(content).hexdigest()}', timeout=1)"
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT})
+            for _ in range(2)]
+    assert [p.wait(60) for p in both] == [0, 0]
+    assert (tmp_path / "a").read_bytes() == content and os.listdir(tmp_path) == ["a"]
+    assert server.starts == [0, 1_000_000], "the second process waited for the first one's file"
