@@ -10,11 +10,13 @@ Data set: ADE20K scene parsing (Zhou et al. 2017, CVPR; Zhou et al. 2019, IJCV),
 As a program:  python ade20k.py {download,toy,check} DIR
 """
 import argparse
+import ctypes
 import fcntl
 import hashlib
 import http.client
 import os
 import shutil
+import signal
 import sys
 import time
 import urllib.request
@@ -34,6 +36,7 @@ from torch import Tensor
 IGNORE = 255                                    # the label of pixels that nobody labelled
 DEFAULT_ROOT = "data/ade/ADEChallengeData2016"
 TOY_ROOT = "data/toy"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)       # that ask to stop: Ctrl-C, and clusters in two customs
 MEAN = torch.tensor([123.675, 116.28, 103.53])  # of ImageNet, RGB; the reference uses them for ViT-B too, although
 STD = torch.tensor([58.395, 57.12, 57.375])     # its weights were pretrained with 127.5 / 127.5
 # Names and colours of the challenge (objectInfo150, color150), the names as the reference prints them.
@@ -351,6 +354,15 @@ class TestSet(torch.utils.data.Dataset):
         if label_path is None:
             return image_path, load_image(image_path), None
         return image_path, *load(image_path, label_path, self.num_classes)
+
+
+def start_worker(worker: int) -> None:
+    """In each of a loader's processes. A signal to the whole group is the main process's to answer; but where that one is
+    killed its loaders die with it, or they would hold its connections open and the other processes would wait on them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # 1: PR_SET_PDEATHSIG, the signal when the parent dies
 
 
 # ---- the toy data set ----------------------------------------------------------------------------------------------

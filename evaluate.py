@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ade20k import (CLASSES, DEFAULT_ROOT, IGNORE, PALETTE, DataError, TestSet, data_root, find_pairs, normalise, progress,
-                    resize_bilinear, scaled_size)
+                    resize_bilinear, scaled_size, start_worker)
 from convert_weights import WeightsError, describe, load_into, load_weights
 from model import ARCHS, NECKS, PAIRS
 from upernet import BLOCK, Segmenter, build_model, interpolation_matrix, resize
@@ -52,7 +52,14 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        meet = {}
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":       # torchrun, one node. Where it restarts its processes its store still
+            # holds the addresses of the dead ones (pytorch issue 135712): a prefix for each try keeps them apart.
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+            prefix = f"try {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+            meet = dict(store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(seconds=timeout), **meet)
     return rank, world, device
 
 
@@ -144,7 +151,7 @@ def evaluate(model: nn.Module, pairs: list[tuple[str, str | None]], num_classes:
     """
     mine = list(range(rank, len(pairs), world))                             # without padding: none is counted twice
     loader = torch.utils.data.DataLoader(TestSet(pairs, num_classes), batch_size=None, sampler=mine, num_workers=workers,
-                                         collate_fn=unchanged)
+                                         collate_fn=unchanged, worker_init_fn=start_worker)
     matrix, started, was_training = np.zeros((num_classes, num_classes), np.int64), time.monotonic(), model.training
     model.eval()
     for n, (path, image, label) in enumerate(loader, start=1):

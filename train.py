@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ade20k import CLASSES, DEFAULT_ROOT, DataError, Positions, TrainSet, data_root, find_pairs, normalise
+from ade20k import (CLASSES, DEFAULT_ROOT, SIGNALS, DataError, Positions, TrainSet, data_root, find_pairs, normalise,
+                    start_worker)
 from convert_weights import PRETRAINED, WeightsError, describe, load_into, load_weights, read, save
 from evaluate import DTYPES, UsageError, autocast, checkpoints, choose_dtype, evaluate, scores, setup_processes, sheet
 from model import ARCHS, NECKS
@@ -43,7 +44,6 @@ OPTIMIZERS = {
     "adamw": dict(lr=6e-5, power=1.0, floor=0.0, warmup=1500),
     "sgd": dict(lr=0.01, power=0.9, floor=1e-4, warmup=0),
 }
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)      # Ctrl-C; clusters: the end is near (two customs)
 PATIENCE = 5            # losses in a row that are not finite
 RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
@@ -237,12 +237,6 @@ def watch_signals() -> list:
     return asked
 
 
-def ignore_signals(worker: int) -> None:
-    """For the loader's processes: a signal to the whole group is the training process's to answer."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def start_model(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> tuple[Segmenter, dict]:
     """The model with its pretrained or resumed weights, on the device. -> (model, the checkpoint's content or {})"""
     torch.manual_seed(args.seed)
@@ -310,7 +304,7 @@ class Run:
         self.samples = TrainSet(pairs, args.seed, args.crop_size, args.short_side, len(CLASSES))
         self.loader = torch.utils.data.DataLoader(
             self.samples, batch_sampler=Positions(self.start, args.iters, args.batch_size, rank, world),
-            num_workers=args.workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda",
+            num_workers=args.workers, worker_init_fn=start_worker, pin_memory=device.type == "cuda",
             prefetch_factor=4 if args.workers else None)
         self.work = args.work_dir = args.work_dir or new_work_dir(args)
         self.asked = watch_signals()
@@ -369,6 +363,8 @@ class Run:
         """Scores on the validation pictures; rank 0 logs them and draws four of its own. Stopped when a signal comes."""
         shown = {len(self.validation) * k // 4 // self.world * self.world for k in range(4)}    # spread over the set
         rows, path = [], os.path.join(self.work, f"sheet_{n}.png")
+        for b in self.model.buffers() if self.world > 1 else ():    # without SyncBN each process has statistics of its own:
+            dist.broadcast(b, 0)                                    # all judge the model that the checkpoint holds
 
         def each(i, name, *row):
             if self.asked:

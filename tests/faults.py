@@ -269,7 +269,9 @@ def test_two_nodes_train_and_evaluate_as_one_does(straight_two, folder):
     port = random.randrange(20000, 40000)
     agents = [("-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(k), "--nproc_per_node", "1",
                "--master_addr", "127.0.0.1", "--master_port", str(port)) for k in range(2)]
-    for run in [start(folder, *OPTIONS, "--work-dir", "nodes", launch=agent) for agent in agents]:
+    # (torchrun gives each of several processes of a node one thread, and threads change the order of sums.)
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}
+    for run in [start(folder, *OPTIONS, "--work-dir", "nodes", launch=agent, env=threads) for agent in agents]:
         finish(run)
     assert_same(folder / "nodes", straight_two)
     command = [os.path.join(ROOT, "evaluate.py"), "--checkpoint", "nodes/checkpoint_110.pt", "--json"]
