@@ -10,6 +10,7 @@ Data set: ADE20K scene parsing (Zhou et al. 2017, CVPR; Zhou et al. 2019, IJCV),
 As a program:  python ade20k.py {download,toy,check} DIR
 """
 import argparse
+import atexit
 import ctypes
 import fcntl
 import hashlib
@@ -23,7 +24,7 @@ import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from multiprocessing import Pool
+from multiprocessing import Pool, active_children
 from typing import BinaryIO
 
 import numpy as np
@@ -52,7 +53,8 @@ receiver, airplane, dirt track, apparel, pole, land, bannister, escalator, ottom
 stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket,
 waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal,
 bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan,
-pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag""".strip().replace("\n", " ").split(", "))
+pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock,
+flag""".strip().replace("\n", " ").split(", "))
 PALETTE = np.frombuffer(bytes.fromhex("""
 787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04
 ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffff
@@ -363,6 +365,15 @@ def start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # 1: PR_SET_PDEATHSIG, the signal when the parent dies
+
+
+@atexit.register
+def kill_workers() -> None:
+    """When the main process ends: multiprocessing would send SIGTERM, which start_worker has its processes ignore."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)               # (torch's handler would report them as lost)
+    for child in active_children():
+        if child.daemon:
+            child.kill()
 
 
 # ---- the toy data set ----------------------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         meet = {}
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":       # torchrun, one node. Where it restarts its processes its store still
-            # holds the addresses of the dead ones (pytorch issue 135712): a prefix for each try keeps them apart.
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":       # torchrun, one node. Where it restarts its processes, its store
+            # still holds the addresses of the dead ones (pytorch issue 135712): a prefix for each try keeps them apart.
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
             prefix = f"try {os.environ['TORCHELASTIC_RESTART_COUNT']}"
             meet = dict(store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)

@@ -44,6 +44,7 @@ OPTIMIZERS = {
     "adamw": dict(lr=6e-5, power=1.0, floor=0.0, warmup=1500),
     "sgd": dict(lr=0.01, power=0.9, floor=1e-4, warmup=0),
 }
+KEPT_APART = ("work_dir", "resume", "checkpoint", "workers", "keep", "timeout")        # arguments that change no result
 PATIENCE = 5            # losses in a row that are not finite
 RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
@@ -123,7 +124,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 print(f"--{key} {getattr(args, key)} is ignored: {args.checkpoint} is {known[key]}", file=sys.stderr)
             setattr(args, key, known[key])
         for key, value in known.items():        # these may change; none of them does so unnoticed
-            if getattr(args, key) not in (None, value) and key not in ("work_dir", "resume", "workers", "keep", "timeout"):
+            if getattr(args, key, None) not in (None, value) and key not in KEPT_APART:
                 print(f"--{key.replace('_', '-')} was {value} until here, from here on {getattr(args, key)}", file=sys.stderr)
     known = dict(data=DEFAULT_ROOT, seed=0, dtype="auto", workers=2, keep=2, timeout=1800) | RECIPE \
         | (TOY if "toy" in (args.data, known.get("data")) else {}) | known
@@ -374,8 +375,8 @@ class Run:
                           short=self.args.short_side, dtype=self.dtype, each=each)
         if self.rank == 0:
             means = {k: v for k, v in scores(matrix).items() if k in ("mIoU", "mAcc", "aAcc")}
-            self.log(f"{n}/{self.args.iters}  validation: " + "  ".join(f"{k} {v:.2f}" for k, v in means.items())
-                     + f"  ({len(self.validation)} pictures)", iteration=n, **means)
+            words = "  ".join(f"{k} none" if v is None else f"{k} {v:.2f}" for k, v in means.items())
+            self.log(f"{n}/{self.args.iters}  validation: {words}  ({len(self.validation)} pictures)", iteration=n, **means)
             attempt(path, sheet(rows, CLASSES).save, path)
 
 
