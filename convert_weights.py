@@ -4,18 +4,9 @@
     load_into(model, state_dict, facts)             # every tensor used once, or an error that lists the others
     python convert_weights.py SRC DST --to ours|mmseg|timm
 
-What a file is, its content tells and never its name: the container by its first bytes (torch's zip or old pickle,
-safetensors, numpy's npz), the kind by what it calls the patch embedding:
-
-    ours                    backbone.patch_embed.proj.weight            (768, 3, 16, 16)
-    mmsegmentation 0.x, 1.x backbone.patch_embed.projection.weight
-    its backbones           patch_embed.projection.weight               (what its vit2mmseg.py writes)
-    timm, DeiT, MAE         patch_embed.proj.weight                     (DeiT and MAE: under the key "model")
-    Hugging Face            embeddings.patch_embeddings.projection.weight
-    torchvision             conv_proj.weight
-    Google's JAX            embedding/kernel                            (16, 16, 3, 768)
-
-Whatever stands before that name (module., vit., ema_model.module.) is a wrapper's and is taken off every name.
+What a file is, its content tells and never its name: the container (torch's zip or old pickle, safetensors, numpy's npz)
+by its first bytes, the kind by what it calls the patch embedding, see KINDS. Whatever stands before that name (module.,
+vit., ema_model.module.) is a wrapper's and is taken off every name.
 No pickle is executed: torch.load runs with weights_only=True, which builds tensors and plain containers and nothing else.
 """
 import argparse
@@ -76,13 +67,13 @@ JAX = dict(zip(["cls", "Transformer/posembed_input/pos_embedding", "embedding/",
 # (kind, its patch embedding, its names). A longer patch embedding comes before the one it ends with.
 KINDS = [
     ("ours", "backbone.patch_embed.proj.weight", {}),
-    ("mmsegmentation", "backbone.patch_embed.projection.weight", MMSEG),
-    ("mmsegmentation backbone", "patch_embed.projection.weight",
+    ("mmsegmentation", "backbone.patch_embed.projection.weight", MMSEG),                # 0.x and 1.x, whole models
+    ("mmsegmentation backbone", "patch_embed.projection.weight",                        # what its vit2mmseg.py writes
      {k.removeprefix("backbone."): v.removeprefix("backbone.") for k, v in MMSEG.items() if k.startswith("backbone.")}),
-    ("Hugging Face", "embeddings.patch_embeddings.projection.weight", HUGGING_FACE),
-    ("timm", "patch_embed.proj.weight", {}),
+    ("Hugging Face", "embeddings.patch_embeddings.projection.weight", HUGGING_FACE),    # ViT and DeiT
+    ("timm", "patch_embed.proj.weight", {}),                                            # DeiT and MAE too
     ("torchvision", "conv_proj.weight", TORCHVISION),
-    ("JAX", "embedding/kernel", JAX),
+    ("JAX", "embedding/kernel", JAX),                                                   # Google's own
 ]
 # Tensors that are left out on purpose, by the start of their (unwrapped) name.
 LEFT_OUT = {

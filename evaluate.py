@@ -272,13 +272,6 @@ def forward_flops(arch: str, neck: str, height: int, width: int, train: bool = F
     return counter.get_total_flops() / 2
 
 
-def chosen_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """The published (arch, neck) pairs, or those of --arch, or that of --arch and --neck, or those of --neck."""
-    if args.arch and args.neck:
-        return [(args.arch, args.neck)]
-    return [pair for pair in PAIRS if args.arch in (None, pair[0]) and args.neck in (None, pair[1])]
-
-
 def benchmark(args: argparse.Namespace) -> None:
     """Pictures a second, memory and share of the machine's peak of each published pair, on one 512x512 picture."""
     _, _, device = setup_processes()
@@ -289,7 +282,8 @@ def benchmark(args: argparse.Namespace) -> None:
     print(f"{device.type}, {torch.get_num_threads()} threads, {str(dtype)[6:]}, matrix products at {rate / 1e9:.0f} GFLOP/s; "
           f"one 512x512 picture in, label map out, scales {scales}\n"
           f"{'arch':10s}{'neck':8s}{'GFLOP':>8s}{'seconds':>10s}{'pictures/s':>12s}{'MB':>8s}{'of peak':>9s}")
-    for arch, neck in chosen_pairs(args):
+    pairs = [pair for pair in PAIRS if args.arch in (None, pair[0]) and args.neck in (None, pair[1])]
+    for arch, neck in pairs or [(args.arch or "deit_s16", args.neck or "none")]:
         model = build_model(arch, neck).to(device, memory_format=torch.channels_last).eval()
         flops = sum(forward_flops(arch, neck, int(512 * s), int(512 * s)) for s in args.scales) * (1 + args.flip)
         seconds, peak = measure(lambda: predict(model, image, args.scales, args.flip, dtype=dtype), device)

@@ -200,14 +200,6 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def has(self, iteration: int) -> bool:
-        """Whether the validation of this iteration is in it."""
-        return any(e["iteration"] == iteration and "mIoU" in e for e in self.entries)
-
-    def best(self) -> dict:
-        """The validation with the highest mIoU so far, {} before the first."""
-        return max((e for e in self.entries if e.get("mIoU") is not None), key=lambda e: e["mIoU"], default={})
-
 
 def attempt(path: str, write, *arguments) -> bool:
     """write(*arguments); where that fails (a full disk, say), days of training must not: it is said, and tried again when
@@ -301,6 +293,7 @@ class Run:
         if content:
             self.optimizer.load_state_dict(content["optimizer"])
             self.scaler.load_state_dict(content["scaler"])
+        self.best = content.get("best", {})                 # the validation with the highest mIoU
         self.window = content.get("window", [0.0] * 4)      # sums since the last log line: loss, decode, aux, iterations
         self.samples = TrainSet(pairs, args.seed, args.crop_size, args.short_side, len(CLASSES))
         self.loader = torch.utils.data.DataLoader(
@@ -349,7 +342,8 @@ class Run:
         """Write checkpoint_n.pt, on rank 0; the others wait until that is done. -> its path, None where it failed"""
         path, done = os.path.join(self.work, f"checkpoint_{n}.pt"), 0
         if self.rank == 0:
-            best = self.log.best()
+            best = max((e for e in [self.best, *self.log.entries] if e.get("mIoU") is not None), key=lambda e: e["mIoU"],
+                       default={})
             done = attempt(path, save, dict(
                 model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                 iteration=n, window=self.window, best=best, seed=self.args.seed, args=vars(self.args)), path)
@@ -384,7 +378,8 @@ def train(args: argparse.Namespace) -> None:
     run = Run(args)
     # A run that stopped between saving and validating has the validation of its iteration still to come.
     due = run.start and (run.start % args.interval == 0 or run.start == args.iters)
-    if run.share(run.rank == 0 and due and not run.log.has(run.start))[0]:
+    if run.share(run.rank == 0 and due and not any(
+            e["iteration"] == run.start and "mIoU" in e for e in run.log.entries))[0]:
         run.validate(run.start)
     elif run.start >= args.iters:
         raise UsageError(f"{args.checkpoint}: has all of its {run.start} iterations, nothing is left to train")

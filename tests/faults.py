@@ -67,12 +67,12 @@ def wait_for(path, process, seconds=60):
         time.sleep(0.01)
 
 
-def result(work):
+def result(work, iters=110):
     """(all that a run computed, its log without what the clock says)"""
     with open(work / "log.jsonl") as file:
         log = [json.loads(line) for line in file]
     kept = [{k: v for k, v in e.items() if "second" not in k} for e in log if "args" not in e]
-    content = torch.load(work / "checkpoint_110.pt", weights_only=True)
+    content = torch.load(work / f"checkpoint_{iters}.pt", weights_only=True)
     state = content["optimizer"]["state"]
     return {**content["model"], **{f"{k} {n}": v for k, s in state.items() for n, v in s.items()}}, kept
 
@@ -291,23 +291,23 @@ def stress(count: int) -> None:
     import tempfile
     with tempfile.TemporaryDirectory() as name:
         folder, r = pathlib.Path(name), random.Random(0)
-        options = ("--data", "toy", "--iters", 110, "--interval", 3)
+        options = ("--data", "toy", "--iters", 150, "--interval", 3)
         finish(start(folder, *options, "--work-dir", "straight"), timeout=2000)
         kills = done = 0
         while not done:
             # Once enough kills are survived, the run is left to end.
-            begun = glob(str(folder / "killed" / "checkpoint_*.pt"))
-            again = ("--resume",) if begun else options
+            again = ("--resume",) if glob(str(folder / "killed" / "checkpoint_*.pt")) else options
             run = start(folder, *again, "--work-dir", "killed")
             try:
-                run.communicate(timeout=r.uniform(3, 12) if kills < count else 2000)
+                run.communicate(timeout=r.uniform(3, 9) if kills < count else 2000)
                 done = 1
             except subprocess.TimeoutExpired:
                 os.killpg(run.pid, signal.SIGKILL)
                 run.communicate()
                 kills += 1
-                print(f"kill {kills}, newest: {max(begun, key=os.path.getmtime, default='none')}", flush=True)
-        a, b = result(folder / "straight"), result(folder / "killed")
+                left = [os.path.basename(p) for p in glob(str(folder / "killed" / "checkpoint_*"))]
+                print(f"kill {kills}, it left {', '.join(left) or 'nothing'}", flush=True)
+        a, b = result(folder / "straight", 150), result(folder / "killed", 150)
         assert all(torch.equal(a[0][k], b[0][k]) for k in a[0]) and a[1] == b[1]
         print(f"{kills} kills survived: weights, optimizer state and log are equal to the last bit")
 

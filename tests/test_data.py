@@ -1,6 +1,8 @@
 """ade20k.py against the real reference's transforms (goldens), plain loops, and damaged files."""
 import hashlib
 import os
+import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -302,21 +304,49 @@ def make_zip(path, names):
             archive.writestr(name, b"x")
 
 
-def test_download_unpacks_once_and_refuses_paths_outside(server, tmp_path, monkeypatch):
-    make_zip(tmp_path / "good.zip", ["ADEChallengeData2016/images/training/a.jpg", "ADEChallengeData2016/sceneCategories.txt"])
-    make_zip(tmp_path / "bad.zip", ["ADEChallengeData2016/a.jpg", "../../outside.txt"])
-    for name in ("good", "bad"):
-        content = (tmp_path / f"{name}.zip").read_bytes()
-        server.files[f"/{name}.zip"] = content
-        monkeypatch.setattr(ade20k, "URL", f"{server.url}/{name}.zip")
+@pytest.fixture
+def official(server, tmp_path, monkeypatch):
+    """official(zip file) makes it the one that download fetches. -> an empty folder for it"""
+    def offer(path):
+        content = path.read_bytes()
+        server.files["/ade.zip"] = content
+        monkeypatch.setattr(ade20k, "URL", f"{server.url}/ade.zip")
         monkeypatch.setattr(ade20k, "SHA1", hashlib.sha1(content).hexdigest())
-        folder = tmp_path / name
-        if name == "bad":
-            with pytest.raises(ValueError, match="outside.txt.*outside the folder"):
-                ade20k.download(str(folder))
-            assert os.listdir(folder) == ["bad.zip"] and not (tmp_path / "outside.txt").exists()
-        else:
-            root = ade20k.download(str(folder))
-            assert os.path.exists(root + "/images/training/a.jpg")
-            server.files.clear()                # a second call asks nobody
-            assert ade20k.download(str(folder)) == root
+        return tmp_path / path.stem
+    return offer
+
+
+def test_download_resumes_unpacks_once_and_asks_nobody_again(server, official, tmp_path):
+    make_zip(tmp_path / "good.zip", ["ADEChallengeData2016/images/training/a.jpg", "ADEChallengeData2016/sceneCategories.txt"])
+    folder = official(tmp_path / "good.zip")
+    server.faults[:] = [100, 50]
+    root = ade20k.download(str(folder))
+    assert os.path.exists(root + "/images/training/a.jpg") and server.starts == [0, 100, 150]
+    server.files.clear()
+    assert ade20k.download(str(folder)) == root
+    shutil.rmtree(root)                         # stopped between fetching and unpacking: the zip is there, and is enough
+    os.makedirs(folder / "unpacked.part" / "ADEChallengeData2016" / "images")
+    assert ade20k.download(str(folder)) == root and os.path.exists(root + "/images/training/a.jpg")
+    assert sorted(os.listdir(folder)) == ["ADEChallengeData2016", "ade.zip"]
+
+
+@pytest.mark.parametrize("harm,message", [
+    ("../../outside.txt", "outside.txt.*outside the folder"), ("/outside.txt", "outside the folder"),
+    ("link", "a link"), ("size", "more than 5 GB")])
+def test_download_unpacks_nothing_of_an_archive_that_would_do_harm(harm, message, official, tmp_path):
+    path = tmp_path / "bad.zip"
+    make_zip(path, ["ADEChallengeData2016/a.jpg", "ADEChallengeData2016/b.jpg" if harm in ("link", "size") else harm])
+    if harm == "link":
+        with zipfile.ZipFile(path, "a") as archive:
+            entry = zipfile.ZipInfo("ADEChallengeData2016/c.jpg")
+            entry.external_attr = 0o120777 << 16
+            archive.writestr(entry, "/etc/passwd")
+    elif harm == "size":                        # the directory at the end says that each of the two unpacks to 4 GB
+        content = bytearray(path.read_bytes())
+        for at in (m.start() for m in re.finditer(b"PK\x01\x02", content)):
+            content[at + 24:at + 28] = struct.pack("<I", 0xFFFFFFF0)
+        path.write_bytes(content)
+    folder = official(path)
+    with pytest.raises(ValueError, match=message):
+        ade20k.download(str(folder))
+    assert os.listdir(folder) == ["ade.zip"] and not (tmp_path.parent / "outside.txt").exists()
