@@ -292,7 +292,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         if content:
             self.optimizer.load_state_dict(content["optimizer"])
-            self.scaler.load_state_dict(content["scaler"])
+            self.scaler.load_state_dict(content["scaler"] or self.scaler.state_dict())  # empty: it was not in float16
         self.best = content.get("best", {})                 # the validation with the highest mIoU
         self.window = content.get("window", [0.0] * 4)      # sums since the last log line: loss, decode, aux, iterations
         self.samples = TrainSet(pairs, args.seed, args.crop_size, args.short_side, len(CLASSES))
@@ -311,7 +311,7 @@ class Run:
                      f"{self.start} to {args.iters}", **{} if self.start else dict(iteration=0, args=vars(args)))
 
     def share(self, *values: float) -> list[float]:
-        """The sum of each value over all processes. On the CPU (gloo) also beside NCCL: no GPU has to be waited for."""
+        """The sum of each value over all processes, on the CPU (gloo) also beside NCCL."""
         values = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(values)
@@ -326,7 +326,7 @@ class Run:
             group["lr"] = learning_rate(i, self.args.iters, **schedule)
         statistics = [b.clone() for b in self.model.buffers()]          # BatchNorm's, before this batch is added to them
         losses = gradients(self.parallel, batch, self.micro, self.scaler, self.device, self.dtype)
-        finite = torch.isfinite(losses).all().item()
+        finite = torch.isfinite(losses).all().item()        # waits for the GPU: this must be known before the update
         stop, broken, *losses = self.share(bool(self.asked), not finite, *(losses / self.world).tolist())
         if broken:              # in any process: all of them leave weights and statistics as they were
             for b, old in zip(self.model.buffers(), statistics):
