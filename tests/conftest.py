@@ -7,11 +7,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 SAMPLE = os.path.join(os.path.dirname(ROOT), "shared", "ade20k_sample")
 
+import ade20k  # noqa: E402
 import formulas  # noqa: E402
 import model  # noqa: E402
 import upernet  # noqa: E402
@@ -65,6 +67,17 @@ class ReplayedRng:
     def __init__(self, seed):
         state = np.random.RandomState(seed)
         self.random, self.integers, self.uniform = state.random_sample, state.randint, state.uniform
+
+
+def draw_set(root, training, validation):
+    """A data set of so many small scenes of the toy kind, in ADE20K's layout, in the folder root."""
+    for split, count in (("training", training), ("validation", validation)):
+        for kind in ("images", "annotations"):
+            os.makedirs(root / kind / split)
+        for i in range(count):
+            image, label = ade20k.draw_scene(np.random.default_rng([7, i]))
+            Image.fromarray(image).save(root / f"images/{split}/s{i}.jpg")
+            Image.fromarray(label).save(root / f"annotations/{split}/s{i}.png")
 
 
 @pytest.fixture

@@ -14,36 +14,21 @@ import sys
 import time
 from glob import glob
 
-import numpy as np
 import pytest
 import torch
+from conftest import ROOT, draw_set
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT]
-
-import ade20k  # noqa: E402
-import train  # noqa: E402
+import train
 
 OPTIONS = ("--data", "set", "--arch", "toy_p8", "--pretrained", "none", "--lr", 1e-3, "--warmup", 5, "--iters", 110,
            "--interval", 30, "--batch-size", 4, "--crop-size", 32, "--short-side", 32)
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 
 
-def make_set(folder):
-    from PIL import Image
-    for split, count in (("training", 8), ("validation", 3)):
-        for kind in ("images", "annotations"):
-            os.makedirs(folder / "set" / kind / split)
-        for i in range(count):
-            image, label = ade20k.draw_scene(np.random.default_rng([7, i]))
-            Image.fromarray(image).save(folder / f"set/images/{split}/s{i}.jpg")
-            Image.fromarray(label).save(folder / f"set/annotations/{split}/s{i}.png")
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
-    make_set(folder)
+    draw_set(folder / "set", 8, 3)
     return folder
 
 

@@ -9,10 +9,8 @@ import formulas
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_mmseg
-from PIL import Image
+from conftest import ROOT, draw_set, write_mmseg
 
-import ade20k
 import train
 from convert_weights import MMSEG, rename
 from evaluate import UsageError
@@ -95,13 +93,7 @@ def test_accumulated_gradients_equal_the_whole_batchs():
 def folder(tmp_path_factory):
     """A folder with a data set of eight training and five validation scenes of the toy kind in it."""
     folder = tmp_path_factory.mktemp("train")
-    for split, count in (("training", 8), ("validation", 5)):
-        for kind in ("images", "annotations"):
-            os.makedirs(folder / "set" / kind / split)
-        for i in range(count):
-            image, label = ade20k.draw_scene(np.random.default_rng([7, i]))
-            Image.fromarray(image).save(folder / f"set/images/{split}/s{i}.jpg")
-            Image.fromarray(label).save(folder / f"set/annotations/{split}/s{i}.png")
+    draw_set(folder / "set", 8, 5)
     return folder
 
 
