@@ -384,6 +384,7 @@ def train(args: argparse.Namespace) -> None:
     elif run.start >= args.iters:
         raise UsageError(f"{args.checkpoint}: has all of its {run.start} iterations, nothing is left to train")
     batches, since, clock, waited, broken = iter(run.loader), run.start, time.monotonic(), 0.0, 0
+    path = getattr(args, "checkpoint", None)
     for i in range(run.start, args.iters):
         n, before = i + 1, time.monotonic()
         batch = next(batches)
@@ -416,9 +417,10 @@ def train(args: argparse.Namespace) -> None:
             before = time.monotonic()
             run.validate(n)
             clock += time.monotonic() - before                      # does not count as training
+    if path is None:
+        raise Stopped("error: the last checkpoint could not be saved, make room and go on with --resume", 1)
     if run.rank == 0:
-        print(f"{run.work}/checkpoint_{args.iters}.pt: evaluate it with `python evaluate.py`\n"
-              f"{run.work}/sheet_{args.iters}.png")
+        print(f"{path}: evaluate it with `python evaluate.py`\n{run.work}/sheet_{args.iters}.png")
     if run.world > 1:
         dist.barrier()                          # nobody leaves while another may still be talking to it
         dist.destroy_process_group()

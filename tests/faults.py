@@ -129,6 +129,13 @@ def test_a_full_disk_is_said_survived_and_leaves_the_old_files_whole(straight, f
     assert_same(work, straight)
 
 
+def test_a_disk_that_stays_full_ends_the_run_with_an_error(folder):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))        # noqa: E731
+    out, err = finish(start(folder, *OPTIONS, "--iters", 6, "--interval", 3, "--work-dir", "stays", preexec_fn=limit), 1)
+    assert "checkpoint_6.pt is not written" in err and "the last checkpoint could not be saved" in err
+    assert not glob(str(folder / "stays" / "checkpoint*"))
+
+
 def test_a_changed_argument_is_named_and_a_used_folder_refused(straight, folder):
     out, err = finish(start(folder, "--resume", "--work-dir", straight, "--lr", 5, "--seed", 3, "--workers", 1), 2)
     assert "--lr was 0.001 until here, from here on 5.0" in err and "--seed was 0 until here" in err
@@ -161,10 +168,13 @@ def test_one_bad_batch_changes_nothing_and_training_goes_on(folder, monkeypatch)
     assert run.step(2, batch) == (False, True)
     assert not torch.equal(run.model.backbone.pos_embed, before["backbone.pos_embed"])
     # float16's scale is too large now and then: that is the scaler's to mend, and no bad batch.
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 126)
-    before = run.model.backbone.pos_embed.detach().clone()
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    overflow = run.model.backbone.pos_embed.register_hook(lambda grad: grad * float("inf"))
+    before = run.model.backbone.cls_token.detach().clone()
     assert run.step(3, batch) == (False, True)
-    assert torch.equal(run.model.backbone.pos_embed, before) and run.scaler.get_scale() == 2.0 ** 125
+    assert torch.equal(run.model.backbone.cls_token, before) and run.scaler.get_scale() == 512
+    overflow.remove()
+    assert run.step(4, batch) == (False, True) and not torch.equal(run.model.backbone.cls_token, before)
     for number in train.SIGNALS:
         signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
 
