@@ -1,35 +1,38 @@
 """The data: ADE20K's 150 classes, reading pictures and labels, the training and test transforms, and the order of samples.
 
     jpg, png --load--> image (H, W, 3) uint8 RGB, label (H, W) uint8: 0 -> 255 (ignored), k -> k - 1
-      --train_transform(rng)--> (S, S, 3), (S, S), size before padding --loader--> batch --normalise--> the model
+      --train_transform(rng)--> (3, S, S), (S, S), size before padding --loader--> batch --normalise--> the model
 
 Data set: ADE20K scene parsing (Zhou et al. 2017, CVPR; Zhou et al. 2019, IJCV), the 2016 challenge's layout:
 
     ROOT/images/{training,validation}/NAME.jpg      ROOT/annotations/{training,validation}/NAME.png (0 = not labelled)
+    ROOT/classes.txt, for data sets with other classes: see read_classes
 
 As a program:  python ade20k.py {download,toy,check} DIR
 """
 import argparse
 import atexit
+import colorsys
 import ctypes
 import fcntl
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 import urllib.request
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from multiprocessing import Pool, active_children
-from typing import BinaryIO
+from functools import lru_cache, partial
+from multiprocessing import Pool, active_children, get_start_method, parent_process
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from scipy.ndimage import gaussian_filter, map_coordinates, maximum_filter, minimum_filter
 from torch import Tensor
@@ -42,33 +45,62 @@ MEAN = torch.tensor([123.675, 116.28, 103.53])  # of ImageNet, RGB; the referenc
 STD = torch.tensor([58.395, 57.12, 57.375])     # its weights were pretrained with 127.5 / 127.5
 # Names and colours of the challenge (objectInfo150, color150), the names as the reference prints them.
 CLASSES = tuple("""
-wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth,
-door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug,
-field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column,
-signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path,
-stairs, runway, case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table,
-toilet, flower, book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar,
-arcade machine, hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, television
-receiver, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster,
-stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket,
-waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal,
-bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan,
-pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock,
-flag""".strip().replace("\n", " ").split(", "))
+wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, table,
+mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat, fence,
+desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, chest of drawers, counter, sand, sink,
+skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway,
+river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop, stove, palm, kitchen island,
+computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight,
+booth, television receiver, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster,
+stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent,
+bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen,
+blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board,
+shower, radiator, glass, clock, flag
+""".strip().replace("\n", " ").split(", "))
 PALETTE = np.frombuffer(bytes.fromhex("""
-787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04
-ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffff
-e0ff086608ffff3d06ffc207ff7a0800ff14ff0829ff05990633ffeb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe000
-99ff000000ffff470000ebff00adff1f00ff0bc8c8ff520000fff5003dff00ff7000ff85ff0000ffa300ff6600c2ff00008fff33ff00
-0052ff00ff2900ffad0a00ffadff0000ff99ff5c00ff00ffff00f5ff0066ffad00ff0014ffb8b8001fff00ff3d0047ffff00cc00ffc2
-00ff52000aff0070ff3300ff00c2ff007aff00ffa3ff990000ff0aff70008fff005200ffa3ff00ffeb0008b8aa8500ff00ff5cb800ff
-ff001f00b8ff00d6ffff00705cff0000e0ff70e0ff46b8a0a300ff9900ff47ff00ff00a3ffcc00ff008f00ffeb85ff00ff00ebf500ff
-ff007afff5000abed4d6ff0000ccff1400ffffff000099ff0029ff00ffcc2900ff29ff00ad00ff00f5ff4700ff7a00ff00ffb8005cff
-b8ff000085ffffd60019c2c266ff005c00ff"""), np.uint8).reshape(150, 3)
+787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04ff3307cc46030066c8
+3de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffffe0ff086608ffff3d06ffc207ff7a0800ff14
+ff0829ff05990633ffeb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe00099ff000000ffff470000ebff00adff1f00ff0bc8c8ff520000fff5
+003dff00ff7000ff85ff0000ffa300ff6600c2ff00008fff33ff000052ff00ff2900ffad0a00ffadff0000ff99ff5c00ff00ffff00f5ff0066ffad00ff0014
+ffb8b8001fff00ff3d0047ffff00cc00ffc200ff52000aff0070ff3300ff00c2ff007aff00ffa3ff990000ff0aff70008fff005200ffa3ff00ffeb0008b8aa
+8500ff00ff5cb800ffff001f00b8ff00d6ffff00705cff0000e0ff70e0ff46b8a0a300ff9900ff47ff00ff00a3ffcc00ff008f00ffeb85ff00ff00ebf500ff
+ff007afff5000abed4d6ff0000ccff1400ffffff000099ff0029ff00ffcc2900ff29ff00ad00ff00f5ff4700ff7a00ff00ffb8005cffb8ff000085ffffd600
+19c2c266ff005c00ff
+"""), np.uint8).reshape(150, 3)
 
 
 class DataError(Exception):
     """A fault in the data, in one sentence: the file, the value, the way out."""
+
+
+class Classes(NamedTuple):
+    """What the labels of a data set mean. In its files 0 is "not labelled" and k class k - 1 (zero_ignored, as in ADE20K),
+    or k is class k and 255 "not labelled"."""
+    names: tuple[str, ...] = CLASSES
+    palette: list[list[int]] = PALETTE.tolist()         # [R, G, B] of each, 0..255
+    zero_ignored: bool = True
+
+
+def read_classes(root: str) -> Classes:
+    """Those of ROOT/classes.txt: one name a line, `R G B` behind it or none; a first line `ignore 0` sets zero_ignored.
+    Without that file ADE20K's. DataError with the line that cannot be used."""
+    path, names, palette = os.path.join(root, "classes.txt"), [], []
+    if not os.path.exists(path):
+        return Classes()
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        lines = [(n, line.strip()) for n, line in enumerate(file, start=1) if line.strip()]
+    zero_ignored = bool(lines) and lines[0][1].split() == ["ignore", "0"]
+    for n, line in lines[zero_ignored:]:
+        name, *rgb = re.fullmatch(r"(.*?\S)(?:\s+(\d+)\s+(\d+)\s+(\d+))?", line).groups()
+        # Without a colour, hues in steps of the golden section are far apart however many there are; three brightnesses.
+        free = colorsys.hsv_to_rgb(len(names) * 0.618 % 1, 0.9, 1 - len(names) % 3 / 4)
+        palette.append([round(255 * x) for x in free] if rgb[0] is None else [int(x) for x in rgb])
+        if name in names or max(palette[-1]) > 255:
+            raise DataError(f"{path}, line {n}: {line!r} has a colour above 255 or a name that another line has")
+        names.append(name)
+    if not 0 < len(names) < 256:
+        raise DataError(f"{path}: {len(names)} classes, it must be 1 to 255 (8 bits, and one value for unlabelled pixels)")
+    return Classes(tuple(names), palette, zero_ignored)
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -80,18 +112,20 @@ def load_image(path: str) -> np.ndarray:
     """
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
+            ImageOps.exif_transpose(file, in_place=True)
+            picture = file
             if picture.mode == "F":
                 raise ValueError("its pixels are floating-point numbers of unknown range")
             if picture.mode.startswith("I"):    # 16 bits grey; Pillow's own conversion would clip instead of scaling
                 picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-            return np.asarray(picture.convert("RGB"))
+            return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except Exception as error:                  # Pillow's decoders raise a dozen different types on damaged files
         raise DataError(f"{path}: cannot be read as a picture ({error}), replace the file") from error
 
 
-def load_label(path: str, num_classes: int = 150) -> np.ndarray:
-    """A label file (uint8 or palette png, 0 = not labelled, 1..num_classes) -> (H, W) uint8, 255 or 0..num_classes-1."""
+def load_label(path: str, classes: Classes = Classes()) -> np.ndarray:
+    """A label file (8 bits, grey or palette png) -> (H, W) uint8, 0..C-1, or 255 where nobody labelled. DataError if it is
+    none or holds a value that is no class."""
     try:
         with Image.open(path) as file:
             label = np.asarray(file)            # of a palette file, the indices
@@ -99,15 +133,17 @@ def load_label(path: str, num_classes: int = 150) -> np.ndarray:
         raise DataError(f"{path}: cannot be read as a label file ({error}), replace the file") from error
     if label.ndim != 2 or label.dtype != np.uint8:
         raise DataError(f"{path}: labels must be one channel of 8 bits, this is {label.dtype} of shape {label.shape}")
-    if label.max() > num_classes:
-        raise DataError(f"{path}: label {label.max()} is above the {num_classes} classes, 0 is for unlabelled pixels")
-    # One table look-up does the shift once: 0 -> 255, k -> k - 1. (uint8 0 - 1 wraps to 255.)
-    return label - np.uint8(1)
+    label = label - np.uint8(classes.zero_ignored)      # 0 -> 255, as uint8 wraps, and k -> k - 1
+    wrong = label[(label >= len(classes.names)) & (label != IGNORE)]
+    if len(wrong):
+        raise DataError(f"{path}: label {wrong.max() + classes.zero_ignored} is above the {len(classes.names)} classes, "
+                        f"{0 if classes.zero_ignored else IGNORE} is for unlabelled pixels")
+    return label
 
 
-def load(image_path: str, label_path: str, num_classes: int = 150) -> tuple[np.ndarray, np.ndarray]:
+def load(image_path: str, label_path: str, classes: Classes = Classes()) -> tuple[np.ndarray, np.ndarray]:
     """load_image and load_label of one sample; DataError if their sizes differ."""
-    image, label = load_image(image_path), load_label(label_path, num_classes)
+    image, label = load_image(image_path), load_label(label_path, classes)
     if image.shape[:2] != label.shape:
         raise DataError(f"{image_path}: the picture has {image.shape[0]}x{image.shape[1]} pixels, its label file "
                         f"{label_path} {label.shape[0]}x{label.shape[1]}, they must be equal")
@@ -179,26 +215,40 @@ def scaled_size(height: int, width: int, long: int, short: int) -> tuple[int, in
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
+def taps(first: int, last: int, old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For target pixels first..last of an axis resized from old to new: the two source pixels on either side of each one's
+    centre, (i + 1/2) old / new, and the weight of the second."""
+    x = (np.arange(first, last) + 0.5) * old / new - 0.5
+    left = np.floor(x).astype(np.intp)
+    return left.clip(0, old - 1), (left + 1).clip(0, old - 1), (x - left).astype(np.float32)
+
+
 def resize_bilinear(image: np.ndarray, h: int, w: int, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
     """What cv2.resize(image, (w, h))[y0:y1, x0:x1] gives, within one grey level, computing only box = (y0, x0, y1, x1).
 
-    image (H, W, 3) uint8 -> (y1 - y0, x1 - x0, 3) uint8. No antialiasing when shrinking: Pillow's filters, which do,
+    image (H, W, 3) uint8 -> (3, y1 - y0, x1 - x0) uint8. No antialiasing when shrinking: Pillow's filters, which do,
     would feed the network smoother pictures than the published runs saw.
     """
     H, W = image.shape[:2]
     y0, x0, y1, x1 = box or (0, 0, h, w)
     if (h, w) == (H, W):
-        return image[y0:y1, x0:x1]
-    # Only the source rows a..b and columns c..d are touched (one pixel more on each side for the interpolation).
-    a, b = max(y0 * H // h - 1, 0), min(-(-y1 * H // h) + 1, H)
-    c, d = max(x0 * W // w - 1, 0), min(-(-x1 * W // w) + 1, W)
-    source = torch.from_numpy(np.ascontiguousarray(image[a:b, c:d].transpose(2, 0, 1)))[None].float()   # (1, 3, b-a, d-c)
-    # The centre of target pixel y lies at (y + 1/2) H / h of the source; grid_sample wants it from -1 to 1.
-    ys = ((torch.arange(y0, y1, dtype=torch.float64) + 0.5) * H / h - a) * 2 / (b - a) - 1
-    xs = ((torch.arange(x0, x1, dtype=torch.float64) + 0.5) * W / w - c) * 2 / (d - c) - 1
-    grid = torch.stack(torch.meshgrid(xs.float(), ys.float(), indexing="xy"), dim=-1)[None]             # (1, h, w, 2)
-    out = F.grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return (out[0] + 0.5).to(torch.uint8).permute(1, 2, 0).numpy()
+        return image[y0:y1, x0:x1].transpose(2, 0, 1)
+    (top, bottom, v), (left, right, u) = taps(y0, y1, H, h), taps(x0, x1, W, w)
+    a, b, c, d = top[0], bottom[-1] + 1, left[0], right[-1] + 1             # only these source rows and columns are touched
+    x = image[a:b, c:d].transpose(2, 0, 1).astype(np.float32, order="C")    # (3, b - a, d - c)
+    # take(..., "clip") is x[:, :, left - c] without a check; and new memory costs more than arithmetic, so in place:
+    x = blend(x.take(left - c, 2, mode="clip"), x.take(right - c, 2, mode="clip"), u)       # (3, b - a, x1 - x0)
+    x = blend(x[:, top - a], x[:, bottom - a], v[:, None])                                  # (3, y1 - y0, x1 - x0)
+    x += 0.5
+    return x.astype(np.uint8)
+
+
+def blend(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """first + (second - first) * weight, in second's place."""
+    second -= first
+    second *= weight
+    second += first
+    return second
 
 
 def nearest_indices(old: int, new: int) -> np.ndarray:
@@ -214,27 +264,35 @@ _SAT = np.rint(np.append(0, (255 << 12) / np.arange(1.0, 256))).astype(np.int32)
 # dominates (R around hue 0, G around 60, B around 120), 1 opposite, a ramp between. Smith 1978, "Color gamut transform
 # pairs"; in float32 as cv2's vector code computes it, so that the truncation at the end meets the same numbers.
 _SECTOR, _RAMP = np.divmod(np.arange(180, dtype=np.float32) * np.float32(6 / 180), np.float32(1))
-_FADE = [np.choose((_SECTOR.astype(int) - peak) % 6, [0, _RAMP, 1, 1, 1 - _RAMP, 0]).astype(np.float32) for peak in (0, 2, 4)]
+_FADE = [np.choose((_SECTOR.astype(int) - peak) % 6, [0, _RAMP, 1, 1, 1 - _RAMP, 0]).astype(np.float64) for peak in (0, 2, 4)]
 
 
 def rgb_to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(H, W, 3) uint8 -> hue (H, W) int32 0..179, saturation int32 0..255, value int32 0..255, equal to cv2's."""
-    r, g, b = image.astype(np.int32).transpose(2, 0, 1)
+    """(3, H, W) uint8 -> hue (H, W) 0..179, saturation 0..255, value 0..255, integers, equal to cv2's. (hue: an index)"""
+    r, g, b = image.astype(np.int16)
     value = np.maximum(np.maximum(r, g), b)
     spread = value - np.minimum(np.minimum(r, g), b)
-    saturation = (spread * _SAT[value] + (1 << 11)) >> 12
     hue = np.where(value == r, g - b, np.where(value == g, b - r + 2 * spread, r - g + 4 * spread))
-    hue = (hue * _HUE[spread] + (1 << 11)) >> 12
-    return np.where(hue < 0, hue + 180, hue), saturation, value
+    saturation, hue = spread * _SAT.take(value, mode="clip"), hue * _HUE.take(spread, mode="clip")
+    for x in (saturation, hue):
+        x += 1 << 11                                                        # rounds what the shift cuts
+        x >>= 12
+    hue += (hue >> 31) & 180                                                # where it is negative
+    return hue.astype(np.intp), saturation, value
 
 
 def hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
     """The inverse of rgb_to_hsv, truncated, equal to what cv2 computes in vectors (ends of rows it rounds). -> uint8"""
     unit = np.float32(1 / 255)
     value, saturation = value.astype(np.float32) * unit, np.float64(saturation.astype(np.float32) * unit)
-    # float64 inside the bracket, rounded once: cv2 uses a fused multiply-add there.
-    return np.stack([(value * (1 - saturation * fade[hue]).astype(np.float32) * np.float32(255)).astype(np.uint8)
-                     for fade in _FADE], axis=2)
+    image = np.empty((3, *hue.shape), np.uint8)
+    for channel, fade in zip(image, _FADE):     # float64 inside the bracket, rounded once: cv2 uses a fused multiply-add there
+        x = fade.take(hue, mode="clip")
+        x *= saturation
+        x = np.subtract(1, x, out=x).astype(np.float32)
+        x *= value
+        channel[:] = np.multiply(x, np.float32(255), out=x)
+    return image
 
 
 def scale_levels(x: np.ndarray, factor: float = 1, offset: float = 0) -> np.ndarray:
@@ -243,7 +301,8 @@ def scale_levels(x: np.ndarray, factor: float = 1, offset: float = 0) -> np.ndar
 
 
 def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Photometric distortion (SSD, Liu et al. 2016, arXiv:1512.02325, section 2.2), each step with probability 1/2."""
+    """Photometric distortion of (3, H, W) uint8 (SSD, Liu et al. 2016, arXiv:1512.02325, section 2.2), each step with
+    probability 1/2."""
     if rng.integers(0, 2):
         image = scale_levels(image, offset=rng.uniform(-32, 32))            # brightness
     contrast_first = rng.integers(0, 2)
@@ -254,7 +313,8 @@ def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         image = hsv_to_rgb(hue, scale_levels(saturation, factor=rng.uniform(0.5, 1.5)), value)
     if rng.integers(0, 2):
         hue, saturation, value = rgb_to_hsv(image)
-        image = hsv_to_rgb((hue + rng.integers(-18, 18)) % 180, saturation, value)
+        turned = (np.arange(180) + rng.integers(-18, 18)) % 180             # a table: `%` on whole pictures is slow
+        image = hsv_to_rgb(turned.take(hue, mode="clip"), saturation, value)
     if not contrast_first and rng.integers(0, 2):
         image = scale_levels(image, factor=rng.uniform(0.5, 1.5))
     return image
@@ -264,7 +324,7 @@ def train_transform(image: np.ndarray, label: np.ndarray, rng: np.random.Generat
                     ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """The reference's training pipeline up to normalisation: scale, crop, flip, distort, pad.
 
-    image (H, W, 3) uint8, label (H, W) uint8 -> (crop, crop, 3) uint8, (crop, crop) uint8, (h, w) before padding.
+    image (H, W, 3) uint8, label (H, W) uint8 -> (3, crop, crop) uint8, (crop, crop) uint8, (h, w) before padding.
     Scale: into (4 short, short) * U(0.5, 2). The crop is redrawn up to ten times while one class fills 75% or more of
     its labelled pixels. Padding, on the right and below, is 255 in the label. In the image it is 0 *after*
     normalisation, which no uint8 can say: normalise(images, sizes) does it.
@@ -276,16 +336,16 @@ def train_transform(image: np.ndarray, label: np.ndarray, rng: np.random.Generat
     for attempt in range(11):                                               # the eleventh is taken as it comes
         y0, x0 = rng.integers(0, max(h - crop, 0) + 1), rng.integers(0, max(w - crop, 0) + 1)
         y1, x1 = min(y0 + crop, h), min(x0 + crop, w)
-        cropped = label[rows[y0:y1, None], columns[None, x0:x1]]
-        counts = np.bincount(cropped.ravel(), minlength=256)[:IGNORE]
+        cropped = label[rows[y0:y1]][:, columns[x0:x1]]
+        counts = np.array(Image.fromarray(cropped).histogram()[:IGNORE])
         if attempt == 10 or np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < 0.75:
             break
     image, label = resize_bilinear(image, h, w, (y0, x0, y1, x1)), cropped
     if rng.random() < 0.5:
-        image, label = image[:, ::-1], label[:, ::-1]
+        image, label = image[:, :, ::-1], label[:, ::-1]
     image = distort(image, rng)
     pad = ((0, crop - label.shape[0]), (0, crop - label.shape[1]))
-    return np.pad(image, (*pad, (0, 0))), np.pad(label, pad, constant_values=IGNORE), label.shape
+    return np.pad(image, ((0, 0), *pad)), np.pad(label, pad, constant_values=IGNORE), label.shape
 
 
 def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
@@ -312,8 +372,9 @@ class TrainSet(torch.utils.data.Dataset):
     alone. So neither the number of workers nor of processes changes a run, and one resumed at iteration i goes on with
     the samples it would have seen, at once."""
 
-    def __init__(self, pairs: list[tuple[str, str]], seed: int, crop: int = 512, short: int = 512, num_classes: int = 150):
-        self.pairs, self.seed, self.crop, self.short, self.num_classes = pairs, seed, crop, short, num_classes
+    def __init__(self, pairs: list[tuple[str, str]], seed: int, crop: int = 512, short: int = 512,
+                 classes: Classes = Classes()):
+        self.pairs, self.seed, self.crop, self.short, self.classes = pairs, seed, crop, short, classes
 
     def paths(self, position: int) -> tuple[str, str]:
         epoch, i = divmod(position, len(self.pairs))
@@ -321,41 +382,31 @@ class TrainSet(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
         """-> image (3, S, S) uint8, label (S, S) uint8, size (2,) before padding"""
-        image, label = load(*self.paths(position), self.num_classes)
+        image, label = load(*self.paths(position), self.classes)
         rng = np.random.default_rng([self.seed, position, 1])
         image, label, size = train_transform(image, label, rng, self.crop, self.short)
-        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label), torch.tensor(size)
+        return torch.from_numpy(image), torch.from_numpy(label), torch.tensor(size)
 
 
-class Positions(torch.utils.data.Sampler):
-    """The positions of one process: of iteration i's batch, [i * batch, (i + 1) * batch), its share of batch / world."""
-
-    def __init__(self, start: int, iters: int, batch: int, rank: int = 0, world: int = 1):
-        self.start, self.iters, self.batch, self.rank, self.share = start, iters, batch, rank, batch // world
-
-    def __len__(self) -> int:
-        return self.iters - self.start
-
-    def __iter__(self):
-        for i in range(self.start, self.iters):
-            first = i * self.batch + self.rank * self.share
-            yield list(range(first, first + self.share))
+def positions(start: int, iters: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[list[int]]:
+    """Of each iteration's batch, positions [i * batch, (i + 1) * batch), the share of one process."""
+    share = batch // world
+    for first in range(start * batch + rank * share, iters * batch, batch):
+        yield list(range(first, first + share))
 
 
-class TestSet(torch.utils.data.Dataset):
-    """Whole pictures and labels (None where there are none) at their own size, as (H, W, 3) and (H, W) uint8 arrays."""
+def load_pair(pair: tuple[str, str | None], classes: Classes) -> tuple[str, np.ndarray, np.ndarray | None]:
+    """(image path, label path or None) -> image path, picture and label (or None) at their own size."""
+    return pair[0], *(load(*pair, classes) if pair[1] else (load_image(pair[0]), None))
 
-    def __init__(self, pairs: list[tuple[str, str | None]], num_classes: int = 150):
-        self.pairs, self.num_classes = pairs, num_classes
 
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, i: int):
-        image_path, label_path = self.pairs[i]
-        if label_path is None:
-            return image_path, load_image(image_path), None
-        return image_path, *load(image_path, label_path, self.num_classes)
+def keep_memory() -> None:
+    """glibc gives large arrays back to the kernel when they are freed, and gets the next ones zeroed, page by page: that took
+    40% of the time of the transforms and 10% of the model's on a CPU. From here on it keeps them for the next ones."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 1 << 30)                               # M_MMAP_THRESHOLD: blocks up to 1 GB come from the heap,
+        libc.mallopt(-1, (1 << 31) - 1)                         # M_TRIM_THRESHOLD: which does not shrink
 
 
 def start_worker(worker: int) -> None:
@@ -363,8 +414,11 @@ def start_worker(worker: int) -> None:
     killed its loaders die with it, or they would hold its connections open and the other processes would wait on them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    keep_memory()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)              # 1: PR_SET_PDEATHSIG, the signal when the parent dies
+        if get_start_method() == "fork" and os.getppid() != parent_process().pid:
+            os._exit(1)                                         # it has died already
 
 
 @atexit.register
@@ -615,10 +669,10 @@ def download(folder: str) -> str:
     return root
 
 
-def examine(pair: tuple[str, str], num_classes: int = 150) -> tuple[str | None, tuple, np.ndarray]:
+def examine(pair: tuple[str, str], classes: Classes) -> tuple[str | None, tuple, np.ndarray]:
     """Read one sample whole: (fault or None, (H, W), pixels per label value 0..255)."""
     try:
-        label = load(*pair, num_classes)[1]
+        label = load(*pair, classes)[1]
         return None, label.shape, np.bincount(label.ravel(), minlength=256)
     except DataError as fault:
         return str(fault), (0, 0), np.zeros(256, np.int64)
@@ -626,12 +680,13 @@ def examine(pair: tuple[str, str], num_classes: int = 150) -> tuple[str | None, 
 
 def check(root: str) -> int:
     """Read every file of a data set, print what is in it and every fault by file. -> the number of faults"""
-    total = 0
+    total, classes = 0, read_classes(root)
     for split in ("training", "validation"):
         pairs, faults = scan(root, split)
         sizes, counts, pictures, started = [], np.zeros(256, np.int64), np.zeros(256, np.int64), time.monotonic()
         with Pool() as pool:
-            for n, (fault, size, count) in enumerate(pool.imap(examine, pairs, chunksize=4), start=1):
+            read = pool.imap(partial(examine, classes=classes), pairs, chunksize=4)
+            for n, (fault, size, count) in enumerate(read, start=1):
                 progress(f"{split}: {n} of {len(pairs)} pictures", started, done=n == len(pairs))
                 if fault:
                     faults.append(fault)
@@ -644,10 +699,11 @@ def check(root: str) -> int:
         if sizes:
             (h0, w0), (h1, w1) = np.min(sizes, axis=0), np.max(sizes, axis=0)
             present = [k for k in np.argsort(-counts[:IGNORE]) if counts[k]]
-            print(f"  height {h0} to {h1}, width {w0} to {w1}; {100 * counts[IGNORE] / counts.sum():.1f}% of the pixels "
-                  f"unlabelled; {len(present)} of {len(CLASSES)} classes:")
+            print(f"  height {h0} to {h1}, width {w0} to {w1}; {counts[IGNORE] / counts.sum():.1%} of the pixels unlabelled; "
+                  f"{len(present)} of {len(classes.names)} classes:")
             for k in present:
-                print(f"    {CLASSES[k]:20s} {100 * counts[k] / counts.sum():6.2f}% of the pixels, {pictures[k]:6d} pictures")
+                share = counts[k] / counts.sum()
+                print(f"    {classes.names[k]:20s} {share:7.2%} of the pixels, {pictures[k]:6d} pictures")
         for fault in faults:
             print(f"  FAULT {fault}")
     return total

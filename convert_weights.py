@@ -268,14 +268,15 @@ def load_weights(path_or_url: str, bicubic: bool = False) -> tuple[dict[str, Ten
 
     facts: kind, arch (the first one in ARCHS of these shapes, so vit_b16 for a bare deit_b16: they differ in drop path
     alone), neck and num_classes (None for a backbone), resolution, tensors (how many are used), left_out and added (list
-    of str, each with its reason), and of our own checkpoints args. pos_embed is resized to the architecture's grid: with
-    torch's bicubic, as mmsegmentation and timm do; that of a JAX file with scipy's bilinear zoom, as Google does, unless
-    bicubic is set. A tensor may be a view of the file: copy it before the file is overwritten. WeightsError otherwise.
+    of str, each with its reason), and of our own checkpoints args and classes (the fields of ade20k.Classes). pos_embed is
+    resized to the architecture's grid: with torch's bicubic, as mmsegmentation and timm do; that of a JAX file with scipy's
+    bilinear zoom, as Google does, unless bicubic is set. A tensor may be a view of the file: copy it before the file is
+    overwritten. WeightsError otherwise.
     """
     path, content = path_or_url, read(path_or_url)
     key = next((k for k in ("state_dict", "model") if isinstance(content.get(k), dict)), None)
     tensors = content[key] if key else content
-    beside = [k for k in (content if key else {}) if k not in (key, "meta", "args")]
+    beside = [k for k in (content if key else {}) if k not in (key, "meta", "args", "classes")]
     tensors = {k: v for k, v in tensors.items() if isinstance(v, Tensor) and isinstance(k, str)}
     try:
         kind, tensors, left_out = translate(path, tensors)
@@ -285,8 +286,8 @@ def load_weights(path_or_url: str, bicubic: bool = False) -> tuple[dict[str, Ten
     if beside:
         facts["left_out"].append(f"{', '.join(map(str, beside))} (beside the weights)")
     if kind == "ours" and isinstance(content.get("args"), dict) and content["args"].get("arch") in ARCHS:
-        facts["args"] = content["args"]
-        facts["arch"] = content["args"]["arch"]
+        facts |= {"args": content["args"], "arch": content["args"]["arch"]}
+        facts |= {"classes": content["classes"]} if "classes" in content else {}
     elif "deit" in str(content.get("meta", "")) and facts["arch"] == "vit_b16":
         facts["arch"] = "deit_b16"              # mmsegmentation stores the config of the run as text
     bias = "backbone.patch_embed.proj.bias"
@@ -375,7 +376,8 @@ def load_into(model: nn.Module, state_dict: dict[str, Tensor], facts: dict, new_
 
 def describe(facts: dict) -> str:
     """facts in one line."""
-    text = ", ".join(f"{k} {v}" for k, v in facts.items() if k not in ("args", "left_out", "added") and v is not None)
+    shown = ("kind", "arch", "neck", "num_classes", "resolution", "tensors")
+    text = ", ".join(f"{k} {facts[k]}" for k in shown if facts.get(k) is not None)
     return text + "".join(f"; {k.replace('_', ' ')}: " + "; ".join(facts[k]) for k in ("added", "left_out") if facts[k])
 
 

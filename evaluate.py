@@ -17,8 +17,10 @@ import os
 import sys
 import textwrap
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from glob import glob
 
 import numpy as np
@@ -28,8 +30,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ade20k import (CLASSES, DEFAULT_ROOT, IGNORE, PALETTE, DataError, TestSet, data_root, find_pairs, normalise, progress,
-                    resize_bilinear, scaled_size, start_worker)
+from ade20k import (DEFAULT_ROOT, IGNORE, Classes, DataError, data_root, find_pairs, keep_memory, load_pair,
+                    normalise, progress, read_classes, resize_bilinear, scaled_size, start_worker)
 from convert_weights import WeightsError, describe, load_into, load_weights
 from model import ARCHS, NECKS, PAIRS
 from upernet import BLOCK, Segmenter, build_model, interpolation_matrix, resize
@@ -46,6 +48,7 @@ class UsageError(Exception):
 def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
     """-> (rank, number of processes, device). Under torchrun joins the others: NCCL for tensors on GPUs, gloo on CPUs;
     RuntimeError in all of them when one has not answered for `timeout` seconds."""
+    keep_memory()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -92,8 +95,8 @@ def predict(model: Segmenter, image: np.ndarray, scales: tuple[float, ...] = (1.
     (H, W), device, views = image.shape[:2], next(model.parameters()).device, []
     for scale in scales:
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
-        x = torch.tensor(resize_bilinear(image, h, w), device=device)       # (h, w, 3) uint8
-        x = normalise(x.permute(2, 0, 1)[None])                             # (1, 3, h, w)
+        x = torch.tensor(resize_bilinear(image, h, w)[None], device=device)     # (1, 3, h, w) uint8
+        x = normalise(x)
         x = torch.cat([x, x.flip(3)]) if flip else x                        # both in one batch
         with autocast(device, dtype):
             small = model.decode_head(model.features(x)).float()            # (1 or 2, C, h', w'), as the head gives them
@@ -137,27 +140,22 @@ def scores(matrix: np.ndarray) -> dict:
     return result | {k: [None if np.isnan(x) else float(x) for x in v] for k, v in (("IoU", iou), ("Acc", acc))}
 
 
-def unchanged(sample):
-    """A collate function by name: where loaders start processes afresh (macOS), a lambda could not travel to them."""
-    return sample
-
-
-def evaluate(model: nn.Module, pairs: list[tuple[str, str | None]], num_classes: int = 150, rank: int = 0, world: int = 1,
-             workers: int = 2, each=None, **how) -> np.ndarray:
+def evaluate(model: nn.Module, pairs: list[tuple[str, str | None]], classes: Classes = Classes(), rank: int = 0,
+             world: int = 1, workers: int = 2, each=None, **how) -> np.ndarray:
     """Label all pictures -> the confusion matrix (C, C) int64 over all of them and all processes.
 
     pairs: (image path, label path or None). each(i, path, image, label, prediction) is called for every picture of this
     process, if given. how: predict's scales, flip, short and dtype.
     """
-    mine = list(range(rank, len(pairs), world))                             # without padding: none is counted twice
-    loader = torch.utils.data.DataLoader(TestSet(pairs, num_classes), batch_size=None, sampler=mine, num_workers=workers,
-                                         collate_fn=unchanged, worker_init_fn=start_worker)
-    matrix, started, was_training = np.zeros((num_classes, num_classes), np.int64), time.monotonic(), model.training
+    mine, C = list(range(rank, len(pairs), world)), len(classes.names)      # without padding: none is counted twice
+    loader = torch.utils.data.DataLoader(pairs, batch_size=None, sampler=mine, collate_fn=partial(load_pair, classes=classes),
+                                         num_workers=workers, worker_init_fn=start_worker)
+    matrix, started, was_training = np.zeros((C, C), np.int64), time.monotonic(), model.training
     model.eval()
     for n, (path, image, label) in enumerate(loader, start=1):
         prediction = predict(model, image, **how)
         if label is not None:
-            matrix += confusion_matrix(label, prediction, num_classes)
+            matrix += confusion_matrix(label, prediction, C)
         if each:
             each(mine[n - 1], path, image, label, prediction)
         rate = n / (time.monotonic() - started)
@@ -189,29 +187,31 @@ def table(result: dict, classes: tuple[str, ...]) -> str:
 
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
-def colour(label: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 -> (H, W, 3) uint8 in the official palette, ignored pixels black."""
-    return np.vstack([PALETTE, np.zeros((256 - len(PALETTE), 3), np.uint8)])[label]
+def colour(label: np.ndarray, classes: Classes) -> np.ndarray:
+    """(H, W) uint8 -> (H, W, 3) uint8 in the palette, ignored pixels black."""
+    return np.uint8(classes.palette + [[0, 0, 0]] * (256 - len(classes.palette)))[label]
 
 
-def sheet(rows: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]], classes: tuple[str, ...]) -> Image.Image:
-    """A sheet with one row for each (picture, truth or None, prediction) and below them a legend of the classes in it."""
-    titles = ["picture", "prediction"] if rows[0][1] is None else ["picture", "truth", "prediction"]
-    width = max(160, min(400, max(row[0].shape[1] for row in rows)))        # of one panel; small pictures are enlarged
-    size, gap = 15, 8
+def sheet(rows: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]], classes: Classes, opacity: float = 1) -> Image.Image:
+    """One row of panels for each (picture (H, W, 3), truth or None, prediction (H, W), all uint8), a legend below. With truth:
+    picture, truth, prediction, 160 to 400 pixels wide. Without: the prediction alone, at the picture's own size. Colours lie
+    over the picture with an opacity of 0 to 1."""
+    titles, size, gap = ["prediction"] if rows[0][1] is None else ["picture", "truth", "prediction"], 15, 8
+    width = max(160, min(400 if titles[1:] else 4000, max(row[0].shape[1] for row in rows)))        # of one panel
     font = ImageFont.load_default(size)
     panels = []
     for image, truth, prediction in rows:
-        height = round(width * image.shape[0] / image.shape[1])
-        row = [image] + [colour(x) for x in (truth, prediction) if x is not None]
-        panels.append([Image.fromarray(x).resize((width, height), Image.LANCZOS if i == 0 else Image.NEAREST)
-                       for i, x in enumerate(row)])
+        shape = width, round(width * image.shape[0] / image.shape[1])
+        picture = Image.fromarray(image).resize(shape, Image.LANCZOS)
+        layers = [Image.fromarray(colour(x, classes)) for x in (truth, prediction) if x is not None]
+        layers = [Image.blend(picture, layer.resize(shape, Image.NEAREST), opacity) for layer in layers]
+        panels.append([picture] * len(titles[1:2]) + layers)
     counts = sum(np.bincount(x.ravel(), minlength=256) for row in rows for x in row[1:] if x is not None)
-    legend = [(classes[k], tuple(PALETTE[k].tolist())) for k in np.argsort(-counts[:IGNORE]) if counts[k]]
+    legend = [(classes.names[k], tuple(classes.palette[k])) for k in np.argsort(-counts[:IGNORE]) if counts[k]]
     legend += [("not labelled", (0, 0, 0))] * bool(counts[IGNORE])
-    total = gap + len(titles) * (width + gap)
     cell = max(size + 3 * gap + font.getlength(name) for name, _ in legend)
-    columns = max(1, int((total - gap) // cell))
+    total = int(max(gap + len(titles) * (width + gap), gap + cell))
+    columns = int((total - gap) // cell)
     top = size + 2 * gap
     bottom = top + sum(row[0].height + gap for row in panels)
     canvas = Image.new("RGB", (total, bottom + gap + -(-len(legend) // columns) * (size + gap)), "white")
@@ -230,10 +230,41 @@ def sheet(rows: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]], classes:
     return canvas
 
 
+def curves(entries: list[dict]) -> Image.Image:
+    """Loss, learning rate and mIoU against the iteration, one below the other, 800 pixels wide. entries: a run's log."""
+    names = {"loss": "training loss", "lr": "learning rate", "mIoU": "validation mIoU (%)"}
+    lines = {name: [(e["iteration"], e[key]) for e in entries if e.get(key) is not None] for key, name in names.items()}
+    lines = {name: points for name, points in lines.items() if points}
+    font, left, right, high = ImageFont.load_default(15), 90, 780, 210      # of one plot; its axes cross at (left, high - 40)
+    canvas = Image.new("RGB", (800, high * len(lines) + 20), "white")
+    draw, last = ImageDraw.Draw(canvas), max(e["iteration"] for e in entries)
+
+    def ticks(top: float) -> np.ndarray:                        # 0, 1, 2, ... or in steps of 2 or 5, times a power of 10
+        unit = 10 ** np.floor(np.log10(top / 3))
+        return np.arange(0, top * 1.0001, unit * max(k for k in (1, 2, 5) if k * unit <= top / 3 * 1.0001))
+    for row, (name, points) in enumerate(lines.items()):
+        top = max(v for _, v in points) or 1
+        base = high * (row + 1) - 20
+        place = lambda i, v: (left + (right - left) * i / last, base - (high - 70) * v / top)       # noqa: E731, B023
+        for v in ticks(top):
+            draw.line([place(0, v), place(last, v)], "lightgrey")
+            draw.text((left - 8, place(0, v)[1]), f"{v:.3g}", "black", font, anchor="rm")
+        for i in ticks(last):
+            draw.line([place(i, 0), place(i, top)], "lightgrey")
+            draw.text((place(i, 0)[0], base + 6), f"{i:.0f}", "black", font, anchor="mt")
+        draw.text((left, base - high + 65), name, "black", font, anchor="lb")
+        draw.line([place(*point) for point in points], (31, 119, 180), 2)
+        if len(points) < 30:                                    # few points are dots, one alone would be no line at all
+            for x, y in [place(*point) for point in points]:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), (31, 119, 180))
+    draw.text((right, canvas.height - 2), "iteration", "black", font, anchor="rb")
+    return canvas
+
+
 # ---- speed ---------------------------------------------------------------------------------------------------------
 
 def measure(action, device: torch.device, seconds: float = 5.0) -> tuple[float, float]:
-    """-> (median seconds of one action, peak MB meanwhile: torch's on CUDA, the whole process's on Linux CPUs)."""
+    """-> (median seconds of one action, peak MB meanwhile: torch's on CUDA, the whole process's on Linux, else nan)."""
     cuda, times = device.type == "cuda", []
     action()                                    # warm-up: memory is reserved, kernels are chosen or compiled
     if cuda:
@@ -247,10 +278,9 @@ def measure(action, device: torch.device, seconds: float = 5.0) -> tuple[float, 
         if cuda:
             torch.cuda.synchronize()            # kernels run behind Python's back
         times.append(time.perf_counter() - began)
-    if cuda:
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        with suppress(OSError), open("/proc/self/status") as file:
+    peak = torch.cuda.max_memory_allocated() if cuda else float("nan")
+    if not cuda and os.path.exists("/proc/self/status"):
+        with open("/proc/self/status") as file:
             peak = 1024 * int(next(line for line in file if line.startswith("VmHWM")).split()[1])
     return float(np.median(times)), peak / 1e6
 
@@ -262,11 +292,15 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n ** 3 / measure(lambda: a @ b, device)[0]
 
 
-def forward_flops(arch: str, neck: str, height: int, width: int) -> float:
-    """Operations (two per multiply and add) in matrix products and convolutions of one picture's forward pass."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:      # shapes without numbers
-        model, x = build_model(arch, neck), torch.zeros(2, 3, height, width)
-        model.decode_head(model.features(x))
+def count_flops(arch: str, neck: str, height: int, width: int, training: bool = False) -> float:
+    """Operations (two per multiply and add) in matrix products and convolutions for one picture: forward through the head, or
+    in training forward and backward through both heads."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:                       # shapes without numbers
+        model = build_model(arch, neck)
+        maps = model.features(torch.zeros(2, 3, height, width))
+        logits = model.decode_head(maps)
+        if training:
+            (logits.sum() + model.auxiliary_head(maps).sum()).backward()
     return counter.get_total_flops() / 2
 
 
@@ -280,13 +314,20 @@ def benchmark(args: argparse.Namespace) -> None:
     print(f"{device.type}, {torch.get_num_threads()} threads, {str(dtype)[6:]}, matrix products at {rate / 1e9:.0f} GFLOP/s; "
           f"one 512x512 picture in, label map out, scales {scales}\n"
           f"{'arch':10s}{'neck':8s}{'GFLOP':>8s}{'seconds':>10s}{'pictures/s':>12s}{'MB':>8s}{'of peak':>9s}")
-    pairs = [pair for pair in PAIRS if args.arch in (None, pair[0]) and args.neck in (None, pair[1])]
-    for arch, neck in pairs or [(args.arch or "deit_s16", args.neck or "none")]:
+    for arch, neck in benchmark_pairs(args):
         model = build_model(arch, neck).to(device, memory_format=torch.channels_last).eval()
-        flops = sum(forward_flops(arch, neck, int(512 * s), int(512 * s)) for s in args.scales) * (1 + args.flip)
+        for part in model.children() if args.compile else ():
+            part.compile()
+        flops = sum(count_flops(arch, neck, int(512 * s), int(512 * s)) for s in args.scales) * (1 + args.flip)
         seconds, peak = measure(lambda: predict(model, image, args.scales, args.flip, dtype=dtype), device)
         print(f"{arch:10s}{neck:8s}{flops / 1e9:8.0f}{seconds:10.3f}{1 / seconds:12.2f}{peak:8.0f}"
               f"{flops / seconds / rate:9.0%}", flush=True)
+
+
+def benchmark_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The published (arch, neck) pairs that --arch and --neck leave, or the one they name where it is not published."""
+    pairs = [pair for pair in PAIRS if args.arch in (None, pair[0]) and args.neck in (None, pair[1])]
+    return pairs or [(args.arch or "deit_s16", args.neck or "none")]
 
 
 # ---- python evaluate.py --------------------------------------------------------------------------------------------
@@ -327,50 +368,63 @@ def load_model(path: str, device: torch.device) -> tuple[nn.Module, dict]:
     return model.to(device, memory_format=torch.channels_last).eval(), facts
 
 
-def inputs(args: argparse.Namespace, num_classes: int) -> list[tuple[str, str | None]]:
-    """The (image, label or None) paths that the command line asks for."""
+def known_classes(facts: dict) -> Classes:
+    """Those that a checkpoint was trained on: its own, ADE20K's 150, or numbers for names."""
+    n = facts["num_classes"]
+    return Classes(*facts["classes"]) if "classes" in facts else Classes() if n == 150 else \
+        Classes(tuple(f"class {k}" for k in range(n)), (Classes().palette * 2)[:n])
+
+
+def inputs(args: argparse.Namespace, path: str, facts: dict) -> tuple[list[tuple[str, str | None]], Classes]:
+    """The (image, label or None) paths that the command line asks for, and what their labels mean."""
+    classes = known_classes(facts)
     if not args.image:
-        return find_pairs(data_root(args.data), args.split)
+        root = data_root(args.data)
+        there = read_classes(root)
+        if len(there.names) != len(classes.names) or "classes" in facts and there.names != classes.names:
+            raise UsageError(f"{path}: knows {len(classes.names)} classes ({', '.join(classes.names[:3])}, ...), {root} has "
+                             f"{len(there.names)} ({', '.join(there.names[:3])}, ...): train on that data first")
+        return find_pairs(root, args.split), there
     if not os.path.isdir(args.image):
-        return [(args.image, None)]
+        return [(args.image, None)], classes
     suffixes = tuple(Image.registered_extensions())
     files = sorted(f for f in os.listdir(args.image) if f.lower().endswith(suffixes))
     if not files:
         raise DataError(f"{args.image}: holds no pictures")
-    return [(os.path.join(args.image, f), None) for f in files]
+    return [(os.path.join(args.image, f), None) for f in files], classes
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Evaluate a checkpoint on a data set, or label pictures with it.",
         epilog="example: python evaluate.py --checkpoint upernet_deit-s16.pth --flip --scales 0.5,...,1.75")
-    what = parser.add_argument_group("what")
-    what.add_argument("--checkpoint", metavar="FILE", help="any file convert_weights.py reads, or a URL (default: the "
-                      "newest under runs/)")
-    what.add_argument("--data", metavar="DIR", help="data set in ADE20K's layout, or toy (default: what the checkpoint "
-                      f"was trained on, else {DEFAULT_ROOT})")
-    what.add_argument("--split", default="validation", help="images/SPLIT and annotations/SPLIT (default: validation)")
-    what.add_argument("--image", metavar="FILE_OR_DIR", help="label these pictures instead; needs --show or --save-labels")
-    how = parser.add_argument_group("how")
-    how.add_argument("--scales", type=parse_scales, default=(1.0,), metavar="S,S,...", help="sizes relative to (2048, 512); "
-                     "0.5,...,1.75 means steps of 0.25 (default: 1)")
-    how.add_argument("--flip", action="store_true", help="add the mirrored picture at every scale")
-    how.add_argument("--short-side", type=int, metavar="PIXELS", help="of the pictures at scale 1 (default: what the "
-                     "checkpoint was trained with, else 512)")
-    how.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 where the hardware has it, "
-                     "else float32 (default)")
-    how.add_argument("--workers", type=int, default=2, help="processes that read pictures (default: 2)")
-    how.add_argument("--compile", action="store_true", help="torch.compile backbone, neck and head: a minute at each new "
-                     "size of pictures, then faster, on GPUs above all")
-    speed = parser.add_argument_group("speed")
-    speed.add_argument("--benchmark", action="store_true", help="time one 512x512 picture with random weights, and stop")
-    speed.add_argument("--arch", choices=ARCHS, help="with --benchmark: this one alone (default: the published pairs)")
-    speed.add_argument("--neck", choices=NECKS, help="with --benchmark: this one alone")
-    out = parser.add_argument_group("results")
-    out.add_argument("--json", metavar="FILE", help="write scores and protocol")
-    out.add_argument("--save-labels", metavar="DIR", help="write one png a picture, label + 1 as in ADE20K's own files")
-    out.add_argument("--show", metavar="DIR", help="write one sheet a picture: picture, truth, prediction, legend")
+    add = parser.add_argument_group("what").add_argument
+    add("--checkpoint", metavar="FILE", help="any file convert_weights.py reads, a URL, or a work directory (default: the "
+        "newest under runs/)")
+    add("--data", metavar="DIR", help=f"data set, or toy (default: what the checkpoint was trained on, else {DEFAULT_ROOT})")
+    add("--split", default="validation", help="images/SPLIT and annotations/SPLIT (default: validation)")
+    add("--image", metavar="FILE_OR_DIR", help="label these pictures instead; needs --show or --save-labels")
+    add = parser.add_argument_group("how").add_argument
+    add("--scales", type=parse_scales, default=(1.0,), metavar="S,S,...",
+        help="sizes relative to (2048, 512); 0.5,...,1.75 means steps of 0.25 (default: 1)")
+    add("--flip", action="store_true", help="add the mirrored picture at every scale")
+    add("--short-side", type=int, metavar="PIXELS", help="of pictures at scale 1 (default: as trained, else 512)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 where the hardware has it, else float32")
+    add("--workers", type=int, default=2, help="processes that read pictures (default: 2)")
+    add("--compile", action="store_true", help="torch.compile the model: a minute at each new size of pictures, then faster")
+    add("--dry-run", action="store_true", help="load the checkpoint, look at the data, print the plan or what is missing")
+    add = parser.add_argument_group("speed").add_argument
+    add("--benchmark", action="store_true", help="time one 512x512 picture with random weights, and stop")
+    add("--arch", choices=ARCHS, help="with --benchmark: this one alone (default: the published pairs)")
+    add("--neck", choices=NECKS, help="with --benchmark: this one alone")
+    add = parser.add_argument_group("results").add_argument
+    add("--json", metavar="FILE", help="write scores and protocol")
+    add("--save-labels", metavar="DIR", help="write one png a picture, with the values of the data set's own label files")
+    add("--show", metavar="DIR", help="write one sheet a picture: picture, truth, prediction, legend; with --image an overlay")
+    add("--opacity", type=float, default=0.6, help="of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
     args = parser.parse_args(argv)
+    if not 0 <= args.opacity <= 1:
+        parser.error(f"--opacity {args.opacity} must be 0 to 1")
     if (args.arch or args.neck) and not args.benchmark:
         parser.error("--arch and --neck are for --benchmark alone: a checkpoint knows its own")
     if args.image and not (args.show or args.save_labels):
@@ -382,20 +436,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     rank, world, device = setup_processes()
-    dtype = choose_dtype(args.dtype, device)
-    path = args.checkpoint or checkpoints("runs")[0]
+    dtype, path = choose_dtype(args.dtype, device), args.checkpoint or "runs"
+    missing = [x for x in (path, args.image or args.data or path) if not os.path.exists(x) and x != "toy"]
+    if args.dry_run and missing:
+        return print(f"{missing[0]}: not there yet, the rest of the command is in order") if rank == 0 else None
+    path = checkpoints(path)[0] if os.path.isdir(path) or not args.checkpoint else path
     model, facts = load_model(path, device)
     for part in model.children() if args.compile else ():
         part.compile()
     trained = facts.get("args", {})                                         # of our own checkpoints
     args.data = args.data or trained.get("data", DEFAULT_ROOT)
     short = args.short_side or trained.get("short_side", 512)
-    classes = CLASSES if facts["num_classes"] == len(CLASSES) else tuple(f"class {k}" for k in range(facts["num_classes"]))
-    pairs = inputs(args, facts["num_classes"])
+    pairs, classes = inputs(args, path, facts)
     if rank == 0:
         print(f"{path}: {describe(facts)}\n{args.image or args.data}: {len(pairs)} pictures, short side {short}, scales "
               f"{','.join(f'{s:g}' for s in args.scales)}{' with flip' if args.flip else ''}, {dtype}, {world} x {device.type}"
               .replace("torch.", ""), flush=True)
+    if args.dry_run:
+        return
     for folder in (args.show, args.save_labels):
         if folder:
             os.makedirs(folder, exist_ok=True)
@@ -403,12 +461,13 @@ def run(args: argparse.Namespace) -> None:
     def write(i: int, path: str, image: np.ndarray, label: np.ndarray | None, prediction: np.ndarray) -> None:
         stem = os.path.splitext(os.path.basename(path))[0]
         if args.save_labels:
-            Image.fromarray(prediction + np.uint8(1)).save(os.path.join(args.save_labels, stem + ".png"))
+            values = prediction + np.uint8(classes.zero_ignored)
+            Image.fromarray(values).save(os.path.join(args.save_labels, stem + ".png"))
         if args.show:
-            sheet([(image, label, prediction)], classes).save(os.path.join(args.show, stem + ".png"))
+            sheet([(image, label, prediction)], classes, args.opacity).save(os.path.join(args.show, stem + ".png"))
 
     started = time.monotonic()
-    matrix = evaluate(model, pairs, facts["num_classes"], rank, world, args.workers, write, scales=args.scales, flip=args.flip,
+    matrix = evaluate(model, pairs, classes, rank, world, args.workers, write, scales=args.scales, flip=args.flip,
                       short=short, dtype=dtype)
     if rank == 0:
         progress(f"{len(pairs)} pictures, {len(pairs) / (time.monotonic() - started):.2f} a second", started, done=True)
@@ -416,25 +475,32 @@ def run(args: argparse.Namespace) -> None:
             print(f"{folder}: {len(pairs)} files written")
         if not args.image:
             result = scores(matrix)
-            print(table(result, classes))
+            print(table(result, classes.names))
             if args.json:
                 protocol = dict(checkpoint=path, data=args.data, split=args.split, images=len(pairs), scales=list(args.scales),
                                 flip=args.flip, short_side=short, dtype=str(dtype).removeprefix("torch."))
                 with open(args.json, "w") as file:
-                    json.dump(result | {"classes": list(classes), "protocol": protocol}, file, indent=1)
+                    json.dump(result | {"classes": list(classes.names), "protocol": protocol}, file, indent=1)
     if world > 1:
         dist.barrier()                          # nobody leaves while another may still be talking to it
         dist.destroy_process_group()
 
 
-def main() -> None:
-    args = parse()
+@contextmanager
+def sentences() -> Iterator[None]:
+    """What the user can mend ends the program with its one sentence and code 2, without a traceback."""
     try:
-        benchmark(args) if args.benchmark else run(args)
+        yield
     except (DataError, WeightsError, UsageError, OSError) as error:
         # A loader's process wraps the sentence in its traceback: keep the sentence.
         print(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}", file=sys.stderr)
         sys.exit(2)
+
+
+def main() -> None:
+    args = parse()
+    with sentences():
+        benchmark(args) if args.benchmark else run(args)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ade20k import (CLASSES, DEFAULT_ROOT, SIGNALS, DataError, Positions, TrainSet, data_root, find_pairs, normalise,
+from ade20k import (DEFAULT_ROOT, SIGNALS, Classes, TrainSet, data_root, find_pairs, normalise, positions, read_classes,
                     start_worker)
 from convert_weights import PRETRAINED, WeightsError, describe, load_into, load_weights, read, save
-from evaluate import DTYPES, UsageError, autocast, checkpoints, choose_dtype, evaluate, scores, setup_processes, sheet
+from evaluate import (DTYPES, UsageError, autocast, benchmark_pairs, checkpoints, choose_dtype, count_flops, curves, evaluate,
+                      matmul_rate, measure, scores, sentences, setup_processes, sheet)
 from model import ARCHS, NECKS
 from upernet import Segmenter, build_model
 
@@ -40,11 +41,13 @@ RECIPE = dict(arch="deit_s16", neck="none", iters=160000, optimizer="adamw", bat
 # What --data toy changes: a small model from scratch, small pictures, a short schedule with a higher rate.
 TOY = dict(arch="toy_p8", iters=800, interval=200, batch_size=4, crop_size=96, short_side=96,
            pretrained="none", lr=2e-3, warmup=50)
+# What --benchmark changes: the batch that each of the eight GPUs of a published run had; no arch or neck means all pairs.
+BENCHMARK = dict(arch=None, neck=None, batch_size=2, pretrained="none", data="toy")
 OPTIMIZERS = {
     "adamw": dict(lr=6e-5, power=1.0, floor=0.0, warmup=1500),
     "sgd": dict(lr=0.01, power=0.9, floor=1e-4, warmup=0),
 }
-KEPT_APART = ("work_dir", "resume", "checkpoint", "workers", "keep", "timeout")        # arguments that change no result
+CHANGE_NOTHING = ("work_dir", "resume", "checkpoint", "workers", "keep", "timeout")        # arguments
 PATIENCE = 5            # losses in a row that are not finite
 RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
@@ -83,51 +86,55 @@ def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tup
     return micro, share // micro
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; on --resume what it leaves open comes from the checkpoint, else from RECIPE (and TOY)."""
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+    """The command line; on --resume what it leaves open comes from the checkpoint, else from RECIPE (and TOY).
+    -> (arguments, the content of the checkpoint to go on from or {})"""
     parser = argparse.ArgumentParser(
-        description="Train ViT/DeiT + UPerNet on ADE20K. The defaults are the published DeiT-S recipe.",
+        description="Train ViT/DeiT + UPerNet on ADE20K. Defaults, in brackets, are the published DeiT-S recipe.",
         epilog="example: torchrun --nproc_per_node 8 train.py --arch deit_s16 --neck mln --iters 160000")
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--arch", choices=ARCHS, help="deit_s16; with --data toy: toy_p8")
-    recipe.add_argument("--neck", choices=NECKS, help="ln: LayerNorm after the last layer, mln: multi-level neck (none)")
-    recipe.add_argument("--iters", type=positive, help=f"80000 or 160000 are published (160000; toy {TOY['iters']})")
-    recipe.add_argument("--optimizer", choices=OPTIMIZERS, help="(adamw)")
-    recipe.add_argument("--lr", type=float, help="base learning rate (adamw 6e-5, sgd 0.01; toy 2e-3)")
-    recipe.add_argument("--warmup", type=int, metavar="ITERS", help="linear warmup (adamw 1500, sgd 0; toy 50)")
-    recipe.add_argument("--batch-size", type=positive, help="pictures a step over all processes (16; toy 4)")
-    recipe.add_argument("--crop-size", type=positive, metavar="PIXELS", help="side of the training crops (512; toy 96)")
-    recipe.add_argument("--short-side", type=positive, metavar="PIXELS", help="of pictures at scale 1 (512; toy 96)")
-    recipe.add_argument("--pretrained", metavar="auto|none|FILE|URL", help="auto: the backbone the recipe starts from, "
-                        "fetched once; none: from scratch; or any file convert_weights.py reads (auto; toy none)")
-    recipe.add_argument("--seed", type=int, help="of data order, augmentation, initialisation and dropout (0)")
-    run = parser.add_argument_group("run")
-    run.add_argument("--data", metavar="DIR", help=f"data set in ADE20K's layout, or toy ({DEFAULT_ROOT})")
-    run.add_argument("--work-dir", metavar="DIR", help="checkpoints and log (a new folder under runs/)")
-    run.add_argument("--interval", type=positive, metavar="ITERS", help="validate and save every so often (a tenth of "
-                     "--iters; toy 200)")
-    run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --work-dir, or under runs/")
-    run.add_argument("--keep", type=positive, help="checkpoints to keep: the newest ones, beside the best (2)")
-    run.add_argument("--deterministic", action="store_true", help="the same result every time on the same machine, slower")
-    run.add_argument("--timeout", type=positive, metavar="SECONDS", help="how long processes wait for one that hangs (1800)")
-    run.add_argument("--micro-batch", type=positive, help="pictures that go through the model at once on each process; the "
-                     "rest of its share is accumulated (all at once)")
-    run.add_argument("--dtype", choices=("auto", *DTYPES), help="auto: bfloat16 where the hardware has it, else float32")
-    run.add_argument("--workers", type=int, help="processes that read and augment, for each training process (2)")
+    add = parser.add_argument_group("recipe").add_argument
+    add("--arch", choices=ARCHS, help="(deit_s16; with --data toy: toy_p8)")
+    add("--neck", choices=NECKS, help="ln: LayerNorm after the last layer, mln: multi-level neck (none)")
+    add("--iters", type=positive, help=f"80000 or 160000 are published (160000; toy {TOY['iters']})")
+    add("--optimizer", choices=OPTIMIZERS, help="(adamw)")
+    add("--lr", type=float, help="base learning rate (adamw 6e-5, sgd 0.01; toy 2e-3)")
+    add("--warmup", type=int, metavar="ITERS", help="linear warmup (adamw 1500, sgd 0; toy 50)")
+    add("--batch-size", type=positive, help="pictures a step over all processes (16; toy 4)")
+    add("--crop-size", type=positive, metavar="PIXELS", help="side of the training crops (512; toy 96)")
+    add("--short-side", type=positive, metavar="PIXELS", help="of pictures at scale 1 (512; toy 96)")
+    add("--pretrained", metavar="auto|none|FILE|URL", help="auto: the backbone the recipe starts from, fetched once; none: "
+        "from scratch; or any file convert_weights.py reads (auto; toy none)")
+    add("--seed", type=int, help="of data order, augmentation, initialisation and dropout (0)")
+    add = parser.add_argument_group("run").add_argument
+    add("--data", metavar="DIR", help=f"data set in ADE20K's layout, or toy ({DEFAULT_ROOT})")
+    add("--work-dir", metavar="DIR", help="checkpoints, log and pictures (a new folder under runs/)")
+    add("--interval", type=positive, metavar="ITERS", help="validate and save every so often (a tenth of --iters; toy 200)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --work-dir, or under runs/")
+    add("--keep", type=positive, help="checkpoints to keep: the newest ones, beside the best (2)")
+    add("--timeout", type=positive, metavar="SECONDS", help="how long processes wait for one that hangs (1800)")
+    add("--micro-batch", type=positive, help="pictures at once on each process, the rest of its share is accumulated (all)")
+    add("--dry-run", action="store_true", help="build everything, print the plan and stop; data and weights may be missing")
+    add = parser.add_argument_group("speed").add_argument
+    add("--dtype", choices=("auto", *DTYPES), help="auto: bfloat16 where the hardware has it, else float32 (auto)")
+    add("--workers", type=int, help="processes that read and augment, for each training process (2)")
+    add("--compile", action="store_true", help="torch.compile the model: minutes at the start, then faster")
+    add("--deterministic", action="store_true", help="the same result every time on the same machine, slower")
+    add("--benchmark", action="store_true", help="time training steps from random weights and stop: of --arch and --neck, or "
+        "of all published pairs, with toy data and two pictures a step where nothing else is said")
     args = parser.parse_args(argv)
-    known = {}
+    known, content = {}, {}
     if args.resume:
-        args.checkpoint = usable_checkpoint(args.work_dir or "runs")
-        known = read(args.checkpoint)["args"] | {"work_dir": os.path.dirname(args.checkpoint)}
+        args.checkpoint, content = usable_checkpoint(args.work_dir or "runs")
+        known = content["args"] | {"work_dir": os.path.dirname(args.checkpoint)}
         for key in ("arch", "neck"):            # a checkpoint knows its own architecture, which wins
             if getattr(args, key) not in (None, known[key]):
                 print(f"--{key} {getattr(args, key)} is ignored: {args.checkpoint} is {known[key]}", file=sys.stderr)
             setattr(args, key, known[key])
         for key, value in known.items():        # these may change; none of them does so unnoticed
-            if getattr(args, key, None) not in (None, value) and key not in KEPT_APART:
+            if getattr(args, key, None) not in (None, value) and key not in CHANGE_NOTHING:
                 print(f"--{key.replace('_', '-')} was {value} until here, from here on {getattr(args, key)}", file=sys.stderr)
-    known = dict(data=DEFAULT_ROOT, seed=0, dtype="auto", workers=2, keep=2, timeout=1800) | RECIPE \
-        | (TOY if "toy" in (args.data, known.get("data")) else {}) | known
+    recipe = BENCHMARK if args.benchmark else TOY if "toy" in (args.data, known.get("data")) else {}
+    known = dict(data=DEFAULT_ROOT, seed=0, dtype="auto", workers=2, keep=2, timeout=1800) | RECIPE | recipe | known
     for key, value in vars(args).items():
         if value is None:
             setattr(args, key, known.get(key))
@@ -137,11 +144,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.interval = args.interval or max(1, args.iters // 10)
     if RESTARTED and not args.resume:           # torchrun --max-restarts repeats the command: go on from what is there
         args.work_dir = args.work_dir or new_work_dir(args)
-    if args.work_dir and not args.resume and glob(os.path.join(args.work_dir, "checkpoint_*.pt")):
-        if RESTARTED:
-            return parse([*(sys.argv[1:] if argv is None else argv), "--resume", "--work-dir", args.work_dir])
+        args.resume = bool(glob(os.path.join(args.work_dir, "checkpoint_*.pt")))
+        if args.resume:
+            args.checkpoint, content = usable_checkpoint(args.work_dir)
+    elif args.work_dir and not args.resume and glob(os.path.join(args.work_dir, "checkpoint_*.pt")):
         raise UsageError(f"{args.work_dir}: holds the checkpoints of a run, go on with it by --resume or name another")
-    return args
+    return args, content
 
 
 def positive(text: str) -> int:
@@ -159,14 +167,16 @@ def new_work_dir(args: argparse.Namespace) -> str:
     return names[free - 1 if RESTARTED and free else free]
 
 
-def usable_checkpoint(folder: str) -> str:
-    """The newest checkpoint in a work directory, or below runs/, that is whole. Damaged ones are named and passed over."""
+def usable_checkpoint(folder: str) -> tuple[str, dict]:
+    """The newest checkpoint in a work directory, or below runs/, that is whole, and its content. Damaged ones are named and
+    passed over."""
     found = checkpoints(os.path.dirname(checkpoints(folder)[0]))           # those of one run
     for path in found:
         try:
             damaged = zipfile.ZipFile(path).testzip()           # compares every tensor's bytes with their checksum
-            if damaged is None and {"model", "optimizer", "scaler", "iteration", "args"} <= set(read(path)):
-                return path
+            content = read(path)
+            if damaged is None and {"model", "optimizer", "scaler", "iteration", "args"} <= set(content):
+                return path, content
             reason = f"damaged at {damaged}" if damaged else "not a training checkpoint"
         except (WeightsError, OSError, zipfile.BadZipFile) as error:
             reason = str(error)
@@ -180,12 +190,13 @@ class Log:
 
     def __init__(self, folder: str, iteration: int):
         self.path, self.entries = os.path.join(folder, "log.jsonl"), []
-        if iteration and os.path.exists(self.path):     # resumed: what came after the checkpoint will come again
-            with open(self.path) as file:
-                for line in file:
-                    with suppress(json.JSONDecodeError):                # the last line of a run that was killed may be half
-                        self.entries += [json.loads(line)]
-        self.entries = [e for e in self.entries if e["iteration"] <= iteration]
+        if not os.path.exists(self.path):
+            return
+        with open(self.path) as file:           # resumed: what came after the checkpoint will come again
+            for line in file:
+                with suppress(json.JSONDecodeError):                    # the last line of a run that was killed may be half
+                    self.entries += [json.loads(line)]
+        self.entries = [e for e in self.entries if iteration and e["iteration"] <= iteration]
         with open(self.path + ".part", "w") as file:
             file.writelines(json.dumps(e) + "\n" for e in self.entries)
         os.replace(self.path + ".part", self.path)
@@ -230,13 +241,16 @@ def watch_signals() -> list:
     return asked
 
 
-def start_model(args: argparse.Namespace, rank: int, world: int, device: torch.device) -> tuple[Segmenter, dict]:
-    """The model with its pretrained or resumed weights, on the device. -> (model, the checkpoint's content or {})"""
+def start_model(args: argparse.Namespace, content: dict, num_classes: int, rank: int, world: int, device: torch.device
+                ) -> Segmenter:
+    """The model with its pretrained weights, or those of a checkpoint's content, on the device."""
     torch.manual_seed(args.seed)
-    model, content = build_model(args.arch, args.neck, len(CLASSES)), {}
+    with torch.device("meta" if args.dry_run else "cpu"):       # a plan needs shapes, no numbers
+        model = build_model(args.arch, args.neck, num_classes)
+    if args.dry_run:
+        return model.to_empty(device=device)
     source = PRETRAINED.get(args.arch) if args.pretrained == "auto" else args.pretrained
-    if args.resume:
-        content = read(args.checkpoint)
+    if content:
         model.load_state_dict(content["model"])
     elif source is None:
         raise UsageError(f"there is no pretrained file for {args.arch}: --pretrained none starts from scratch")
@@ -251,7 +265,9 @@ def start_model(args: argparse.Namespace, rank: int, world: int, device: torch.d
                 dist.barrier()
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # statistics over all 16 pictures, as published
-    return model.to(device, memory_format=torch.channels_last), content
+    for part in model.children() if args.compile else ():
+        part.compile()
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def gradients(model: nn.Module, batch: tuple, micro: int, scaler: torch.amp.GradScaler, device: torch.device,
@@ -275,18 +291,24 @@ def gradients(model: nn.Module, batch: tuple, micro: int, scaler: torch.amp.Grad
 class Run:
     """The parts of a run, on one of its processes: what the loop below needs, and what a checkpoint holds."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, content: dict):
         self.args = args
         self.rank, self.world, self.device = rank, world, device = setup_processes(args.timeout)
         if args.deterministic:      # kernels that add in a fixed order, slower; torch warns of those that have none
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = not args.deterministic     # every crop has one size: let cuDNN try its kernels once
-        root = data_root(args.data)
-        pairs, self.validation = find_pairs(root, "training"), find_pairs(root, "validation")
-        self.micro, steps = split_batch(args.batch_size, world, args.micro_batch, sync_bn=world > 1 and device.type == "cuda")
-        self.model, content = start_model(args, rank, world, device)
-        self.parallel = DistributedDataParallel(self.model) if world > 1 else self.model
+        self.micro, self.steps = split_batch(args.batch_size, world, args.micro_batch,
+                                             sync_bn=world > 1 and device.type == "cuda")
+        root = args.data if args.dry_run else data_root(args.data)
+        self.pairs, self.validation = ([], []) if args.dry_run and not os.path.isdir(root) else \
+            (find_pairs(root, "training"), find_pairs(root, "validation"))
+        self.classes = read_classes(root)
+        if content and Classes(*content.get("classes", self.classes)) != self.classes:
+            raise UsageError(f"{root}: its classes are not those that {args.checkpoint} was trained on, give it back its "
+                             f"classes.txt or start anew with --pretrained {args.checkpoint}")
+        self.model = start_model(args, content, len(self.classes.names), rank, world, device)
+        self.parallel = DistributedDataParallel(self.model) if world > 1 and not args.dry_run else self.model
         self.dtype, self.start = choose_dtype(args.dtype, device), content.get("iteration", 0)
         self.optimizer = build_optimizer(self.model, args.optimizer, args.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -295,20 +317,27 @@ class Run:
             self.scaler.load_state_dict(content["scaler"] or self.scaler.state_dict())  # empty: it was not in float16
         self.best = content.get("best", {})                 # the validation with the highest mIoU
         self.window = content.get("window", [0.0] * 4)      # sums since the last log line: loss, decode, aux, iterations
-        self.samples = TrainSet(pairs, args.seed, args.crop_size, args.short_side, len(CLASSES))
+        self.samples = TrainSet(self.pairs, args.seed, args.crop_size, args.short_side, self.classes)
         self.loader = torch.utils.data.DataLoader(
-            self.samples, batch_sampler=Positions(self.start, args.iters, args.batch_size, rank, world),
+            self.samples, batch_sampler=positions(self.start, args.iters, args.batch_size, rank, world),
             num_workers=args.workers, worker_init_fn=start_worker, pin_memory=device.type == "cuda",
             prefetch_factor=4 if args.workers else None)
-        self.work = args.work_dir = args.work_dir or new_work_dir(args)
+
+    def plan(self) -> str:
+        args, parameters = self.args, sum(p.numel() for p in self.model.parameters())
+        data = f"{len(self.pairs)} training pictures" if self.pairs else "the data is not there yet"
+        return (f"{args.work_dir}: {args.arch}, neck {args.neck}, {parameters:,} parameters, {str(self.dtype)[6:]} on "
+                f"{self.world} x {self.device.type}\nbatch {args.batch_size} = {self.world} processes x {self.micro} pictures "
+                f"x {self.steps} accumulated; {args.data}: {data}, iterations {self.start} to {args.iters}")
+
+    def open(self) -> None:
+        """Start writing: the work directory and the log."""
+        self.work = self.args.work_dir = self.args.work_dir or new_work_dir(self.args)
         self.asked = watch_signals()
-        if rank == 0:
+        if self.rank == 0:
             os.makedirs(self.work, exist_ok=True)
             self.log = Log(self.work, self.start)
-            self.log(f"{self.work}: {args.arch}, neck {args.neck}, {sum(p.numel() for p in self.model.parameters()):,} "
-                     f"parameters, {str(self.dtype)[6:]} on {world} x {device.type}\nbatch {args.batch_size} = {world} "
-                     f"processes x {self.micro} pictures x {steps} accumulated; {len(pairs)} training pictures, iterations "
-                     f"{self.start} to {args.iters}", **{} if self.start else dict(iteration=0, args=vars(args)))
+            self.log(self.plan(), **{} if self.start else dict(iteration=0, args=vars(self.args)))
 
     def share(self, *values: float) -> list[float]:
         """The sum of each value over all processes, on the CPU (gloo) also beside NCCL."""
@@ -346,7 +375,8 @@ class Run:
                        default={})
             done = attempt(path, save, dict(
                 model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-                iteration=n, window=self.window, best=best, seed=self.args.seed, args=vars(self.args)), path)
+                iteration=n, window=self.window, best=best, seed=self.args.seed, args=vars(self.args),
+                classes=tuple(self.classes)), path)
             number = lambda p: int(re.search(r"_(\d+)\.pt$", p)[1])     # noqa: E731
             old = sorted(glob(os.path.join(self.work, "checkpoint_*.pt")), key=number)[:-self.args.keep]
             for other in old if done else []:
@@ -365,17 +395,50 @@ class Run:
             if self.asked:
                 raise Stopped("stopped during the validation; go on with --resume, it comes first then", self.asked[0])
             rows.extend([row] if i in shown else [])
-        matrix = evaluate(self.model, self.validation, len(CLASSES), self.rank, self.world, self.args.workers,
+        matrix = evaluate(self.model, self.validation, self.classes, self.rank, self.world, self.args.workers,
                           short=self.args.short_side, dtype=self.dtype, each=each)
         if self.rank == 0:
             means = {k: v for k, v in scores(matrix).items() if k in ("mIoU", "mAcc", "aAcc")}
             words = "  ".join(f"{k} none" if v is None else f"{k} {v:.2f}" for k, v in means.items())
             self.log(f"{n}/{self.args.iters}  validation: {words}  ({len(self.validation)} pictures)", iteration=n, **means)
-            attempt(path, sheet(rows, CLASSES).save, path)
+            attempt(path, sheet(rows, self.classes).save, path)
+            path = os.path.join(self.work, "curves.png")
+            attempt(path, curves(self.log.entries).save, path)
 
 
-def train(args: argparse.Namespace) -> None:
-    run = Run(args)
+def benchmark(args: argparse.Namespace) -> None:
+    """Time, memory and share of the machine's peak of a training step of each published pair, data and all."""
+    rate = None
+    for args.arch, args.neck in benchmark_pairs(args):
+        run, waited, size = Run(args, {}), [], args.crop_size
+        run.asked, batches = [], iter(run.loader)
+        if rate is None and run.rank == 0:
+            rate = matmul_rate(run.device, run.dtype)
+            print(f"{run.world} x {run.device.type}, {torch.get_num_threads()} threads, {str(run.dtype)[6:]}, matrix products at "
+                  f"{rate / 1e9:.0f} GFLOP/s; {args.batch_size} pictures of {size}x{size} a step\n{'arch':10s}{'neck':8s}"
+                  f"{'GFLOP':>8s}{'seconds':>10s}{'pictures/s':>12s}{'MB':>8s}{'of peak':>9s}{'waiting':>9s}")
+
+        def one_step():
+            before = time.perf_counter()
+            batch = next(batches)                                                               # noqa: B023
+            waited.append(time.perf_counter() - before)                                         # noqa: B023
+            run.step(len(waited), batch)                                                        # noqa: B023
+        seconds, peak = measure(one_step, run.device)
+        if run.rank == 0:
+            flops = count_flops(args.arch, args.neck, size, size, training=True) * args.batch_size
+            wait = sum(waited[1:]) / len(waited[1:])                        # (the first was the warm-up)
+            print(f"{args.arch:10s}{args.neck:8s}{flops / 1e9:8.0f}{seconds:10.3f}{args.batch_size / seconds:12.2f}{peak:8.0f}"
+                  f"{flops / seconds / rate / run.world:9.0%}{wait / seconds:9.1%}", flush=True)
+
+
+def train(args: argparse.Namespace, content: dict) -> None:
+    run = Run(args, content)
+    if args.dry_run:
+        if run.rank == 0:
+            args.work_dir = args.work_dir or new_work_dir(args)
+            print(run.plan())
+        return
+    run.open()
     # A run that stopped between saving and validating has the validation of its iteration still to come.
     due = run.start and (run.start % args.interval == 0 or run.start == args.iters)
     if run.share(run.rank == 0 and due and not any(
@@ -427,20 +490,17 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    try:
-        train(parse())
-    except (DataError, WeightsError, UsageError, OSError) as error:
-        # A loader's process wraps the sentence in its traceback: keep the sentence.
-        print(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}", file=sys.stderr)
-        sys.exit(2)
-    except Stopped as stopped:
-        print(stopped.args[0], file=sys.stderr)
-        sys.exit(stopped.args[1])
-    except RuntimeError as error:
-        if not re.search("[Tt]imed out|onnection (closed|reset)|Broken pipe", str(error)):
-            raise
-        print(f"error: another process has died or hangs ({str(error).splitlines()[0]}); go on with --resume", file=sys.stderr)
-        sys.exit(1)
+    with sentences():
+        args, content = parse()
+        try:
+            benchmark(args) if args.benchmark else train(args, content)
+        except Stopped as stopped:
+            print(stopped.args[0], file=sys.stderr)
+            sys.exit(stopped.args[1])
+        except RuntimeError as error:
+            if not re.search("[Tt]imed out|onnection (closed|reset)|Broken pipe", str(error)):
+                raise
+            sys.exit(f"error: another process has died or hangs ({str(error).splitlines()[0]}); go on with --resume")
 
 
 if __name__ == "__main__":

@@ -156,7 +156,8 @@ def test_a_loss_that_stays_not_finite_ends_the_run_with_code_3(folder):
 
 def test_one_bad_batch_changes_nothing_and_training_goes_on(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    run = train.Run(train.parse([*map(str, OPTIONS), "--work-dir", "one", "--workers", "0"]))
+    run = train.Run(*train.parse([*map(str, OPTIONS), "--work-dir", "one", "--workers", "0"]))
+    run.open()
     batch = next(iter(run.loader))
     assert run.step(0, batch) == (False, True)
     before = {k: v.clone() for k, v in run.model.state_dict().items()}

@@ -89,7 +89,7 @@ def test_multi_scale_with_flip_is_the_mean_of_softmaxes_of_single_views():
         h, w = ade20k.scaled_size(70, 95, int(4 * 64 * scale), int(64 * scale))
         for flip in (False, True):
             x = ade20k.resize_bilinear(image, h, w)
-            x = ade20k.normalise(torch.from_numpy(np.ascontiguousarray(x[:, ::-1] if flip else x)).permute(2, 0, 1)[None])
+            x = ade20k.normalise(torch.from_numpy((x[:, :, ::-1] if flip else x).copy())[None])
             with torch.no_grad():
                 logits = torch.nn.functional.interpolate(net(x), (70, 95), mode="bilinear")
             p = logits.softmax(1)[0]
@@ -188,7 +188,7 @@ def test_benchmark_counts_operations_as_the_formula_does_and_prints_a_row(run):
     patches = 24 * d * 3 * 16 * 16
     pooled = sum(k * k * d * c for k in (1, 2, 3, 6))                           # adaptive pooling to k x k, then 1x1
     convs = 24 * (9 * (d + 4 * c) * c + 3 * d * c + 3 * 9 * c * c + 9 * 4 * c * c + c * 150)
-    assert evaluate.forward_flops("deit_t16", "none", 64, 96) == 2 * (layers + patches + pooled + convs)
+    assert evaluate.count_flops("deit_t16", "none", 64, 96) == 2 * (layers + patches + pooled + convs)
     done = run("--benchmark", "--arch", "toy_p8", "--neck", "none")
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("toy_p8    none"), done.stderr
 
@@ -203,6 +203,6 @@ def test_damage_met_on_the_way_is_named_too(run):
 
 def test_sheet_has_room_for_every_name_and_colour():
     label = np.arange(40 * 60).reshape(40, 60).astype(np.uint8) % 30
-    picture = evaluate.sheet([(formulas.picture(40, 60), label, label)], ade20k.CLASSES)
+    picture = evaluate.sheet([(formulas.picture(40, 60), label, label)], ade20k.Classes())
     colours = {tuple(c) for c in np.asarray(picture).reshape(-1, 3).tolist()}
     assert all(tuple(ade20k.PALETTE[k].tolist()) in colours for k in range(30))

@@ -201,12 +201,12 @@ def test_damaged_training_data_is_named(folder):
 
 
 def test_toy_has_defaults_of_its_own_and_what_is_given_wins():
-    args = train.parse(["--data", "toy", "--iters", "9"])
+    args, _ = train.parse(["--data", "toy", "--iters", "9"])
     assert (args.arch, args.pretrained, args.iters, args.crop_size) == ("toy_p8", "none", 9, train.TOY["crop_size"])
 
 
 def test_plain_defaults_are_the_published_recipe(golden):
-    args = train.parse([])
+    args, _ = train.parse([])
     assert (args.arch, args.iters, args.interval, args.batch_size, args.crop_size) == ("deit_s16", 160000, 16000, 16, 512)
     assert (args.lr, args.warmup, args.optimizer, args.pretrained) == (6e-5, 1500, "adamw", "auto")
     assert args.data == "data/ade/ADEChallengeData2016"
