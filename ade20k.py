@@ -27,7 +27,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from multiprocessing import Pool, active_children, get_start_method, parent_process
 from typing import BinaryIO, NamedTuple
 
@@ -55,8 +55,7 @@ booth, television receiver, airplane, dirt track, apparel, pole, land, bannister
 stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent,
 bag, minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen,
 blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board,
-shower, radiator, glass, clock, flag
-""".strip().replace("\n", " ").split(", "))
+shower, radiator, glass, clock, flag""".strip().replace("\n", " ").split(", "))
 PALETTE = np.frombuffer(bytes.fromhex("""
 787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04ff3307cc46030066c8
 3de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffffe0ff086608ffff3d06ffc207ff7a0800ff14
@@ -68,10 +67,8 @@ ff007afff5000abed4d6ff0000ccff1400ffffff000099ff0029ff00ffcc2900ff29ff00ad00ff00
 19c2c266ff005c00ff
 """), np.uint8).reshape(150, 3)
 
-
 class DataError(Exception):
     """A fault in the data, in one sentence: the file, the value, the way out."""
-
 
 class Classes(NamedTuple):
     """What the labels of a data set mean. In its files 0 is "not labelled" and k class k - 1 (zero_ignored, as in ADE20K),
@@ -79,7 +76,6 @@ class Classes(NamedTuple):
     names: tuple[str, ...] = CLASSES
     palette: list[list[int]] = PALETTE.tolist()         # [R, G, B] of each, 0..255
     zero_ignored: bool = True
-
 
 def read_classes(root: str) -> Classes:
     """Those of ROOT/classes.txt: one name a line, `R G B` behind it or none; a first line `ignore 0` sets zero_ignored.
@@ -102,18 +98,15 @@ def read_classes(root: str) -> Classes:
         raise DataError(f"{path}: {len(names)} classes, it must be 1 to 255 (8 bits, and one value for unlabelled pixels)")
     return Classes(tuple(names), palette, zero_ignored)
 
-
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 def load_image(path: str) -> np.ndarray:
     """Any picture Pillow can read -> (H, W, 3) uint8 RGB, upright. DataError if it cannot be read.
 
-    Grey is repeated, alpha dropped, 16 bits are cut to the upper 8, EXIF rotation is applied: as cv2.imread does it.
-    """
+    Grey is repeated, alpha dropped, 16 bits are cut to the upper 8, EXIF rotation is applied: as cv2.imread does it."""
     try:
-        with Image.open(path) as file:
-            ImageOps.exif_transpose(file, in_place=True)
-            picture = file
+        with Image.open(path) as picture:
+            ImageOps.exif_transpose(picture, in_place=True)
             if picture.mode == "F":
                 raise ValueError("its pixels are floating-point numbers of unknown range")
             if picture.mode.startswith("I"):    # 16 bits grey; Pillow's own conversion would clip instead of scaling
@@ -121,7 +114,6 @@ def load_image(path: str) -> np.ndarray:
             return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except Exception as error:                  # Pillow's decoders raise a dozen different types on damaged files
         raise DataError(f"{path}: cannot be read as a picture ({error}), replace the file") from error
-
 
 def load_label(path: str, classes: Classes = Classes()) -> np.ndarray:
     """A label file (8 bits, grey or palette png) -> (H, W) uint8, 0..C-1, or 255 where nobody labelled. DataError if it is
@@ -140,7 +132,6 @@ def load_label(path: str, classes: Classes = Classes()) -> np.ndarray:
                         f"{0 if classes.zero_ignored else IGNORE} is for unlabelled pixels")
     return label
 
-
 def load(image_path: str, label_path: str, classes: Classes = Classes()) -> tuple[np.ndarray, np.ndarray]:
     """load_image and load_label of one sample; DataError if their sizes differ."""
     image, label = load_image(image_path), load_label(label_path, classes)
@@ -148,7 +139,6 @@ def load(image_path: str, label_path: str, classes: Classes = Classes()) -> tupl
         raise DataError(f"{image_path}: the picture has {image.shape[0]}x{image.shape[1]} pixels, its label file "
                         f"{label_path} {label.shape[0]}x{label.shape[1]}, they must be equal")
     return image, label
-
 
 def hint_at_root(root: str) -> None:
     """DataError if the folder root is too high above a data set or too deep in it, or the other release of ADE20K."""
@@ -161,7 +151,6 @@ def hint_at_root(root: str) -> None:
     for folder in (os.path.normpath(os.path.join(root, name)) for name in near):
         if all(os.path.isdir(os.path.join(folder, name, "training")) for name in ("images", "annotations")):
             raise DataError(f"{root}: holds no data set itself, but {folder} does: use --data {folder}")
-
 
 def scan(root: str, split: str) -> tuple[list[tuple[str, str]], list[str]]:
     """The (image, label) paths of ROOT/images/SPLIT and ROOT/annotations/SPLIT, sorted by name, and the faults found."""
@@ -180,7 +169,6 @@ def scan(root: str, split: str) -> tuple[list[tuple[str, str]], list[str]]:
                for stem in names[1] if stem not in names[0]]
     return [tuple(os.path.join(folders[i], names[i][stem]) for i in (0, 1)) for stem in names[0] if stem in names[1]], faults
 
-
 def header_fault(pair: tuple[str, str]) -> str | None:
     """What the first bytes of the two files tell: unreadable, or of different sizes (turned by EXIF or not)."""
     sizes = []
@@ -192,7 +180,6 @@ def header_fault(pair: tuple[str, str]) -> str | None:
             return f"{path}: cannot be read ({error}), replace the file"
     if sorted(sizes[0]) != sorted(sizes[1]):
         return f"{pair[0]}: the picture is {sizes[0][0]}x{sizes[0][1]}, its label file {pair[1]} {sizes[1][0]}x{sizes[1][1]}"
-
 
 def find_pairs(root: str, split: str) -> list[tuple[str, str]]:
     """scan, and a look at every file's header; DataError with the first faults if there are any, or no pictures."""
@@ -206,14 +193,12 @@ def find_pairs(root: str, split: str) -> list[tuple[str, str]]:
         raise DataError(f"{os.path.join(root, 'images', split)}: holds no .jpg or .png pictures")
     return pairs
 
-
 # ---- transforms ----------------------------------------------------------------------------------------------------
 
 def scaled_size(height: int, width: int, long: int, short: int) -> tuple[int, int]:
     """The largest (h, w) of the same aspect with long side <= long and short side <= short, as mmcv.rescale_size."""
     scale = min(long / max(height, width), short / min(height, width))
     return int(height * scale + 0.5), int(width * scale + 0.5)
-
 
 def taps(first: int, last: int, old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For target pixels first..last of an axis resized from old to new: the two source pixels on either side of each one's
@@ -222,13 +207,11 @@ def taps(first: int, last: int, old: int, new: int) -> tuple[np.ndarray, np.ndar
     left = np.floor(x).astype(np.intp)
     return left.clip(0, old - 1), (left + 1).clip(0, old - 1), (x - left).astype(np.float32)
 
-
 def resize_bilinear(image: np.ndarray, h: int, w: int, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
     """What cv2.resize(image, (w, h))[y0:y1, x0:x1] gives, within one grey level, computing only box = (y0, x0, y1, x1).
 
     image (H, W, 3) uint8 -> (3, y1 - y0, x1 - x0) uint8. No antialiasing when shrinking: Pillow's filters, which do,
-    would feed the network smoother pictures than the published runs saw.
-    """
+    would feed the network smoother pictures than the published runs saw."""
     H, W = image.shape[:2]
     y0, x0, y1, x1 = box or (0, 0, h, w)
     if (h, w) == (H, W):
@@ -242,7 +225,6 @@ def resize_bilinear(image: np.ndarray, h: int, w: int, box: tuple[int, int, int,
     x += 0.5
     return x.astype(np.uint8)
 
-
 def blend(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """first + (second - first) * weight, in second's place."""
     second -= first
@@ -250,11 +232,9 @@ def blend(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarr
     second += first
     return second
 
-
 def nearest_indices(old: int, new: int) -> np.ndarray:
     """The source index of each of `new` pixels, as cv2's INTER_NEAREST: floor(i * old / new), not the pixel's centre."""
     return np.minimum((np.arange(new) * (1 / (new / old))).astype(np.int64), old - 1)
-
 
 # HSV as cv2 has it for uint8: hue 0..179 (2 degrees a step), saturation and value 0..255, all rounded. The rounding is
 # part of the recipe: hue and saturation distortion see the picture through it. cv2 divides by table, in 20.12 fixed point.
@@ -265,7 +245,6 @@ _SAT = np.rint(np.append(0, (255 << 12) / np.arange(1.0, 256))).astype(np.int32)
 # pairs"; in float32 as cv2's vector code computes it, so that the truncation at the end meets the same numbers.
 _SECTOR, _RAMP = np.divmod(np.arange(180, dtype=np.float32) * np.float32(6 / 180), np.float32(1))
 _FADE = [np.choose((_SECTOR.astype(int) - peak) % 6, [0, _RAMP, 1, 1, 1 - _RAMP, 0]).astype(np.float64) for peak in (0, 2, 4)]
-
 
 def rgb_to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(3, H, W) uint8 -> hue (H, W) 0..179, saturation 0..255, value 0..255, integers, equal to cv2's. (hue: an index)"""
@@ -280,7 +259,6 @@ def rgb_to_hsv(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     hue += (hue >> 31) & 180                                                # where it is negative
     return hue.astype(np.intp), saturation, value
 
-
 def hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
     """The inverse of rgb_to_hsv, truncated, equal to what cv2 computes in vectors (ends of rows it rounds). -> uint8"""
     unit = np.float32(1 / 255)
@@ -294,11 +272,9 @@ def hsv_to_rgb(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np
         channel[:] = np.multiply(x, np.float32(255), out=x)
     return image
 
-
 def scale_levels(x: np.ndarray, factor: float = 1, offset: float = 0) -> np.ndarray:
     """x * factor + offset, clipped to 0..255 and truncated, uint8."""
     return np.clip(x.astype(np.float32) * factor + offset, 0, 255).astype(np.uint8)
-
 
 def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Photometric distortion of (3, H, W) uint8 (SSD, Liu et al. 2016, arXiv:1512.02325, section 2.2), each step with
@@ -319,7 +295,6 @@ def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         image = scale_levels(image, factor=rng.uniform(0.5, 1.5))
     return image
 
-
 def train_transform(image: np.ndarray, label: np.ndarray, rng: np.random.Generator, crop: int = 512, short: int = 512
                     ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """The reference's training pipeline up to normalisation: scale, crop, flip, distort, pad.
@@ -328,8 +303,7 @@ def train_transform(image: np.ndarray, label: np.ndarray, rng: np.random.Generat
     Scale: into (4 short, short) * U(0.5, 2). The crop is redrawn up to ten times while one class fills 75% or more of
     its labelled pixels. Padding, on the right and below, is 255 in the label. In the image it is 0 *after*
     normalisation, which no uint8 can say: normalise(images, sizes) does it.
-    Random numbers are drawn in the reference's order, so that a test can replay its stream.
-    """
+    Random numbers are drawn in the reference's order, so that a test can replay its stream."""
     ratio = rng.random() * 1.5 + 0.5
     h, w = scaled_size(*label.shape, int(4 * short * ratio), int(short * ratio))
     rows, columns = nearest_indices(label.shape[0], h), nearest_indices(label.shape[1], w)
@@ -347,7 +321,6 @@ def train_transform(image: np.ndarray, label: np.ndarray, rng: np.random.Generat
     pad = ((0, crop - label.shape[0]), (0, crop - label.shape[1]))
     return np.pad(image, ((0, 0), *pad)), np.pad(label, pad, constant_values=IGNORE), label.shape
 
-
 def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
     """(B, 3, H, W) uint8 -> (x - mean) / std, float32, on the images' device; 0 outside each picture's (h, w) in sizes
     (B, 2), where the picture was padded."""
@@ -358,14 +331,7 @@ def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
         x = x * (inside_y[:, None, :, None] & inside_x[:, None, None, :])
     return x
 
-
 # ---- samples -------------------------------------------------------------------------------------------------------
-
-@lru_cache(maxsize=2)
-def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of the n pictures in one pass over the data."""
-    return np.random.default_rng([seed, epoch, 0]).permutation(n)
-
 
 class TrainSet(torch.utils.data.Dataset):
     """Sample number `position` of the run: which picture, and how it is cut and distorted, follow from (seed, position)
@@ -377,8 +343,8 @@ class TrainSet(torch.utils.data.Dataset):
         self.pairs, self.seed, self.crop, self.short, self.classes = pairs, seed, crop, short, classes
 
     def paths(self, position: int) -> tuple[str, str]:
-        epoch, i = divmod(position, len(self.pairs))
-        return self.pairs[permutation(self.seed, epoch, len(self.pairs))[i]]
+        epoch, i = divmod(position, len(self.pairs))            # every pass over the data has an order of its own
+        return self.pairs[np.random.default_rng([self.seed, epoch, 0]).permutation(len(self.pairs))[i]]
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
         """-> image (3, S, S) uint8, label (S, S) uint8, size (2,) before padding"""
@@ -387,18 +353,15 @@ class TrainSet(torch.utils.data.Dataset):
         image, label, size = train_transform(image, label, rng, self.crop, self.short)
         return torch.from_numpy(image), torch.from_numpy(label), torch.tensor(size)
 
-
 def positions(start: int, iters: int, batch: int, rank: int = 0, world: int = 1) -> Iterator[list[int]]:
     """Of each iteration's batch, positions [i * batch, (i + 1) * batch), the share of one process."""
     share = batch // world
     for first in range(start * batch + rank * share, iters * batch, batch):
         yield list(range(first, first + share))
 
-
 def load_pair(pair: tuple[str, str | None], classes: Classes) -> tuple[str, np.ndarray, np.ndarray | None]:
     """(image path, label path or None) -> image path, picture and label (or None) at their own size."""
     return pair[0], *(load(*pair, classes) if pair[1] else (load_image(pair[0]), None))
-
 
 def keep_memory() -> None:
     """glibc gives large arrays back to the kernel when they are freed, and gets the next ones zeroed, page by page: that took
@@ -407,7 +370,6 @@ def keep_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 1 << 30)                               # M_MMAP_THRESHOLD: blocks up to 1 GB come from the heap,
         libc.mallopt(-1, (1 << 31) - 1)                         # M_TRIM_THRESHOLD: which does not shrink
-
 
 def start_worker(worker: int) -> None:
     """In each of a loader's processes. A signal to the whole group is the main process's to answer; but where that one is
@@ -420,7 +382,6 @@ def start_worker(worker: int) -> None:
         if get_start_method() == "fork" and os.getppid() != parent_process().pid:
             os._exit(1)                                         # it has died already
 
-
 @atexit.register
 def kill_workers() -> None:
     """When the main process ends: multiprocessing would send SIGTERM, which start_worker has its processes ignore."""
@@ -428,7 +389,6 @@ def kill_workers() -> None:
     for child in active_children():
         if child.daemon:
             child.kill()
-
 
 # ---- the toy data set ----------------------------------------------------------------------------------------------
 # Outdoor scenes drawn by code, to try everything before the real download. Sky and flat ground are computed pixel by
@@ -445,12 +405,10 @@ DARK, GLASS, CREAM, SNOW, WOOD = (36, 38, 46), (84, 112, 134), (236, 228, 212), 
 SHADE, LEAF, GRASS, SEA, SAND = (50, 90, 48), (74, 120, 56), (112, 148, 66), (44, 116, 138), (228, 202, 148)
 ROAD, PAVING, WALL, ROCK, RED = (84, 86, 92), (178, 172, 172), (190, 156, 138), (88, 94, 122), (172, 70, 52)
 
-
 def ring(n, x, y, rx, ry):
     """Corners of a box (n = 4) or of a rounder shape around x, y; of several such shapes where these are lists."""
     turn, (x, y, rx, ry) = (np.arange(n) + .5) * 2 * np.pi / n, (np.reshape(v, (-1, 1)) for v in (x, y, rx, ry))
     return x + rx * np.sin(turn) / np.cos(np.pi / n), y - ry * np.cos(turn) / np.cos(np.pi / n)
-
 
 THINGS = dict(  # parts from back to front: colour (None: a bright one by chance), the corners' x, y (and z) in metres
     tree=[(WOOD, [-.2, .2, .1, -.1], [0, 0, 3, 3]), (SHADE, *ring(10, [.3, 0], [2.9, 3.8], 1.5, 1.2)),
@@ -488,10 +446,8 @@ SCENES = [  # eye height; the line x(z) of a road or shore, as a polynomial; str
      mountain=(4, -300, 300, 500, 600), grass=(4, -99, 99, 120, 200), house=(3, 9, 20, 22, 60), car=(2, 1, 1, 9, 30),
      tree=(6, 5, 30, 14, 90), fir=(6, 5, 30, 14, 90), flower=(14, 3, 8, 9, 18), balloon=(1, -20, 20, 50, 80)))]
 
-
-def draw_scene(rng):
-    """One toy scene. rng: np.random.Generator. Returns a (192, 256, 3) uint8 RGB picture and a (192, 256) uint8 label
-    in ADE20K's file values (0 unlabelled, class index + 1 otherwise)."""
+def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """One toy scene: a picture (192, 256, 3) uint8 RGB and its label (192, 256) uint8 as ADE20K's files have it."""
     eye, curve, strips, sides, things = SCENES[rng.integers(3)]
     sun, top, haze, dark = (np.float32(v).reshape(-1, 1, 1) for v in LIGHTS[rng.integers(3)])
     (sun_side, flip), horizon = rng.choice([-1, 1], 2).tolist(), int(rng.integers(72, 88))
@@ -545,7 +501,6 @@ def draw_scene(rng):
     label[(maximum_filter(label, 2) > minimum_filter(label, 2)) & (noise[:HEIGHT] > .8)] = 0
     return image.clip(0, 255).astype(np.uint8), label
 
-
 def make_toy(root: str) -> str:
     """Draw the toy data set, 96 training and 24 validation pictures in ADE20K's layout, in root; if it is there, leave it."""
     if os.path.isdir(root):
@@ -565,25 +520,21 @@ def make_toy(root: str) -> str:
         shutil.rmtree(part)
     return root
 
-
 def data_root(name: str) -> str:
     """The folder that --data means: `toy` is drawn where it is missing, everything else is a path."""
     return make_toy(TOY_ROOT) if name == "toy" else name
-
 
 # ---- python ade20k.py ----------------------------------------------------------------------------------------------
 
 URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"     # as it stands in public scripts; 922 MB
 
-
 def fetch(url: str, path: str, sha: str = "", attempts: int = 5, timeout: float = 60) -> None:
     """Download url to path: to path.part first, resumed after a break, moved into place once it is whole.
 
     sha: the start of the file's sha1 or, if that is not 40 digits long, of its sha256. timeout: seconds without a byte
     that count as a break. Of several processes one downloads and the others wait for it. OSError or ValueError if the
-    file cannot be had whole or has another hash (then the part is deleted).
-    """
+    file cannot be had whole or has another hash (then the part is deleted)."""
     part = path + ".part"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(part, "ab") as file:
@@ -612,7 +563,6 @@ def fetch(url: str, path: str, sha: str = "", attempts: int = 5, timeout: float 
             raise ValueError(f"{url}: the file's hash is {digest}, not {sha}: damaged on the way, or not the file")
         os.replace(part, path)
 
-
 def fetch_rest(url: str, file: BinaryIO, timeout: float, label: str) -> str | None:
     """Append to file what it lacks of url. -> None, or what broke off and is worth another try; OSError if nothing is."""
     have, started = file.seek(0, os.SEEK_END), time.monotonic()
@@ -638,7 +588,6 @@ def fetch_rest(url: str, file: BinaryIO, timeout: float, label: str) -> str | No
     except (OSError, http.client.HTTPException) as error:
         return str(error) or type(error).__name__
 
-
 def progress(text: str, started: float, done: bool = False) -> None:
     """On a terminal one line that is written over, and cleared by an empty text; elsewhere only its last state."""
     text += f", {time.monotonic() - started:.0f} s" if text else ""
@@ -646,7 +595,6 @@ def progress(text: str, started: float, done: bool = False) -> None:
         print(f"\r{text}\033[K", end="\n" if done else "", file=sys.stderr, flush=True)
     elif done:
         print(text, file=sys.stderr)
-
 
 def download(folder: str) -> str:
     """Fetch and unpack ADE20K (2016 challenge) to folder/ADEChallengeData2016; does nothing where that exists."""
@@ -668,7 +616,6 @@ def download(folder: str) -> str:
     os.rmdir(unpacked)
     return root
 
-
 def examine(pair: tuple[str, str], classes: Classes) -> tuple[str | None, tuple, np.ndarray]:
     """Read one sample whole: (fault or None, (H, W), pixels per label value 0..255)."""
     try:
@@ -676,7 +623,6 @@ def examine(pair: tuple[str, str], classes: Classes) -> tuple[str | None, tuple,
         return None, label.shape, np.bincount(label.ravel(), minlength=256)
     except DataError as fault:
         return str(fault), (0, 0), np.zeros(256, np.int64)
-
 
 def check(root: str) -> int:
     """Read every file of a data set, print what is in it and every fault by file. -> the number of faults"""
@@ -708,7 +654,6 @@ def check(root: str) -> int:
             print(f"  FAULT {fault}")
     return total
 
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Get, make or check a data set in ADE20K's layout.")
     parser.add_argument("action", choices=("download", "toy", "check"),
@@ -722,7 +667,6 @@ def main() -> None:
         print(download(args.dir) if args.action == "download" else make_toy(args.dir))
     except (DataError, OSError, ValueError, zipfile.BadZipFile) as error:
         sys.exit(f"error: {error}")
-
 
 if __name__ == "__main__":
     main()

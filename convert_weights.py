@@ -40,13 +40,9 @@ MMSEG = {
     "backbone.layers.{}.attn.attn.out_proj.": "backbone.blocks.{}.attn.proj.",
     "backbone.layers.{}.ffn.layers.0.0.": "backbone.blocks.{}.mlp.fc1.",
     "backbone.layers.{}.ffn.layers.1.": "backbone.blocks.{}.mlp.fc2.",
-    "neck.lateral_convs.{}.conv.": "neck.lateral_convs.{}.",
-    "neck.convs.{}.conv.": "neck.convs.{}.",
-    "decode_head.psp_modules.{}.1.": "decode_head.ppm.{}.",
-    "decode_head.conv_seg.": "decode_head.classifier.",
-    "auxiliary_head.convs.0.": "auxiliary_head.conv.",
-    "auxiliary_head.conv_seg.": "auxiliary_head.classifier.",
-}
+    "neck.lateral_convs.{}.conv.": "neck.lateral_convs.{}.", "neck.convs.{}.conv.": "neck.convs.{}.",
+    "decode_head.psp_modules.{}.1.": "decode_head.ppm.{}.", "decode_head.conv_seg.": "decode_head.classifier.",
+    "auxiliary_head.convs.0.": "auxiliary_head.conv.", "auxiliary_head.conv_seg.": "auxiliary_head.classifier."}
 OURS = ("cls_token", "pos_embed", "patch_embed.proj.", "norm.", "blocks.{}.norm1.", "blocks.{}.norm2.", "blocks.{}.attn.q.",
         "blocks.{}.attn.k.", "blocks.{}.attn.v.", "blocks.{}.attn.proj.", "blocks.{}.mlp.fc1.", "blocks.{}.mlp.fc2.")
 HUGGING_FACE = dict(zip([
@@ -90,18 +86,15 @@ PRETRAINED = {
                "jx_vit_base_p16_224-80ecf9dd.pth",
     "deit_b16": DEIT + "base_patch16_224-b5f2ef4d.pth",
     "deit_s16": DEIT + "small_patch16_224-cd65a155.pth",
-    "deit_t16": DEIT + "tiny_patch16_224-a1311bcf.pth",
-}
+    "deit_t16": DEIT + "tiny_patch16_224-a1311bcf.pth"}
 # Python objects that checkpoints carry beside their weights (loss curves, arguments): each becomes an empty Skipped.
 SKIPPED = ("mmengine.", "mmcv.", "mmseg.", "numpy.", "argparse.Namespace", "builtins.getattr")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 LARGEST = 1 << 30       # bytes that compressed entries of an archive may unpack to: three times the largest backbone
 
-
 class WeightsError(Exception):
     """A weight file that cannot be used, in one sentence: the file, what is wrong, the way out."""
-
 
 class Skipped:
     """Stands in for an object of a foreign class: takes any arguments and state, does nothing with them."""
@@ -109,7 +102,6 @@ class Skipped:
     def __init__(self, *args, **kwargs): pass
 
     def __setstate__(self, state): pass
-
 
 def rename(name: str, rules: dict[str, str]) -> str:
     """The name after the first rule whose left side it starts with, or as it was."""
@@ -119,17 +111,14 @@ def rename(name: str, rules: dict[str, str]) -> str:
             return new.format(*match.groups()) + name[match.end():]
     return name
 
-
 def to_mmseg(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our names -> those of mmsegmentation 0.x. The tensors are the same objects."""
     rules = {ours: theirs for theirs, ours in MMSEG.items()}
     return {rename(name, rules): value for name, value in state_dict.items()}
 
-
 def to_timm(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The backbone alone, in timm's names; neck and heads have no place there."""
     return {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
-
 
 # ---- Containers: a file -> a dictionary ----------------------------------------------------------------------------
 
@@ -156,7 +145,6 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
         raise ValueError(f"{len(data) - taken} bytes after the last tensor")
     return tensors
 
-
 def read_npz(path: str) -> dict[str, Tensor]:
     """The arrays of a numpy archive. numpy.load would reserve the memory that an array's header asks for before it has
     seen the data, so the header is compared with the entry's own size here. ValueError where they do not agree."""
@@ -173,7 +161,6 @@ def read_npz(path: str) -> dict[str, Tensor]:
             tensors[entry.filename.removesuffix(".npy")] = torch.from_numpy(array)
     return tensors
 
-
 def read_torch(path: str, is_zip: bool) -> dict:
     """torch.save's file, mapped where it is a zip (all since 2020), so that only the tensors that are used take memory."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
@@ -183,7 +170,6 @@ def read_torch(path: str, is_zip: bool) -> dict:
                          "containers are")
     with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([(Skipped, name) for name in names]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-
 
 def read(path: str) -> dict:
     """The dictionary in a file, or behind a URL, which is fetched to torch's cache first. WeightsError if unreadable."""
@@ -221,7 +207,6 @@ def read(path: str) -> dict:
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
     return content
-
 
 # ---- Kinds: a dictionary -> our names and shapes -------------------------------------------------------------------
 
@@ -262,7 +247,6 @@ def translate(path: str, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Ten
     whole = kind in ("ours", "mmsegmentation")
     return kind, ours if whole else {"backbone." + k: v for k, v in ours.items()}, left_out
 
-
 def load_weights(path_or_url: str, bicubic: bool = False) -> tuple[dict[str, Tensor], dict]:
     """Read any known format. -> (state_dict in our names, facts).
 
@@ -271,8 +255,7 @@ def load_weights(path_or_url: str, bicubic: bool = False) -> tuple[dict[str, Ten
     of str, each with its reason), and of our own checkpoints args and classes (the fields of ade20k.Classes). pos_embed is
     resized to the architecture's grid: with torch's bicubic, as mmsegmentation and timm do; that of a JAX file with scipy's
     bilinear zoom, as Google does, unless bicubic is set. A tensor may be a view of the file: copy it before the file is
-    overwritten. WeightsError otherwise.
-    """
+    overwritten. WeightsError otherwise."""
     path, content = path_or_url, read(path_or_url)
     key = next((k for k in ("state_dict", "model") if isinstance(content.get(k), dict)), None)
     tensors = content[key] if key else content
@@ -317,7 +300,6 @@ def load_weights(path_or_url: str, bicubic: bool = False) -> tuple[dict[str, Ten
     facts["tensors"] = len(tensors)
     return tensors, facts
 
-
 def identify(path: str, tensors: dict[str, Tensor]) -> dict:
     """arch, neck and num_classes from names and shapes. WeightsError if no architecture fits."""
     try:
@@ -335,7 +317,6 @@ def identify(path: str, tensors: dict[str, Tensor]) -> dict:
     parts = ["ln"] * ("backbone.norm.weight" in tensors) + ["mln"] * any(k.startswith("neck.") for k in tensors)
     return {"arch": arch, "neck": "_".join(parts) or "none", "num_classes": num_classes}
 
-
 def compare(path: str, tensors: dict[str, Tensor], expected: dict[str, Tensor], facts: dict) -> None:
     """WeightsError that lists the tensors that are missing, left over or of another shape, and the likely cause."""
     faults = {k: f"missing {k} {tuple(v.shape)}" for k, v in expected.items() if k not in tensors}
@@ -352,7 +333,6 @@ def compare(path: str, tensors: dict[str, Tensor], expected: dict[str, Tensor], 
         raise WeightsError(f"{path}: a {facts['kind']} file for {facts['arch']}, neck {facts['neck']}, "
                            f"{facts['num_classes']} classes does not fit ({cause}?): " + "; ".join(texts[:20])
                            + (f"; and {len(texts) - 20} more" if len(texts) > 20 else ""))
-
 
 def load_into(model: nn.Module, state_dict: dict[str, Tensor], facts: dict, new_classes: bool = False) -> None:
     """Copy what load_weights gave into a model; every tensor of the file is used, every one of the model set, or
@@ -373,13 +353,11 @@ def load_into(model: nn.Module, state_dict: dict[str, Tensor], facts: dict, new_
     compare("the weights", state_dict, {k: v for k, v in own.items() if k not in reasons}, facts)
     model.load_state_dict(state_dict, strict=False)         # compare() was the strict part
 
-
 def describe(facts: dict) -> str:
     """facts in one line."""
     shown = ("kind", "arch", "neck", "num_classes", "resolution", "tensors")
     text = ", ".join(f"{k} {facts[k]}" for k in shown if facts.get(k) is not None)
     return text + "".join(f"; {k.replace('_', ' ')}: " + "; ".join(facts[k]) for k in ("added", "left_out") if facts[k])
-
 
 def save(content: dict, path: str) -> None:
     """torch.save to path.part, then move it into place: a reader never sees half a file. OSError or (torch) RuntimeError."""
@@ -394,7 +372,6 @@ def save(content: dict, path: str) -> None:
         if os.path.exists(path + ".part"):
             os.remove(path + ".part")           # a full disk needs the room
         raise
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Convert a checkpoint of any known kind.",
@@ -422,7 +399,6 @@ def main() -> None:
     except (WeightsError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
 
 if __name__ == "__main__":
     main()

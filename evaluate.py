@@ -7,9 +7,6 @@ The metric is that of FCN (Long et al. 2015, arXiv:1411.4038, section 5): inters
 matrix of the whole data set (not a mean over pictures). A class that is neither there nor predicted has no IoU (0 / 0)
 and is left out of the mean. The protocol is the reference's: two bilinear steps (to the resized picture, then to its own
 size), the mean of the softmax outputs rather than of the logits.
-
-    python evaluate.py --checkpoint upernet_deit-s16.pth --flip --scales 0.5,...,1.75
-    torchrun --nproc_per_node 8 evaluate.py        # each process takes its share, the matrices are added
 """
 import argparse
 import json
@@ -17,7 +14,7 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -38,10 +35,8 @@ from upernet import BLOCK, Segmenter, build_model, interpolation_matrix, resize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-
 class UsageError(Exception):
     """An option that cannot be met, in one sentence."""
-
 
 # ---- where and how to compute --------------------------------------------------------------------------------------
 
@@ -65,7 +60,6 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
                                 timeout=timedelta(seconds=timeout), **meet)
     return rank, world, device
 
-
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """--dtype; auto is bfloat16 where the hardware computes in it (a CPU that emulates it would be slower), else float32."""
     if name != "auto":
@@ -77,11 +71,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         fast = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32
 
-
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Matrix products and convolutions in dtype, the rest (norms, softmax, loss) in float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
 
 # ---- inference -----------------------------------------------------------------------------------------------------
 
@@ -90,8 +82,7 @@ def predict(model: Segmenter, image: np.ndarray, scales: tuple[float, ...] = (1.
             short: int = 512, dtype: torch.dtype = torch.float32) -> np.ndarray:
     """Label a whole picture. model in eval mode; image (H, W, 3) uint8 RGB -> (H, W) uint8, class 0..C-1 of each pixel.
 
-    Each scale s resizes into (4 short, short) * s, keeping the aspect; flip adds the mirrored picture to every scale.
-    """
+    Each scale s resizes into (4 short, short) * s, keeping the aspect; flip adds the mirrored picture to every scale."""
     (H, W), device, views = image.shape[:2], next(model.parameters()).device, []
     for scale in scales:
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
@@ -118,19 +109,16 @@ def predict(model: Segmenter, image: np.ndarray, scales: tuple[float, ...] = (1.
         rows.append(total.argmax(2).to(torch.uint8))
     return torch.cat(rows).cpu().numpy()
 
-
 def confusion_matrix(label: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
     """(H, W) uint8 twice -> (C, C) int64, pixels with row = true class, column = predicted; 255 in label is left out."""
     kept = label != IGNORE
     cells = label[kept].astype(np.int64) * num_classes + prediction[kept]
     return np.bincount(cells, minlength=num_classes ** 2).reshape(num_classes, num_classes)
 
-
 def scores(matrix: np.ndarray) -> dict:
     """(C, C) confusion matrix -> mIoU, mAcc, aAcc in percent and lists IoU, Acc per class, None where there is none.
 
-    IoU needs the class in truth or prediction, Acc in truth; the means are over the classes that have one.
-    """
+    IoU needs the class in truth or prediction, Acc in truth; the means are over the classes that have one."""
     hit, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     with np.errstate(invalid="ignore"):                                     # 0 / 0 is nan, and means "no such class"
         iou, acc = 100 * hit / (true + predicted - hit), 100 * hit / true
@@ -139,14 +127,12 @@ def scores(matrix: np.ndarray) -> dict:
     result = {k: None if np.isnan(v).all() else float(np.nanmean(v)) for k, v in mean.items()}
     return result | {k: [None if np.isnan(x) else float(x) for x in v] for k, v in (("IoU", iou), ("Acc", acc))}
 
-
 def evaluate(model: nn.Module, pairs: list[tuple[str, str | None]], classes: Classes = Classes(), rank: int = 0,
-             world: int = 1, workers: int = 2, each=None, **how) -> np.ndarray:
+             world: int = 1, workers: int = 2, each: Callable | None = None, **how) -> np.ndarray:
     """Label all pictures -> the confusion matrix (C, C) int64 over all of them and all processes.
 
     pairs: (image path, label path or None). each(i, path, image, label, prediction) is called for every picture of this
-    process, if given. how: predict's scales, flip, short and dtype.
-    """
+    process, if given. how: predict's scales, flip, short and dtype."""
     mine, C = list(range(rank, len(pairs), world)), len(classes.names)      # without padding: none is counted twice
     loader = torch.utils.data.DataLoader(pairs, batch_size=None, sampler=mine, collate_fn=partial(load_pair, classes=classes),
                                          num_workers=workers, worker_init_fn=start_worker)
@@ -170,7 +156,6 @@ def evaluate(model: nn.Module, pairs: list[tuple[str, str | None]], classes: Cla
         matrix = total.cpu().numpy()
     return matrix
 
-
 def table(result: dict, classes: tuple[str, ...]) -> str:
     """The scores per class and their summary as text."""
     lines = [f"{'class':24s}{'IoU':>8s}{'Acc':>8s}"]
@@ -184,13 +169,7 @@ def table(result: dict, classes: tuple[str, ...]) -> str:
                  f"({len(shown)} of {len(classes)} classes)")
     return "\n".join(lines)
 
-
 # ---- pictures ------------------------------------------------------------------------------------------------------
-
-def colour(label: np.ndarray, classes: Classes) -> np.ndarray:
-    """(H, W) uint8 -> (H, W, 3) uint8 in the palette, ignored pixels black."""
-    return np.uint8(classes.palette + [[0, 0, 0]] * (256 - len(classes.palette)))[label]
-
 
 def sheet(rows: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]], classes: Classes, opacity: float = 1) -> Image.Image:
     """One row of panels for each (picture (H, W, 3), truth or None, prediction (H, W), all uint8), a legend below. With truth:
@@ -198,12 +177,12 @@ def sheet(rows: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]], classes:
     over the picture with an opacity of 0 to 1."""
     titles, size, gap = ["prediction"] if rows[0][1] is None else ["picture", "truth", "prediction"], 15, 8
     width = max(160, min(400 if titles[1:] else 4000, max(row[0].shape[1] for row in rows)))        # of one panel
-    font = ImageFont.load_default(size)
-    panels = []
+    font, panels = ImageFont.load_default(size), []
+    palette = np.uint8(classes.palette + [[0, 0, 0]] * (256 - len(classes.palette)))        # what nobody labelled is black
     for image, truth, prediction in rows:
         shape = width, round(width * image.shape[0] / image.shape[1])
         picture = Image.fromarray(image).resize(shape, Image.LANCZOS)
-        layers = [Image.fromarray(colour(x, classes)) for x in (truth, prediction) if x is not None]
+        layers = [Image.fromarray(palette[x]) for x in (truth, prediction) if x is not None]
         layers = [Image.blend(picture, layer.resize(shape, Image.NEAREST), opacity) for layer in layers]
         panels.append([picture] * len(titles[1:2]) + layers)
     counts = sum(np.bincount(x.ravel(), minlength=256) for row in rows for x in row[1:] if x is not None)
@@ -228,7 +207,6 @@ def sheet(rows: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]], classes:
         draw.rectangle((x, y, x + size, y + size), rgb, "black")
         draw.text((x + size + gap, y + size / 2), name, "black", font, anchor="lm")
     return canvas
-
 
 def curves(entries: list[dict]) -> Image.Image:
     """Loss, learning rate and mIoU against the iteration, one below the other, 800 pixels wide. entries: a run's log."""
@@ -260,10 +238,9 @@ def curves(entries: list[dict]) -> Image.Image:
     draw.text((right, canvas.height - 2), "iteration", "black", font, anchor="rb")
     return canvas
 
-
 # ---- speed ---------------------------------------------------------------------------------------------------------
 
-def measure(action, device: torch.device, seconds: float = 5.0) -> tuple[float, float]:
+def measure(action: Callable, device: torch.device, seconds: float = 5.0) -> tuple[float, float]:
     """-> (median seconds of one action, peak MB meanwhile: torch's on CUDA, the whole process's on Linux, else nan)."""
     cuda, times = device.type == "cuda", []
     action()                                    # warm-up: memory is reserved, kernels are chosen or compiled
@@ -284,13 +261,11 @@ def measure(action, device: torch.device, seconds: float = 5.0) -> tuple[float, 
             peak = 1024 * int(next(line for line in file if line.startswith("VmHWM")).split()[1])
     return float(np.median(times)), peak / 1e6
 
-
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large square matrix product, the best this machine does in this dtype."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     return 2 * n ** 3 / measure(lambda: a @ b, device)[0]
-
 
 def count_flops(arch: str, neck: str, height: int, width: int, training: bool = False) -> float:
     """Operations (two per multiply and add) in matrix products and convolutions for one picture: forward through the head, or
@@ -302,7 +277,6 @@ def count_flops(arch: str, neck: str, height: int, width: int, training: bool = 
         if training:
             (logits.sum() + model.auxiliary_head(maps).sum()).backward()
     return counter.get_total_flops() / 2
-
 
 def benchmark(args: argparse.Namespace) -> None:
     """Pictures a second, memory and share of the machine's peak of each published pair, on one 512x512 picture."""
@@ -317,18 +291,16 @@ def benchmark(args: argparse.Namespace) -> None:
     for arch, neck in benchmark_pairs(args):
         model = build_model(arch, neck).to(device, memory_format=torch.channels_last).eval()
         for part in model.children() if args.compile else ():
-            part.compile()
+            part.compile(dynamic=False)
         flops = sum(count_flops(arch, neck, int(512 * s), int(512 * s)) for s in args.scales) * (1 + args.flip)
         seconds, peak = measure(lambda: predict(model, image, args.scales, args.flip, dtype=dtype), device)
         print(f"{arch:10s}{neck:8s}{flops / 1e9:8.0f}{seconds:10.3f}{1 / seconds:12.2f}{peak:8.0f}"
               f"{flops / seconds / rate:9.0%}", flush=True)
 
-
 def benchmark_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
     """The published (arch, neck) pairs that --arch and --neck leave, or the one they name where it is not published."""
     pairs = [pair for pair in PAIRS if args.arch in (None, pair[0]) and args.neck in (None, pair[1])]
     return pairs or [(args.arch or "deit_s16", args.neck or "none")]
-
 
 # ---- python evaluate.py --------------------------------------------------------------------------------------------
 
@@ -346,7 +318,6 @@ def parse_scales(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r}: scales must be above 0 and at most 16")
     return scales
 
-
 def checkpoints(folder: str) -> list[str]:
     """The checkpoint_*.pt in a work directory and in those below it, the last written first. UsageError if there is none."""
     found = glob(os.path.join(folder, "checkpoint_*.pt")) + glob(os.path.join(folder, "*", "checkpoint_*.pt"))
@@ -354,7 +325,6 @@ def checkpoints(folder: str) -> list[str]:
         raise UsageError(f"{folder}: no checkpoint_*.pt in it, train one with `python train.py --data toy` or name a "
                          "file with --checkpoint")
     return sorted(found, key=os.path.getmtime, reverse=True)
-
 
 def load_model(path: str, device: torch.device) -> tuple[nn.Module, dict]:
     """The model a checkpoint describes, with its weights, in eval mode. -> (model, facts)"""
@@ -367,17 +337,11 @@ def load_model(path: str, device: torch.device) -> tuple[nn.Module, dict]:
     load_into(model.to_empty(device="cpu"), state_dict, facts)
     return model.to(device, memory_format=torch.channels_last).eval(), facts
 
-
-def known_classes(facts: dict) -> Classes:
-    """Those that a checkpoint was trained on: its own, ADE20K's 150, or numbers for names."""
-    n = facts["num_classes"]
-    return Classes(*facts["classes"]) if "classes" in facts else Classes() if n == 150 else \
-        Classes(tuple(f"class {k}" for k in range(n)), (Classes().palette * 2)[:n])
-
-
 def inputs(args: argparse.Namespace, path: str, facts: dict) -> tuple[list[tuple[str, str | None]], Classes]:
-    """The (image, label or None) paths that the command line asks for, and what their labels mean."""
-    classes = known_classes(facts)
+    """The (image, label or None) paths that the command line asks for, and what their labels mean to the checkpoint."""
+    n = facts["num_classes"]                    # of a file that does not name its classes: ADE20K's, or numbers for names
+    classes = Classes(*facts["classes"]) if "classes" in facts else Classes() if n == len(Classes().names) else \
+        Classes(tuple(f"class {k}" for k in range(n)), (Classes().palette * 2)[:n])
     if not args.image:
         root = data_root(args.data)
         there = read_classes(root)
@@ -393,8 +357,8 @@ def inputs(args: argparse.Namespace, path: str, facts: dict) -> tuple[list[tuple
         raise DataError(f"{args.image}: holds no pictures")
     return [(os.path.join(args.image, f), None) for f in files], classes
 
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; what cannot be met together is refused here."""
     parser = argparse.ArgumentParser(
         description="Evaluate a checkpoint on a data set, or label pictures with it.",
         epilog="example: python evaluate.py --checkpoint upernet_deit-s16.pth --flip --scales 0.5,...,1.75")
@@ -433,7 +397,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--json holds scores, and --image has no labels to score with")
     return args
 
-
 def run(args: argparse.Namespace) -> None:
     rank, world, device = setup_processes()
     dtype, path = choose_dtype(args.dtype, device), args.checkpoint or "runs"
@@ -443,7 +406,7 @@ def run(args: argparse.Namespace) -> None:
     path = checkpoints(path)[0] if os.path.isdir(path) or not args.checkpoint else path
     model, facts = load_model(path, device)
     for part in model.children() if args.compile else ():
-        part.compile()
+        part.compile(dynamic=False)
     trained = facts.get("args", {})                                         # of our own checkpoints
     args.data = args.data or trained.get("data", DEFAULT_ROOT)
     short = args.short_side or trained.get("short_side", 512)
@@ -485,7 +448,6 @@ def run(args: argparse.Namespace) -> None:
         dist.barrier()                          # nobody leaves while another may still be talking to it
         dist.destroy_process_group()
 
-
 @contextmanager
 def sentences() -> Iterator[None]:
     """What the user can mend ends the program with its one sentence and code 2, without a traceback."""
@@ -496,12 +458,10 @@ def sentences() -> Iterator[None]:
         print(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}", file=sys.stderr)
         sys.exit(2)
 
-
 def main() -> None:
     args = parse()
     with sentences():
         benchmark(args) if args.benchmark else run(args)
-
 
 if __name__ == "__main__":
     main()

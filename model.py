@@ -38,13 +38,11 @@ NECKS = ("none", "ln", "mln", "ln_mln")
 PAIRS = [("deit_s16", "none"), ("deit_s16", "mln"), ("deit_s16", "ln_mln"), ("deit_b16", "none"), ("deit_b16", "mln"),
          ("deit_b16", "ln_mln"), ("vit_b16", "mln"), ("vit_b16", "ln_mln")]         # of the published table
 
-
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Resize position embeddings from a grid of old = (h, w) patches to new = (h, w), as the reference does.
 
     pos_embed: (1, 1 + old_h * old_w, D); the first is the class token's and stays as it is. -> (1, 1 + new_h * new_w, D).
-    torch's bicubic (a = -0.75), align_corners=False, no antialiasing (ViT, section 3.2: "2D interpolation").
-    """
+    torch's bicubic (a = -0.75), align_corners=False, no antialiasing (ViT, section 3.2: "2D interpolation")."""
     if old == new:
         return pos_embed
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
@@ -52,12 +50,10 @@ def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, in
     patches = F.interpolate(patches, size=new, mode="bicubic", align_corners=False)     # (1, D, new_h, new_w)
     return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
 
-
 class PatchEmbed(nn.Module):
     """Cut the picture into patches and map each to D numbers: a convolution whose stride is its size. ViT, eq. 1.
 
-    A patch that hangs over the right or lower edge is filled with 0, the mean colour once pictures are normalised.
-    """
+    A patch that hangs over the right or lower edge is filled with 0, the mean colour once pictures are normalised."""
 
     def __init__(self, patch: int, width: int):
         super().__init__()
@@ -68,7 +64,6 @@ class PatchEmbed(nn.Module):
         """(B, 3, H, W) -> (B, D, h, w)"""
         H, W = images.shape[2:]
         return self.proj(F.pad(images, (0, -W % self.patch, 0, -H % self.patch)))
-
 
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(d)) v with d = D / heads. ViT, appendix A."""
@@ -87,7 +82,6 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)                         # never holds the (N, N) weights of all heads
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
-
 class Mlp(nn.Module):
     """Two linear layers with a GELU (the exact one, with erf) between them, four times as wide inside."""
 
@@ -99,12 +93,10 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
 
-
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training, leave a branch out for some of the pictures.
 
-    The survivors are divided by the probability of surviving, so that the expected value stays the same.
-    """
+    The survivors are divided by the probability of surviving, so that the expected value stays the same."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -117,12 +109,10 @@ class DropPath(nn.Module):
         mask = torch.rand(x.shape[0], 1, 1, device=x.device) < keep         # one draw a picture, not a token
         return x * (mask / keep).to(x.dtype)
 
-
 class Block(nn.Module):
     """One pre-norm encoder layer (ViT, eq. 2 and 3): x + attention(norm(x)), then x + mlp(norm(x)).
 
-    eps is 1e-6 as in JAX, not torch's 1e-5: the pretrained weights expect it.
-    """
+    eps is 1e-6 as in JAX, not torch's 1e-5: the pretrained weights expect it."""
 
     def __init__(self, width: int, heads: int, drop_path: float):
         super().__init__()
@@ -137,12 +127,10 @@ class Block(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-
 class VisionTransformer(nn.Module):
     """The backbone. (B, 3, H, W) -> four (B, D, h, w), after layers 3, 6, 9 and 12 of 12.
 
-    final_norm ("LN" in the names of the recipes): one LayerNorm after the last layer, so it changes the last map alone.
-    """
+    final_norm ("LN" in the names of the recipes): one LayerNorm after the last layer, so it changes the last map alone."""
 
     def __init__(self, width: int, depth: int, heads: int, patch: int, grid: int, drop_path: float, final_norm: bool):
         super().__init__()
@@ -178,13 +166,11 @@ class VisionTransformer(nn.Module):
                 maps.append(tokens.transpose(1, 2).reshape(B, D, h, w))
         return maps
 
-
 class MultiLevelNeck(nn.Module):
     """"MLN": gives the four maps of a ViT, all at stride 16, the strides 4, 8, 16 and 32 that UPerNet was made for.
 
     Per level a 1x1 convolution, a bilinear resize by 4, 2, 1 or 1/2, and a 3x3 convolution; no norm, no activation.
-    The resize is by factor, not to a size: at odd sizes (7 -> 3) the two sample different points.
-    """
+    The resize is by factor, not to a size: at odd sizes (7 -> 3) the two sample different points."""
     scales = (4, 2, 1, 0.5)
 
     def __init__(self, width: int):
@@ -204,7 +190,6 @@ class MultiLevelNeck(nn.Module):
                 x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
             out.append(conv(x))
         return out
-
 
 def build_backbone(arch: str, neck: str) -> tuple[VisionTransformer, MultiLevelNeck | None]:
     """The backbone and the neck (None for necks without "mln") of an architecture in ARCHS. ValueError if unknown."""

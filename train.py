@@ -2,9 +2,6 @@
 
     batch (B, 3, S, S) uint8, (B, S, S) uint8 --normalise--> model --> loss --> backward --> AdamW or SGD, poly schedule
 
-    python train.py --data toy                                          # two minutes on a laptop, needs nothing
-    torchrun --nproc_per_node 8 train.py --arch deit_s16 --iters 160000 # a published recipe, 16 pictures a batch in all
-
 What the published runs did, where it differs from what their configs say:
 - "No weight decay for norm layers": the key is `norm`, the layers are called `ln1`, `ln2`, so nothing matches. LayerNorm
   and BatchNorm decay; only cls_token and pos_embed do not. Same here.
@@ -19,7 +16,8 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext
 from glob import glob
 
 import torch
@@ -45,18 +43,15 @@ TOY = dict(arch="toy_p8", iters=800, interval=200, batch_size=4, crop_size=96, s
 BENCHMARK = dict(arch=None, neck=None, batch_size=2, pretrained="none", data="toy")
 OPTIMIZERS = {
     "adamw": dict(lr=6e-5, power=1.0, floor=0.0, warmup=1500),
-    "sgd": dict(lr=0.01, power=0.9, floor=1e-4, warmup=0),
-}
-CHANGE_NOTHING = ("work_dir", "resume", "checkpoint", "workers", "keep", "timeout")        # arguments
+    "sgd": dict(lr=0.01, power=0.9, floor=1e-4, warmup=0)}
+CHANGE_NOTHING = ("work_dir", "resume", "checkpoint", "workers", "keep", "timeout", "dry_run", "benchmark")     # arguments
 PATIENCE = 5            # losses in a row that are not finite
 RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
 
 def learning_rate(i: int, iters: int, lr: float, power: float, floor: float, warmup: int) -> float:
     """The rate of iteration i = 0 .. iters - 1: poly decay from lr to floor, times a linear warmup from 1e-6 to 1."""
     rate = (lr - floor) * (1 - i / iters) ** power + floor
     return rate * (1 - (1 - i / warmup) * (1 - 1e-6)) if i < warmup else rate
-
 
 def build_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) or SGD with the published betas, momentum and decays."""
@@ -67,7 +62,6 @@ def build_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.Optim
     others = [p for n, p in model.named_parameters() if not n.endswith(("cls_token", "pos_embed"))]
     groups = [{"params": others, "weight_decay": 0.01}, {"params": tokens, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)     # fused: one kernel, same arithmetic
-
 
 def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tuple[int, int]:
     """batch = world processes x micro pictures at a time x accumulated steps. -> (micro, steps), or UsageError."""
@@ -84,7 +78,6 @@ def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tup
     if share % micro:
         raise UsageError(f"--micro-batch {micro} does not divide the {share} pictures of each process, {good} would")
     return micro, share // micro
-
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     """The command line; on --resume what it leaves open comes from the checkpoint, else from RECIPE (and TOY).
@@ -151,13 +144,11 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
         raise UsageError(f"{args.work_dir}: holds the checkpoints of a run, go on with it by --resume or name another")
     return args, content
 
-
 def positive(text: str) -> int:
     """argparse type: an integer above 0."""
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
-
 
 def new_work_dir(args: argparse.Namespace) -> str:
     """runs/ARCH_NECK_DATA_ITERS, with -2, -3, ... if that is taken; after a restart by torchrun the last one taken."""
@@ -165,7 +156,6 @@ def new_work_dir(args: argparse.Namespace) -> str:
     names = [base + (f"-{n}" if n > 1 else "") for n in range(1, 10000)]
     free = next(k for k, name in enumerate(names) if not os.path.exists(name))
     return names[free - 1 if RESTARTED and free else free]
-
 
 def usable_checkpoint(folder: str) -> tuple[str, dict]:
     """The newest checkpoint in a work directory, or below runs/, that is whole, and its content. Damaged ones are named and
@@ -184,35 +174,13 @@ def usable_checkpoint(folder: str) -> tuple[str, dict]:
     raise UsageError(f"{os.path.dirname(found[0])}: none of its {len(found)} checkpoints can be used, "
                      "start anew without --resume")
 
+def write_log(path: str, entries: list[dict]) -> None:
+    """All lines anew, moved into place: never half of one, and what a full disk refused comes with the next."""
+    with open(path + ".part", "w") as file:
+        file.writelines(json.dumps(e) + "\n" for e in entries)
+    os.replace(path + ".part", path)
 
-class Log:
-    """One JSON object a line in WORK_DIR/log.jsonl, and the same in words on the terminal. On rank 0 alone."""
-
-    def __init__(self, folder: str, iteration: int):
-        self.path, self.entries = os.path.join(folder, "log.jsonl"), []
-        if not os.path.exists(self.path):
-            return
-        with open(self.path) as file:           # resumed: what came after the checkpoint will come again
-            for line in file:
-                with suppress(json.JSONDecodeError):                    # the last line of a run that was killed may be half
-                    self.entries += [json.loads(line)]
-        self.entries = [e for e in self.entries if iteration and e["iteration"] <= iteration]
-        with open(self.path + ".part", "w") as file:
-            file.writelines(json.dumps(e) + "\n" for e in self.entries)
-        os.replace(self.path + ".part", self.path)
-
-    def __call__(self, words: str, **entry) -> None:
-        print(words, flush=True)
-        if entry:
-            self.entries.append(entry)
-            attempt(self.path, self.append, entry)
-
-    def append(self, entry: dict) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-def attempt(path: str, write, *arguments) -> bool:
+def attempt(path: str, write: Callable, *arguments) -> bool:
     """write(*arguments); where that fails (a full disk, say), days of training must not: it is said, and tried again when
     the next one is due. (torch reports some failed writes as RuntimeError.)"""
     try:
@@ -222,10 +190,8 @@ def attempt(path: str, write, *arguments) -> bool:
         print(f"warning: {path} is not written ({str(error).splitlines()[0]}); training goes on, make room", file=sys.stderr)
         return False
 
-
 class Stopped(Exception):
     """The run ends before its last iteration: (sentence, exit code)."""
-
 
 def watch_signals() -> list:
     """-> a list, empty until a signal asks this process to stop: then [128 + its number, when]. A second leaves at once."""
@@ -239,7 +205,6 @@ def watch_signals() -> list:
     for number in SIGNALS:
         signal.signal(number, note)
     return asked
-
 
 def start_model(args: argparse.Namespace, content: dict, num_classes: int, rank: int, world: int, device: torch.device
                 ) -> Segmenter:
@@ -255,20 +220,15 @@ def start_model(args: argparse.Namespace, content: dict, num_classes: int, rank:
     elif source is None:
         raise UsageError(f"there is no pretrained file for {args.arch}: --pretrained none starts from scratch")
     elif source != "none":
-        if world > 1 and rank > 0:
-            dist.barrier()                      # rank 0 fetches, the others find the file
-        state_dict, facts = load_weights(source)
+        state_dict, facts = load_weights(source)                # (a URL: one process fetches it, the others wait)
         load_into(model, state_dict, facts, new_classes=True)
         if rank == 0:
             print(f"{source}: {describe(facts)}")
-            if world > 1:
-                dist.barrier()
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # statistics over all 16 pictures, as published
     for part in model.children() if args.compile else ():
-        part.compile()
+        part.compile(dynamic=False)
     return model.to(device, memory_format=torch.channels_last)
-
 
 def gradients(model: nn.Module, batch: tuple, micro: int, scaler: torch.amp.GradScaler, device: torch.device,
               dtype: torch.dtype) -> Tensor:
@@ -286,7 +246,6 @@ def gradients(model: nn.Module, batch: tuple, micro: int, scaler: torch.amp.Grad
             scaler.scale(loss / steps).backward()
         total = total + torch.stack([loss.detach(), parts["decode"], parts["aux"]]) / steps
     return total
-
 
 class Run:
     """The parts of a run, on one of its processes: what the loop below needs, and what a checkpoint holds."""
@@ -336,8 +295,19 @@ class Run:
         self.asked = watch_signals()
         if self.rank == 0:
             os.makedirs(self.work, exist_ok=True)
-            self.log = Log(self.work, self.start)
+            self.entries, path = [], os.path.join(self.work, "log.jsonl")
+            if self.start and os.path.exists(path):         # what came after the checkpoint will come again
+                with open(path) as file:
+                    self.entries = [e for e in map(json.loads, file) if e["iteration"] <= self.start]
             self.log(self.plan(), **{} if self.start else dict(iteration=0, args=vars(self.args)))
+
+    def log(self, words: str, **entry) -> None:
+        """Words for the terminal, and the same as one JSON object a line in WORK_DIR/log.jsonl. On rank 0 alone."""
+        print(words, flush=True)
+        if entry:
+            self.entries.append(entry)
+            path = os.path.join(self.work, "log.jsonl")
+            attempt(path, write_log, path, self.entries)
 
     def share(self, *values: float) -> list[float]:
         """The sum of each value over all processes, on the CPU (gloo) also beside NCCL."""
@@ -371,7 +341,7 @@ class Run:
         """Write checkpoint_n.pt, on rank 0; the others wait until that is done. -> its path, None where it failed"""
         path, done = os.path.join(self.work, f"checkpoint_{n}.pt"), 0
         if self.rank == 0:
-            best = max((e for e in [self.best, *self.log.entries] if e.get("mIoU") is not None), key=lambda e: e["mIoU"],
+            best = max((e for e in [self.best, *self.entries] if e.get("mIoU") is not None), key=lambda e: e["mIoU"],
                        default={})
             done = attempt(path, save, dict(
                 model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
@@ -395,16 +365,16 @@ class Run:
             if self.asked:
                 raise Stopped("stopped during the validation; go on with --resume, it comes first then", self.asked[0])
             rows.extend([row] if i in shown else [])
-        matrix = evaluate(self.model, self.validation, self.classes, self.rank, self.world, self.args.workers,
-                          short=self.args.short_side, dtype=self.dtype, each=each)
+        with torch.compiler.set_stance("force_eager"):              # --compile is for crops, which have one size
+            matrix = evaluate(self.model, self.validation, self.classes, self.rank, self.world, self.args.workers,
+                              short=self.args.short_side, dtype=self.dtype, each=each)
         if self.rank == 0:
             means = {k: v for k, v in scores(matrix).items() if k in ("mIoU", "mAcc", "aAcc")}
             words = "  ".join(f"{k} none" if v is None else f"{k} {v:.2f}" for k, v in means.items())
             self.log(f"{n}/{self.args.iters}  validation: {words}  ({len(self.validation)} pictures)", iteration=n, **means)
             attempt(path, sheet(rows, self.classes).save, path)
             path = os.path.join(self.work, "curves.png")
-            attempt(path, curves(self.log.entries).save, path)
-
+            attempt(path, curves(self.entries).save, path)
 
 def benchmark(args: argparse.Namespace) -> None:
     """Time, memory and share of the machine's peak of a training step of each published pair, data and all."""
@@ -414,8 +384,8 @@ def benchmark(args: argparse.Namespace) -> None:
         run.asked, batches = [], iter(run.loader)
         if rate is None and run.rank == 0:
             rate = matmul_rate(run.device, run.dtype)
-            print(f"{run.world} x {run.device.type}, {torch.get_num_threads()} threads, {str(run.dtype)[6:]}, matrix products at "
-                  f"{rate / 1e9:.0f} GFLOP/s; {args.batch_size} pictures of {size}x{size} a step\n{'arch':10s}{'neck':8s}"
+            print(f"{run.world} x {run.device.type}, {torch.get_num_threads()} threads, {str(run.dtype)[6:]}, matrix products "
+                  f"at {rate / 1e9:.0f} GFLOP/s; {args.batch_size} pictures of {size}x{size} a step\n{'arch':10s}{'neck':8s}"
                   f"{'GFLOP':>8s}{'seconds':>10s}{'pictures/s':>12s}{'MB':>8s}{'of peak':>9s}{'waiting':>9s}")
 
         def one_step():
@@ -430,7 +400,6 @@ def benchmark(args: argparse.Namespace) -> None:
             print(f"{args.arch:10s}{args.neck:8s}{flops / 1e9:8.0f}{seconds:10.3f}{args.batch_size / seconds:12.2f}{peak:8.0f}"
                   f"{flops / seconds / rate / run.world:9.0%}{wait / seconds:9.1%}", flush=True)
 
-
 def train(args: argparse.Namespace, content: dict) -> None:
     run = Run(args, content)
     if args.dry_run:
@@ -442,7 +411,7 @@ def train(args: argparse.Namespace, content: dict) -> None:
     # A run that stopped between saving and validating has the validation of its iteration still to come.
     due = run.start and (run.start % args.interval == 0 or run.start == args.iters)
     if run.share(run.rank == 0 and due and not any(
-            e["iteration"] == run.start and "mIoU" in e for e in run.log.entries))[0]:
+            e["iteration"] == run.start and "mIoU" in e for e in run.entries))[0]:
         run.validate(run.start)
     elif run.start >= args.iters:
         raise UsageError(f"{args.checkpoint}: has all of its {run.start} iterations, nothing is left to train")
@@ -488,7 +457,6 @@ def train(args: argparse.Namespace, content: dict) -> None:
         dist.barrier()                          # nobody leaves while another may still be talking to it
         dist.destroy_process_group()
 
-
 def main() -> None:
     with sentences():
         args, content = parse()
@@ -501,7 +469,6 @@ def main() -> None:
             if not re.search("[Tt]imed out|onnection (closed|reset)|Broken pipe", str(error)):
                 raise
             sys.exit(f"error: another process has died or hangs ({str(error).splitlines()[0]}); go on with --resume")
-
 
 if __name__ == "__main__":
     main()

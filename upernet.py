@@ -25,13 +25,11 @@ IGNORE = 255            # the label of pixels that nobody labelled: no loss, no 
 AUX_WEIGHT = 0.4        # of the auxiliary head's loss (PSPNet, section 3.3)
 BLOCK = {"cpu": 2 ** 20}    # logits that exist at once in loss and inference: 4 MB stay in a cache; elsewhere 2 ** 26
 
-
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear, align_corners=False: (B, C, h, w) -> (B, C, *size). Nothing to do (and nothing copied) at equal sizes."""
     if x.shape[2:] == tuple(size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
 
 class ConvBNReLU(nn.Module):
     """Convolution (no bias: BatchNorm has one) + BatchNorm + ReLU, at the input's size. (B, i, h, w) -> (B, o, h, w)"""
@@ -45,14 +43,12 @@ class ConvBNReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
-
 def classifier(channels: int, num_classes: int) -> nn.Conv2d:
     """A 1x1 convolution from features to logits; starts near zero, so that training starts from "all classes alike"."""
     conv = nn.Conv2d(channels, num_classes, 1)
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)
     return conv
-
 
 class UPerHead(nn.Module):
     """Four maps (B, width, h_i, w_i), of four sizes or all of one -> logits (B, C, h_1, w_1)."""
@@ -83,7 +79,6 @@ class UPerHead(nn.Module):
         x = self.fpn_bottleneck(torch.cat(levels, dim=1))                   # (B, channels, h_1, w_1)
         return self.classifier(self.dropout(x))
 
-
 class FCNHead(nn.Module):
     """The auxiliary head, a classifier straight on level 4. Used in training only: it brings gradient to the backbone
     without passing the whole head (PSPNet, section 3.3). (B, width, h_4, w_4) -> (B, C, h_4, w_4)"""
@@ -97,12 +92,10 @@ class FCNHead(nn.Module):
     def forward(self, maps: list[Tensor]) -> Tensor:
         return self.classifier(self.dropout(self.conv(maps[-1])))
 
-
 def interpolation_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """(new, old), two numbers a row: the product with it is `resize` along one axis. Of the dtype and device of `like`."""
     identity = torch.eye(old, dtype=like.dtype, device=like.device)
     return F.interpolate(identity[None], size=new, mode="linear", align_corners=False)[0].T.contiguous()
-
 
 class UpsampledCrossEntropy(torch.autograd.Function):
     """cross_entropy below, a block of rows after the other, so that the logits at full size never exist as a whole.
@@ -111,8 +104,7 @@ class UpsampledCrossEntropy(torch.autograd.Function):
     each for 16 x 150 x 512 x 512 floats. Blocks that stay in a cache are also 4 times as fast on a CPU. Bilinear
     interpolation is one step along x, done for a whole (small) picture, and one along y, a product with a matrix M of
     two numbers a row, done by block. The gradient of the cross entropy is softmax - one_hot(label), so it is found on the
-    way forward, while a block exists; the way back only scales it.
-    """
+    way forward, while a block exists; the way back only scales it."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
@@ -145,16 +137,13 @@ class UpsampledCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         return ctx.saved_tensors[0] * grad, None
 
-
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy of logits (B, C, h, w) against labels (B, H, W) int64; logits are upsampled to (H, W) first.
 
     The mean is over *all* pixels: ignored ones add no loss but count in the divisor, as in the reference. A mean over
-    the labelled ones alone would weigh pictures with large unlabelled parts more.
-    """
+    the labelled ones alone would weigh pictures with large unlabelled parts more."""
     with torch.autocast(logits.device.type, enabled=False):             # in float32 also under autocast, as there
         return UpsampledCrossEntropy.apply(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
-
 
 class Segmenter(nn.Module):
     """Backbone, neck and heads. See build_model."""
@@ -171,11 +160,10 @@ class Segmenter(nn.Module):
         maps = self.backbone(images)
         return maps if self.neck is None else self.neck(maps)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None):
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """images (B, 3, H, W) -> logits (B, C, H, W); with labels (B, H, W): (loss, {"decode": ..., "aux": ...}).
 
-        loss is a float32 scalar, the sum of the parts; the parts are detached, "aux" carries its weight of 0.4.
-        """
+        loss is a float32 scalar, the sum of the parts; the parts are detached, "aux" carries its weight of 0.4."""
         maps = self.features(images)
         if labels is None:
             return resize(self.decode_head(maps), images.shape[2:])
@@ -183,11 +171,9 @@ class Segmenter(nn.Module):
         aux = AUX_WEIGHT * cross_entropy(self.auxiliary_head(maps), labels)
         return decode + aux, {"decode": decode.detach(), "aux": aux.detach()}
 
-
 def build_model(arch: str, neck: str = "none", num_classes: int = 150) -> Segmenter:
     """A randomly initialised model in training mode.
 
     arch: vit_b16, deit_b16, deit_s16, deit_t16 or toy_p8 (model.ARCHS). neck: none, ln (a LayerNorm after the last
-    layer), mln (the multi-level neck), ln_mln. ValueError if one is unknown.
-    """
+    layer), mln (the multi-level neck), ln_mln. ValueError if one is unknown."""
     return Segmenter(arch, neck, num_classes)

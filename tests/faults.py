@@ -98,6 +98,15 @@ def test_a_second_signal_leaves_at_once(straight, folder):
     assert "go on" not in err
 
 
+def test_a_loader_whose_run_died_before_it_began_does_not_stay():
+    """It holds the output open, so communicate() would wait for it: this is how a test of the signals once hung."""
+    code = ("import multiprocessing, os, time, ade20k\n"
+            "def work():\n    time.sleep(1)\n    ade20k.start_worker(0)\n    time.sleep(100)\n"
+            "multiprocessing.get_context('fork').Process(target=work).start()\nos._exit(0)")
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finish(run, timeout=30)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, straight, folder):
     work = folder / damage

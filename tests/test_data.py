@@ -190,6 +190,47 @@ def test_faults_are_named_with_file_and_value(small_set):
         ade20k.find_pairs(small_set + "/nowhere", "training")
 
 
+def test_classes_of_ones_own_are_read_with_and_without_colours_and_ignore(small_set):
+    assert ade20k.read_classes(small_set) == ade20k.Classes()
+    assert ade20k.Classes().names == ade20k.CLASSES and ade20k.Classes().palette == ade20k.PALETTE.tolist()
+    label, path = small_set + "/annotations/training/p0.png", small_set + "/classes.txt"
+    values = np.array([[0, 1, 2, 255]], np.uint8)
+    Image.fromarray(values).save(label)
+    for head, want in (("", [0, 1, 2, 255]), ("ignore 0\n\n", None)):
+        with open(path, "w", encoding="utf-8-sig") as file:
+            file.write(head + "blue sky 70 130 180\n  mur \u00e0 gauche\nroute 66\n")
+        classes = ade20k.read_classes(small_set)
+        assert classes.names == ("blue sky", "mur \u00e0 gauche", "route 66") and classes.palette[0] == [70, 130, 180]
+        assert len({tuple(c) for c in classes.palette}) == 3 and classes.zero_ignored == bool(head)
+        if want:
+            assert ade20k.load_label(label, classes).tolist() == [want]
+            with pytest.raises(DataError, match="p0.png: label 2 is above the 2 classes, 255 is for unlabelled"):
+                ade20k.load_label(label, ade20k.Classes(classes.names[:2], classes.palette[:2], False))
+        else:
+            with pytest.raises(DataError, match="p0.png: label 255 is above the 3 classes, 0 is for unlabelled"):
+                ade20k.load_label(label, classes)
+            Image.fromarray(values[:, :3]).save(label)
+            assert ade20k.load_label(label, classes).tolist() == [[255, 0, 1]]
+
+
+@pytest.mark.parametrize("text,message", [
+    ("", "0 classes"), ("ignore 0\n", "0 classes"), ("sky\nroad\nsky 1 2 3\n", "line 3: 'sky 1 2 3'"),
+    ("sky 1 2 256", "line 1: 'sky 1 2 256' has a colour above 255"), ("\n".join(map(str, range(256))), "256 classes")])
+def test_class_lists_that_cannot_be_used_are_refused_by_line(text, message, small_set):
+    with open(small_set + "/classes.txt", "w") as file:
+        file.write(text)
+    with pytest.raises(DataError, match=r"classes.txt.*" + message):
+        ade20k.read_classes(small_set)
+
+
+def test_colours_of_twenty_classes_without_any_can_be_told_apart(small_set):
+    with open(small_set + "/classes.txt", "w") as file:
+        file.write("\n".join(f"thing {chr(97 + k)}" for k in range(20)))
+    palette = np.array(ade20k.read_classes(small_set).palette)
+    distance = np.abs(palette[:, None] - palette[None]).sum(2) + 999 * np.eye(20)
+    assert distance.min() >= 45, distance.min()
+
+
 def test_a_folder_near_a_data_set_or_of_the_wrong_release_is_recognised(small_set, tmp_path):
     for wrong in (os.path.dirname(small_set), small_set + "/images", small_set + "/images/training"):
         with pytest.raises(DataError, match=f"use --data {small_set}$"):

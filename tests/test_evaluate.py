@@ -160,6 +160,7 @@ def test_any_folder_of_pictures_is_labelled_without_truth(run):
     done = run("--image", "set/images/validation", "--show", "out")
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(run.folder / "out")) == [f"p{i}.png" for i in range(5)]
+    assert Image.open(run.folder / "out/p0.png").width >= 160 + 16
     done = run("--image", "set/images/validation/p3.jpg", "--save-labels", "one")
     assert done.returncode == 0 and os.listdir(run.folder / "one") == ["p3.png"]
 
@@ -168,6 +169,8 @@ def test_any_folder_of_pictures_is_labelled_without_truth(run):
     (("--image", "set"), "needs --show"),
     (("--scales", "0.5,big"), "'0.5,big' is not a list of numbers"),
     (("--scales", "-1"), "above 0"),
+    (("--opacity", "1.5"), "--opacity 1.5 must be 0 to 1"),
+    (("--arch", "vit_b16"), "a checkpoint knows its own"),
     (("--checkpoint", "none.pt"), "none.pt: no such file"),
     (("--data", "nowhere"), "nowhere/images/validation: no such folder"),
     (("--image", "set/images/validation/none.jpg", "--show", "x"), "none.jpg: cannot be read"),
@@ -199,6 +202,36 @@ def test_damage_met_on_the_way_is_named_too(run):
     done = run()
     assert done.returncode == 2 and "p2.jpg: cannot be read as a picture" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_dry_run_says_what_would_be_evaluated_or_what_is_missing(run):
+    for arguments, want in (((), "set: 5 pictures, short side 64"), (("--checkpoint", "later"), "later: not there yet"),
+                            (("--data", "later"), "later: not there yet")):
+        done = run(*arguments, "--dry-run", "--show", "never")
+        assert done.returncode == 0 and want in done.stdout, done.stderr
+    assert not os.path.exists(run.folder / "never")
+    assert run("--dry-run", "--scales", "0").returncode == 2
+
+
+def test_overlay_is_the_picture_at_its_own_size_with_colours_of_the_opacity_asked_for():
+    image, label = formulas.picture(200, 333), formulas.labels(200, 333)[0].astype(np.uint8)
+    classes = ade20k.Classes()
+    canvas = np.asarray(evaluate.sheet([(image, None, label)], classes, 0.25)).astype(float)
+    got = canvas[31:31 + 200, 8:8 + 333]
+    palette = np.array(classes.palette + [[0, 0, 0]] * 106)
+    assert np.abs(got - (0.75 * image + 0.25 * palette[label])).max() <= 1
+
+
+def test_curves_draw_every_value_where_the_axes_say():
+    entries = [dict(iteration=0, args={})] + [dict(iteration=i, loss=5.0 - i / 25, lr=1e-4) for i in range(10, 101, 10)]
+    entries += [dict(iteration=50, mIoU=20.0), dict(iteration=100, mIoU=40.0), dict(iteration=100, mIoU=None)]
+    canvas = np.asarray(evaluate.curves(entries)).astype(int)
+    assert canvas.shape[1] == 800
+    blue = np.argwhere((np.abs(canvas - (31, 119, 180)).sum(2) < 30))
+    rows = blue[blue[:, 0] > 2 * 210]           # the third plot, mIoU, from 90 to 780: base 610, top 470
+    left, right = rows[rows[:, 1].argmin()], rows[rows[:, 1].argmax()]
+    assert abs(left[1] - (90 + 690 * 0.5)) <= 4 and abs(right[1] - 780) <= 4
+    assert abs(left[0] - (610 - 140 * 0.5)) <= 4 and abs(right[0] - 470) <= 4
 
 
 def test_sheet_has_room_for_every_name_and_colour():

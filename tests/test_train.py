@@ -9,11 +9,12 @@ import formulas
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from conftest import ROOT, draw_set, write_mmseg
 
 import train
 from convert_weights import MMSEG, rename
-from evaluate import UsageError
+from evaluate import UsageError, count_flops
 from upernet import build_model
 
 
@@ -125,7 +126,8 @@ def straight(folder):
 
 def test_run_leaves_checkpoints_log_and_picture(straight):
     work, done = straight
-    assert {"checkpoint_3.pt", "checkpoint_6.pt", "log.jsonl", "sheet_6.png"} <= set(os.listdir(work))
+    assert {"checkpoint_3.pt", "checkpoint_6.pt", "log.jsonl", "sheet_6.png", "curves.png"} <= set(os.listdir(work))
+    assert Image.open(work / "curves.png").width == 800
     assert done.stdout.strip().endswith("runs/straight/sheet_6.png") and "batch 4 = 1 processes x 4" in done.stdout
     log = read_log(work)
     steps = [e for e in log if "loss" in e]
@@ -189,6 +191,72 @@ def test_wrong_inputs_end_with_one_sentence(folder, arguments, message, monkeypa
     with pytest.raises(SystemExit) as end:
         train.main()
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+
+
+@pytest.mark.parametrize("launch", [(), TWO])
+@pytest.mark.parametrize("data", ["set", "nowhere"])
+def test_dry_run_prints_the_plan_and_writes_nothing(launch, data, folder):
+    before = sorted(os.walk(folder))
+    done = run(folder, "--dry-run", "--arch", "vit_b16", "--neck", "mln", "--data", data, "--iters", 80000, launch=launch)
+    assert done.returncode == 0, done.stderr
+    assert f"runs/vit_b16_mln_{data}_80000: vit_b16, neck mln, 144,173,612 parameters" in done.stdout
+    world = 2 if launch else 1
+    assert f"batch 16 = {world} processes x {16 // world} pictures x 1 accumulated" in done.stdout
+    assert ("8 training pictures" if data == "set" else "the data is not there yet") in done.stdout
+    assert done.stdout.count("parameters") == 1 and sorted(os.walk(folder)) == before
+    done = run(folder, "--dry-run", "--batch-size", 5, "--micro-batch", 2, "--data", data)
+    assert done.returncode == 2 and "does not divide" in done.stderr
+
+
+def test_benchmark_times_real_steps_and_writes_nothing_but_the_toy_set(folder):
+    done = run(folder, "--benchmark", "--arch", "toy_p8", "--neck", "ln", "--data", "set", "--crop-size", 64, "--batch-size", 4)
+    assert done.returncode == 0, done.stderr
+    head, names, row = done.stdout.strip().splitlines()
+    assert "4 pictures of 64x64 a step" in head and names.split()[0] == "arch" and row.split()[:2] == ["toy_p8", "ln"]
+    gflop, seconds, pictures, peak, of_peak, waiting = (float(x.rstrip("%")) for x in row.split()[2:])
+    assert pictures == pytest.approx(4 / seconds, rel=0.05) and 0 <= waiting < 100 and peak > 50
+    assert gflop == round(4e-9 * count_flops("toy_p8", "ln", 64, 64, training=True))
+    assert not os.path.exists(folder / "runs" / "toy_p8_ln_set_160000")
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_training_computes_the_same_losses(folder, straight):
+    done = run(folder, *TINY, "--work-dir", "runs/compiled", "--compile", "--iters", 2, "--interval", 2)
+    assert done.returncode == 0, done.stderr
+    plain = run(folder, *TINY, "--work-dir", "runs/plain", "--iters", 2, "--interval", 2)
+    assert plain.returncode == 0
+    losses = [next(e["decode"] for e in read_log(folder / "runs" / name) if "loss" in e) for name in ("compiled", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)      # (dropout draws other numbers in compiled code)
+
+
+def test_classes_of_ones_own_travel_with_the_checkpoint(folder, straight):
+    """Trained from a model of ADE20K's 150 classes, resumed, evaluated, converted: names, colours, values of files."""
+    shutil.copytree(folder / "set", folder / "own")
+    for path in (folder / "own" / "annotations").glob("*/*.png"):
+        label = np.array(Image.open(path))
+        Image.fromarray(np.where(label == 0, 255, label % 3).astype(np.uint8)).save(path)
+    (folder / "own" / "classes.txt").write_text("first thing 250 0 0\nsecond\nthird 0 0 250\n")
+    options = (*TINY, "--data", "own", "--work-dir", "runs/own", "--pretrained", straight[0] / "checkpoint_6.pt")
+    done = run(folder, *options)
+    assert done.returncode == 0 and "150 classes in the file, 3 here: starts anew" in done.stdout, done.stderr
+    classes = torch.load(folder / "runs/own/checkpoint_6.pt", weights_only=True)["classes"]
+    assert classes[0] == ("first thing", "second", "third") and classes[1][0] == [250, 0, 0] and classes[2] is False
+    call = lambda *a: subprocess.run([sys.executable, os.path.join(ROOT, "evaluate.py"), "--checkpoint", "runs/own", *a],  # noqa: E731
+                                     cwd=folder, capture_output=True, text=True)
+    done = call("--save-labels", "own_labels")
+    assert done.returncode == 0 and "of 3 classes" in done.stdout and "second" in done.stdout, done.stderr
+    assert np.unique(np.array(Image.open(folder / "own_labels/s0.png"))).max() <= 2
+    assert call("--data", "set").returncode == 2 and "set has 150 (wall" in call("--data", "set").stderr
+    done = call("--image", "set/images/validation/s0.jpg", "--show", "own_overlay", "--opacity", "1")
+    assert done.returncode == 0, done.stderr
+    picture = Image.open(folder / "own_overlay/s0.png").convert("RGB")
+    assert {c for n, c in picture.getcolors(1 << 20)} & {(250, 0, 0), (0, 0, 250), tuple(classes[1][1])}
+    (folder / "own" / "classes.txt").write_text("first thing 250 0 0\nsecond\nanother\n")
+    done = run(folder, "--resume", "--work-dir", "runs/own", "--iters", 9)
+    assert done.returncode == 2 and "its classes are not those" in done.stderr
 
 
 def test_damaged_training_data_is_named(folder):
