@@ -110,8 +110,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     add = parser.add_argument_group("speed").add_argument
     add("--dtype", choices=("auto", *DTYPES), help="auto: bfloat16 where the hardware has it, else float32 (auto)")
     add("--workers", type=int, help="processes that read and augment, for each training process (2)")
-    add("--compile", action="store_true", help="torch.compile the model: minutes at the start, then faster")
-    add("--deterministic", action="store_true", help="the same result every time on the same machine, slower")
+    add("--compile", action="store_true", default=None, help="torch.compile the model: minutes at the start, then faster")
+    add("--deterministic", action="store_true", default=None, help="the same result every time on one machine, slower")
     add("--benchmark", action="store_true", help="time training steps from random weights and stop: of --arch and --neck, or "
         "of all published pairs, with toy data and two pictures a step where nothing else is said")
     args = parser.parse_args(argv)

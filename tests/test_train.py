@@ -212,7 +212,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(launch, data, folder):
 
 
 def test_benchmark_times_real_steps_and_writes_nothing_but_the_toy_set(folder):
-    done = run(folder, "--benchmark", "--arch", "toy_p8", "--neck", "ln", "--data", "set", "--crop-size", 64, "--batch-size", 4)
+    options = ("--arch", "toy_p8", "--neck", "ln", "--data", "set", "--crop-size", 64, "--batch-size", 4)
+    done = run(folder, "--benchmark", *options)
     assert done.returncode == 0, done.stderr
     head, names, row = done.stdout.strip().splitlines()
     assert "4 pictures of 64x64 a step" in head and names.split()[0] == "arch" and row.split()[:2] == ["toy_p8", "ln"]
@@ -244,8 +245,10 @@ def test_classes_of_ones_own_travel_with_the_checkpoint(folder, straight):
     assert done.returncode == 0 and "150 classes in the file, 3 here: starts anew" in done.stdout, done.stderr
     classes = torch.load(folder / "runs/own/checkpoint_6.pt", weights_only=True)["classes"]
     assert classes[0] == ("first thing", "second", "third") and classes[1][0] == [250, 0, 0] and classes[2] is False
-    call = lambda *a: subprocess.run([sys.executable, os.path.join(ROOT, "evaluate.py"), "--checkpoint", "runs/own", *a],  # noqa: E731
-                                     cwd=folder, capture_output=True, text=True)
+
+    def call(*arguments):
+        command = [sys.executable, os.path.join(ROOT, "evaluate.py"), "--checkpoint", "runs/own", *arguments]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True)
     done = call("--save-labels", "own_labels")
     assert done.returncode == 0 and "of 3 classes" in done.stdout and "second" in done.stdout, done.stderr
     assert np.unique(np.array(Image.open(folder / "own_labels/s0.png"))).max() <= 2
