@@ -39,7 +39,6 @@ from torch import Tensor
 
 IGNORE = 255                                    # the label of pixels that nobody labelled
 DEFAULT_ROOT = "data/ade/ADEChallengeData2016"
-TOY_ROOT = "data/toy"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)       # that ask to stop: Ctrl-C, and clusters in two customs
 MEAN = torch.tensor([123.675, 116.28, 103.53])  # of ImageNet, RGB; the reference uses them for ViT-B too, although
 STD = torch.tensor([58.395, 57.12, 57.375])     # its weights were pretrained with 127.5 / 127.5
@@ -522,7 +521,7 @@ def make_toy(root: str) -> str:
 
 def data_root(name: str) -> str:
     """The folder that --data means: `toy` is drawn where it is missing, everything else is a path."""
-    return make_toy(TOY_ROOT) if name == "toy" else name
+    return make_toy("data/toy") if name == "toy" else name
 
 # ---- python ade20k.py ----------------------------------------------------------------------------------------------
 

@@ -69,16 +69,14 @@ KINDS = [
     ("Hugging Face", "embeddings.patch_embeddings.projection.weight", HUGGING_FACE),    # ViT and DeiT
     ("timm", "patch_embed.proj.weight", {}),                                            # DeiT and MAE too
     ("torchvision", "conv_proj.weight", TORCHVISION),
-    ("JAX", "embedding/kernel", JAX),                                                   # Google's own
-]
+    ("JAX", "embedding/kernel", JAX)]                                                   # Google's own
 # Tensors that are left out on purpose, by the start of their (unwrapped) name.
 LEFT_OUT = {
     r"(head|heads|fc|classifier|cls_classifier|pre_logits|pooler)[./]": "a classifier of whole images",
     r"dist_token|head_dist\.|embeddings\.distillation_token|distillation_classifier\.": "distillation, no part of the model",
     r"embeddings\.mask_token|mask_token|decoder_|decoder\.": "the decoder of MAE's pretraining",
     r"fc_norm\.": "the norm of pooled features",
-    r"ema_": "a second set of weights, those before averaging",     # mmcv's EMAHook swaps before it saves
-}
+    r"ema_": "a second set of weights, those before averaging"}     # mmcv's EMAHook swaps before it saves
 # The pretrained backbone of each architecture; the end of the name is the start of the file's sha256.
 DEIT = "https://dl.fbaipublicfiles.com/deit/deit_"
 PRETRAINED = {
@@ -100,7 +98,6 @@ class Skipped:
     """Stands in for an object of a foreign class: takes any arguments and state, does nothing with them."""
 
     def __init__(self, *args, **kwargs): pass
-
     def __setstate__(self, state): pass
 
 def rename(name: str, rules: dict[str, str]) -> str:

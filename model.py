@@ -32,8 +32,7 @@ ARCHS = {
     "deit_s16": dict(width=384, depth=12, heads=6, patch=16, grid=32, channels=512, drop_path=0.1, drop_path_ln=0.1),
     "deit_t16": dict(width=192, depth=12, heads=3, patch=16, grid=32, channels=512, drop_path=0.1, drop_path_ln=0.1),
     # A miniature for the toy data and the tests: the same code, small enough for a laptop's CPU.
-    "toy_p8": dict(width=128, depth=4, heads=2, patch=8, grid=16, channels=64, drop_path=0.0, drop_path_ln=0.0),
-}
+    "toy_p8": dict(width=128, depth=4, heads=2, patch=8, grid=16, channels=64, drop_path=0.0, drop_path_ln=0.0)}
 NECKS = ("none", "ln", "mln", "ln_mln")
 PAIRS = [("deit_s16", "none"), ("deit_s16", "mln"), ("deit_s16", "ln_mln"), ("deit_b16", "none"), ("deit_b16", "mln"),
          ("deit_b16", "ln_mln"), ("vit_b16", "mln"), ("vit_b16", "ln_mln")]         # of the published table
@@ -152,6 +151,8 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        # Tokens lie in memory as channels_last maps do; the convolutions after them get the order that the images came in.
+        layout = (torch.contiguous_format, torch.channels_last)[images.is_contiguous(memory_format=torch.channels_last)]
         x = self.patch_embed(images)                                        # (B, D, h, w)
         B, D, h, w = x.shape
         x = x.flatten(2).transpose(1, 2)                                    # (B, h w, D)
@@ -163,7 +164,7 @@ class VisionTransformer(nn.Module):
             if i % self.every == 0:
                 last = self.norm is not None and i == len(self.blocks)
                 tokens = (self.norm(x) if last else x)[:, 1:]               # the class token has seen all, and is dropped
-                maps.append(tokens.transpose(1, 2).reshape(B, D, h, w))
+                maps.append(tokens.transpose(1, 2).reshape(B, D, h, w).contiguous(memory_format=layout))
         return maps
 
 class MultiLevelNeck(nn.Module):

@@ -29,7 +29,7 @@ from ade20k import (DEFAULT_ROOT, SIGNALS, Classes, TrainSet, data_root, find_pa
                     start_worker)
 from convert_weights import PRETRAINED, WeightsError, describe, load_into, load_weights, read, save
 from evaluate import (DTYPES, UsageError, autocast, benchmark_pairs, checkpoints, choose_dtype, count_flops, curves, evaluate,
-                      matmul_rate, measure, scores, sentences, setup_processes, sheet)
+                      layout, matmul_rate, measure, scores, sentences, setup_processes, sheet)
 from model import ARCHS, NECKS
 from upernet import Segmenter, build_model
 
@@ -228,7 +228,7 @@ def start_model(args: argparse.Namespace, content: dict, num_classes: int, rank:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # statistics over all 16 pictures, as published
     for part in model.children() if args.compile else ():
         part.compile(dynamic=False)
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device, memory_format=layout(device, choose_dtype(args.dtype, device)))
 
 def gradients(model: nn.Module, batch: tuple, micro: int, scaler: torch.amp.GradScaler, device: torch.device,
               dtype: torch.dtype) -> Tensor:
@@ -237,7 +237,7 @@ def gradients(model: nn.Module, batch: tuple, micro: int, scaler: torch.amp.Grad
     total, steps = 0, len(images)
     for k, (x, y, size) in enumerate(zip(images, labels, sizes)):
         x, y, size = (t.to(device, non_blocking=True) for t in (x, y, size))        # uint8: a quarter of float32's traffic
-        x = normalise(x, size).contiguous(memory_format=torch.channels_last)
+        x = normalise(x, size).contiguous(memory_format=layout(device, dtype))
         # Gradients travel between the processes once a batch, with its last part.
         wait = isinstance(model, DistributedDataParallel) and k < steps - 1
         with model.no_sync() if wait else nullcontext():
@@ -257,8 +257,7 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = not args.deterministic     # every crop has one size: let cuDNN try its kernels once
-        self.micro, self.steps = split_batch(args.batch_size, world, args.micro_batch,
-                                             sync_bn=world > 1 and device.type == "cuda")
+        self.micro, self.steps = split_batch(args.batch_size, world, args.micro_batch, world > 1 and device.type == "cuda")
         root = args.data if args.dry_run else data_root(args.data)
         self.pairs, self.validation = ([], []) if args.dry_run and not os.path.isdir(root) else \
             (find_pairs(root, "training"), find_pairs(root, "validation"))

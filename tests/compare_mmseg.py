@@ -114,7 +114,7 @@ def ours(what, arch, neck, pairs, picture, dtype):
     if what == "data":
         samples = ade20k.TrainSet(pairs, seed=0)
         return lambda: [samples[k] for k in range(4 * len(pairs))]
-    model = build_model(arch, neck).to(memory_format=torch.channels_last)
+    model = build_model(arch, neck).to(memory_format=evaluate.layout(device, dtype))
     if what == "training":
         optimizer, scaler = train.build_optimizer(model, "adamw", 6e-5), torch.amp.GradScaler("cpu", enabled=False)
         label = torch.from_numpy(np.random.default_rng(0).integers(0, 150, (1, 512, 512), dtype=np.uint8))

@@ -35,7 +35,7 @@ def step(model, size, batch):
 
 def forward(model, size, batch):
     """-> a function that takes `batch` pictures to logits at the head's size."""
-    x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(batch, 3, size, size)
 
     def once():
         with torch.inference_mode():
@@ -57,7 +57,7 @@ def main():
             if training and batch == 1:         # BatchNorm
                 row += ["", ""]
                 continue
-            model = build_model(args.arch, args.neck).to(memory_format=torch.channels_last).train(training)
+            model = build_model(args.arch, args.neck).train(training)
             seconds = evaluate.measure((step if training else forward)(model, size, batch), DEVICE)[0]
             gflop = evaluate.count_flops(args.arch, args.neck, size, size, training) * batch / 1e9
             row += [f"{seconds:.3f}", f"{seconds / gflop:.5f}"]
