@@ -654,10 +654,10 @@ def check(root: str) -> int:
     return total
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Get, make or check a data set in ADE20K's layout.")
-    parser.add_argument("action", choices=("download", "toy", "check"),
-                        help="download: ADE20K, 1 GB, to DIR/ADEChallengeData2016; toy: draw a small data set in DIR; "
-                             "check: read all of DIR, report classes, sizes and every fault")
+    parser = argparse.ArgumentParser(description="Get, make or check a data set in ADE20K's layout.",
+                                     epilog="example: python ade20k.py check data/ade/ADEChallengeData2016")
+    parser.add_argument("action", choices=("download", "toy", "check"), help="download: ADE20K, 1 GB, to DIR/ADEChallengeData"
+                        "2016; toy: draw a small data set in DIR; check: read all of DIR, report classes, sizes, every fault")
     parser.add_argument("dir", metavar="DIR")
     args = parser.parse_args()
     try:

@@ -377,7 +377,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="sizes relative to (2048, 512); 0.5,...,1.75 means steps of 0.25 (default: 1)")
     add("--flip", action="store_true", help="add the mirrored picture at every scale")
     add("--short-side", type=int, metavar="PIXELS", help="of pictures at scale 1 (default: as trained, else 512)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 where the hardware has it, else float32")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto (default): bfloat16 if in hardware, else float32")
     add("--workers", type=int, default=2, help="processes that read pictures (default: 2)")
     add("--compile", action="store_true", help="torch.compile the model: a minute at each new size of pictures, then faster")
     add("--dry-run", action="store_true", help="load the checkpoint, look at the data, print the plan or what is missing")
