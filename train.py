@@ -283,10 +283,10 @@ class Run:
 
     def plan(self) -> str:
         args, parameters = self.args, sum(p.numel() for p in self.model.parameters())
-        data = f"{len(self.pairs)} training pictures" if self.pairs else "the data is not there yet"
-        return (f"{args.work_dir}: {args.arch}, neck {args.neck}, {parameters:,} parameters, {str(self.dtype)[6:]} on "
-                f"{self.world} x {self.device.type}\nbatch {args.batch_size} = {self.world} processes x {self.micro} pictures "
-                f"x {self.steps} accumulated; {args.data}: {data}, iterations {self.start} to {args.iters}")
+        data = f"{args.data}: " + (f"{len(self.pairs)} training pictures" if self.pairs else "the data is not there yet")
+        return (f"{args.work_dir or new_work_dir(args)}: {args.arch}, neck {args.neck}, {parameters:,} parameters, "
+                f"{str(self.dtype)[6:]} on {self.world} x {self.device.type}\nbatch {args.batch_size} = {self.world} "
+                f"processes x {self.micro} pictures x {self.steps} accumulated; {data}, iterations {self.start} to {args.iters}")
 
     def open(self) -> None:
         """Start writing: the work directory and the log."""
@@ -380,11 +380,13 @@ def benchmark(args: argparse.Namespace) -> None:
     rate = None
     for args.arch, args.neck in benchmark_pairs(args):
         run, waited, size = Run(args, {}), [], args.crop_size
+        if run.world > 1:                       # each would decide by its own clock when it has enough, and leave the others
+            raise UsageError("--benchmark times one process on one device: run it without torchrun")
         run.asked, batches = [], iter(run.loader)
-        if rate is None and run.rank == 0:
+        if rate is None:
             rate = matmul_rate(run.device, run.dtype)
-            print(f"{run.world} x {run.device.type}, {torch.get_num_threads()} threads, {str(run.dtype)[6:]}, matrix products "
-                  f"at {rate / 1e9:.0f} GFLOP/s; {args.batch_size} pictures of {size}x{size} a step\n{'arch':10s}{'neck':8s}"
+            print(f"{run.device.type}, {torch.get_num_threads()} threads, {str(run.dtype)[6:]}, matrix products at "
+                  f"{rate / 1e9:.0f} GFLOP/s; {args.batch_size} pictures of {size}x{size} a step\n{'arch':10s}{'neck':8s}"
                   f"{'GFLOP':>8s}{'seconds':>10s}{'pictures/s':>12s}{'MB':>8s}{'of peak':>9s}{'waiting':>9s}")
 
         def one_step():
@@ -393,17 +395,15 @@ def benchmark(args: argparse.Namespace) -> None:
             waited.append(time.perf_counter() - before)                                         # noqa: B023
             run.step(len(waited), batch)                                                        # noqa: B023
         seconds, peak = measure(one_step, run.device)
-        if run.rank == 0:
-            flops = count_flops(args.arch, args.neck, size, size, training=True) * args.batch_size
-            wait = sum(waited[1:]) / len(waited[1:])                        # (the first was the warm-up)
-            print(f"{args.arch:10s}{args.neck:8s}{flops / 1e9:8.0f}{seconds:10.3f}{args.batch_size / seconds:12.2f}{peak:8.0f}"
-                  f"{flops / seconds / rate / run.world:9.0%}{wait / seconds:9.1%}", flush=True)
+        flops = count_flops(args.arch, args.neck, size, size, training=True) * args.batch_size
+        wait = sum(waited[1:]) / len(waited[1:])                            # (the first was the warm-up)
+        print(f"{args.arch:10s}{args.neck:8s}{flops / 1e9:8.0f}{seconds:10.3f}{args.batch_size / seconds:12.2f}{peak:8.0f}"
+              f"{flops / seconds / rate:9.0%}{wait / seconds:9.1%}", flush=True)
 
 def train(args: argparse.Namespace, content: dict) -> None:
     run = Run(args, content)
     if args.dry_run:
         if run.rank == 0:
-            args.work_dir = args.work_dir or new_work_dir(args)
             print(run.plan())
         return
     run.open()

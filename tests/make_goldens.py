@@ -95,11 +95,12 @@ def models():
 
 
 def optimizers():
-    """Four steps of each optimizer, from iteration 1500 on (past the warmup, where a step is large enough to see)."""
+    """Four steps of each optimizer, from iteration 1500 on (past the warmup, where a step is large enough to see). In float64:
+    in float32 a ReLU close to 0 may fall on either side, with the number of threads already."""
     out = {}
     for name in ("adamw", "sgd"):
         model, cfg = build_small("mln")
-        filled(model, dropout=False).train()
+        filled(model.double(), dropout=False).train()
         if name == "sgd":       # the released schedule that the recipes override
             schedule = mmseg017.Config.fromfile(
                 os.path.join(mmseg017.CONFIG_DIR, "../_base_/schedules/schedule_160k.py"))
@@ -118,10 +119,10 @@ def optimizers():
         for runner.iter in range(1500, 1504):
             hook.before_train_iter(runner)
             optimizer.zero_grad()
-            losses(model, image(97, 131, batch=4), labels(97, 131, batch=4))[0].backward()
+            losses(model, image(97, 131, batch=4).astype(np.float64), labels(97, 131, batch=4))[0].backward()
             optimizer.step()
         after = dict(model.named_parameters())
-        out[f"{name}_weights"] = np.stack([samples(p.detach(), 32) for p in after.values()])
+        out[f"{name}_weights"] = np.stack([samples(p.detach(), 32) for p in after.values()]).astype(np.float32)
         out[f"{name}_moved"] = np.array([(after[k] - before[k]).abs().max().item() for k in after])
         out["names"] = np.array(list(after))
     store("optimizers", **out)

@@ -26,9 +26,9 @@ def test_learning_rates_equal_the_reference(name, golden):
 
 @pytest.mark.parametrize("name,tolerance", [("sgd", 1e-5), ("adamw", 1e-4)])
 def test_four_steps_give_the_references_weights(name, tolerance, golden, filled):
-    gold, net = golden("optimizers"), filled("small", "mln").train()
+    gold, net = golden("optimizers"), filled("small", "mln").double().train()
     optimizer = train.build_optimizer(net, name, train.OPTIMIZERS[name]["lr"])
-    images, labels = torch.from_numpy(formulas.image(97, 131, 4)), torch.from_numpy(formulas.labels(97, 131, 4))
+    images, labels = torch.from_numpy(formulas.image(97, 131, 4)).double(), torch.from_numpy(formulas.labels(97, 131, 4))
     for i in range(1500, 1504):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(i, 160000, **train.OPTIMIZERS[name])
@@ -221,6 +221,8 @@ def test_benchmark_times_real_steps_and_writes_nothing_but_the_toy_set(folder):
     assert pictures == pytest.approx(4 / seconds, rel=0.05) and 0 <= waiting < 100 and peak > 50
     assert gflop == round(4e-9 * count_flops("toy_p8", "ln", 64, 64, training=True))
     assert not os.path.exists(folder / "runs" / "toy_p8_ln_set_160000")
+    done = run(folder, "--benchmark", *options, launch=TWO)
+    assert done.returncode != 0 and "run it without torchrun" in done.stderr
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
