@@ -282,11 +282,11 @@ class Run:
             prefetch_factor=4 if args.workers else None)
 
     def plan(self) -> str:
-        args, parameters = self.args, sum(p.numel() for p in self.model.parameters())
+        args, n = self.args, sum(p.numel() for p in self.model.parameters())
         data = f"{args.data}: " + (f"{len(self.pairs)} training pictures" if self.pairs else "the data is not there yet")
-        return (f"{args.work_dir or new_work_dir(args)}: {args.arch}, neck {args.neck}, {parameters:,} parameters, "
-                f"{str(self.dtype)[6:]} on {self.world} x {self.device.type}\nbatch {args.batch_size} = {self.world} "
-                f"processes x {self.micro} pictures x {self.steps} accumulated; {data}, iterations {self.start} to {args.iters}")
+        return (f"{args.work_dir or new_work_dir(args)}: {args.arch}, neck {args.neck}, {n:,} parameters, "
+                f"{str(self.dtype)[6:]} on {self.world} x {self.device.type}\nbatch {args.batch_size} = {self.world} processes"
+                f" x {self.micro} pictures x {self.steps} accumulated; {data}, iterations {self.start} to {args.iters}")
 
     def open(self) -> None:
         """Start writing: the work directory and the log."""
