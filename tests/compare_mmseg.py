@@ -28,7 +28,7 @@ from PIL import Image
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 import ade20k  # noqa: E402
 import evaluate  # noqa: E402
-import train  # noqa: E402
+from scaling import step  # noqa: E402
 from upernet import build_model  # noqa: E402
 
 PAIRS = [("deit_s16", "none"), ("deit_s16", "mln"), ("vit_b16", "mln")]
@@ -116,16 +116,7 @@ def ours(what, arch, neck, pairs, picture, dtype):
         return lambda: [samples[k] for k in range(4 * len(pairs))]
     model = build_model(arch, neck).to(memory_format=evaluate.layout(device, dtype))
     if what == "training":
-        optimizer, scaler = train.build_optimizer(model, "adamw", 6e-5), torch.amp.GradScaler("cpu", enabled=False)
-        label = torch.from_numpy(np.random.default_rng(0).integers(0, 150, (1, 512, 512), dtype=np.uint8))
-        batch = (torch.from_numpy(picture[:512, :512]).permute(2, 0, 1).expand(2, -1, -1, -1).contiguous(),
-                 label.repeat(2, 1, 1), torch.tensor([[512, 512]] * 2))
-
-        def step():
-            train.gradients(model, batch, 2, scaler, device, dtype)
-            optimizer.step()
-            optimizer.zero_grad()
-        return step
+        return step(model, 512, 2, dtype)
     model.eval()
     if what == "multi-scale":
         return lambda: evaluate.predict(model, ade20k.load_image(pairs[0][0]), SCALES, True, dtype=dtype)

@@ -19,7 +19,7 @@ from upernet import build_model  # noqa: E402
 DEVICE = torch.device("cpu")
 
 
-def step(model, size, batch):
+def step(model, size, batch, dtype=torch.float32):
     """-> a function that takes one training step on random pictures."""
     rng = np.random.default_rng(0)
     optimizer, scaler = train.build_optimizer(model, "adamw", 6e-5), torch.amp.GradScaler("cpu", enabled=False)
@@ -27,7 +27,7 @@ def step(model, size, batch):
             torch.from_numpy(rng.integers(0, 150, (batch, size, size), np.uint8)), torch.tensor([[size, size]] * batch))
 
     def once():
-        train.gradients(model, data, batch, scaler, DEVICE, torch.float32)
+        train.gradients(model, data, batch, scaler, DEVICE, dtype)
         optimizer.step()
         optimizer.zero_grad()
     return once
