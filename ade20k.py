@@ -363,11 +363,11 @@ def load_pair(pair: tuple[str, str | None], classes: Classes) -> tuple[str, np.n
     return pair[0], *(load(*pair, classes) if pair[1] else (load_image(pair[0]), None))
 
 def keep_memory() -> None:
-    """glibc gives large arrays back to the kernel when they are freed, and gets the next ones zeroed, page by page: that took
-    40% of the time of the transforms and 10% of the model's on a CPU. From here on it keeps them for the next ones."""
+    """glibc gives large arrays back when they are freed, and gets the next ones zeroed, page by page: 40% of the time of the
+    transforms, 10% of the model's on a CPU. From here on it keeps those below 80 MB (larger ones would leave large holes)."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 1 << 30)                               # M_MMAP_THRESHOLD: blocks up to 1 GB come from the heap,
+        libc.mallopt(-3, 80_000_000)                            # M_MMAP_THRESHOLD: smaller blocks come from the heap,
         libc.mallopt(-1, (1 << 31) - 1)                         # M_TRIM_THRESHOLD: which does not shrink
 
 def start_worker(worker: int) -> None:

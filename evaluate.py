@@ -79,6 +79,12 @@ def layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
     """How maps lie in memory: channels last, but for float32 on CPUs, where gradients of weights then take thrice the time."""
     return torch.contiguous_format if (device.type, dtype) == ("cpu", torch.float32) else torch.channels_last
 
+def place(model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool) -> nn.Module:
+    """The model on the device, in its layout; if compiled, each part at each new size of its input (`H % patch` asks for it)."""
+    for part in model.children() if compiled else ():
+        part.compile(dynamic=False)
+    return model.to(device, memory_format=layout(device, dtype))
+
 # ---- inference -----------------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
@@ -88,27 +94,28 @@ def predict(model: Segmenter, image: np.ndarray, scales: tuple[float, ...] = (1.
 
     Each scale s resizes into (4 short, short) * s, keeping the aspect; flip adds the mirrored picture to every scale."""
     (H, W), device, views = image.shape[:2], next(model.parameters()).device, []
-    for scale in scales:
+    for scale in sorted(scales, reverse=True):                              # what the largest leaves free holds the others
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
-        x = torch.tensor(resize_bilinear(image, h, w)[None], device=device)     # (1, 3, h, w) uint8
-        x = normalise(x).contiguous(memory_format=layout(device, dtype))
-        x = torch.cat([x, x.flip(3)]) if flip else x                        # both in one batch
-        with autocast(device, dtype):
-            small = model.decode_head(model.features(x)).float()            # (1 or 2, C, h', w'), as the head gives them
-        # The two bilinear steps of the protocol, h' x w' -> h x w -> H x W: along x at once, along y as one matrix that is
-        # applied below to some rows at a time, so that (C, H, W) exists for none of the views, however many there are.
-        wide = resize(resize(small, (small.shape[2], w)), (small.shape[2], W)).permute(0, 2, 3, 1)      # (., h', W, C)
-        M = interpolation_matrix(h, H, small) @ interpolation_matrix(small.shape[2], h, small)          # (H, h')
-        views += [(M, (v.flip(1) if k else v).flatten(1)) for k, v in enumerate(wide)]                  # v: (h', W, C)
+        x = normalise(torch.tensor(resize_bilinear(image, h, w)[None], device=device))      # (1, 3, h, w)
+        x = torch.cat([x, x.flip(3)]) if flip else x            # one batch, but on CPUs two: as fast, in half the memory
+        for k, part in enumerate(x.split(1 if device.type == "cpu" else 2)):
+            with autocast(device, dtype):
+                maps = model.features(part.contiguous(memory_format=layout(device, dtype)))
+                small = model.decode_head(maps).float().contiguous(memory_format=torch.channels_last)   # (1 or 2, C, h', w')
+            views += [(h, w, v.flip(3) if mirrored else v) for mirrored, v in enumerate(small.split(1), start=k)]
+    # The two bilinear steps of the protocol, h' x w' -> h x w -> H x W, are taken for some rows at a time, along x and then,
+    # as one matrix, along y: (C, H, W) exists for none of the views, however many there are.
+    views = [(interpolation_matrix(h, H, v) @ interpolation_matrix(v.shape[2], h, v), w, v) for h, w, v in views]
     C, rows = small.shape[1], []
     step = max(1, BLOCK.get(device.type, 2 ** 26) // (C * W))
     for start in range(0, H, step):
         total = 0
-        for M, wide in views:
+        for M, w, v in views:
             m = M[start:start + step]                                       # (r, h'), all zero but for a few columns
-            used = m.any(0).nonzero()
-            a, b = used[0, 0], used[-1, 0] + 1
-            logits = (m[:, a:b] @ wide[a:b]).view(len(m), W, C)
+            used = m.any(0).nonzero().flatten().tolist()
+            a, b = used[0], used[-1] + 1
+            wide = resize(resize(v[:, :, a:b], (b - a, w)), (b - a, W))     # (1, C, b - a, W)
+            logits = (m[:, a:b] @ wide[0].permute(1, 2, 0).flatten(1)).view(len(m), W, C)
             total = total + (logits.softmax(2) if len(views) > 1 else logits)   # of one view, the argmax is the same
         rows.append(total.argmax(2).to(torch.uint8))
     return torch.cat(rows).cpu().numpy()
@@ -154,10 +161,7 @@ def evaluate(model: nn.Module, pairs: list[tuple[str, str | None]], classes: Cla
     progress("", started)
     model.train(was_training)
     if world > 1:
-        device = next(model.parameters()).device
-        total = torch.from_numpy(matrix).to(device)
-        dist.all_reduce(total)
-        matrix = total.cpu().numpy()
+        dist.all_reduce(torch.from_numpy(matrix))               # a view of it; on the CPU (gloo) also beside NCCL
     return matrix
 
 def table(result: dict, classes: tuple[str, ...]) -> str:
@@ -293,9 +297,7 @@ def benchmark(args: argparse.Namespace) -> None:
           f"one 512x512 picture in, label map out, scales {scales}\n"
           f"{'arch':10s}{'neck':8s}{'GFLOP':>8s}{'seconds':>10s}{'pictures/s':>12s}{'MB':>8s}{'of peak':>9s}")
     for arch, neck in benchmark_pairs(args):
-        model = build_model(arch, neck).to(device, memory_format=layout(device, dtype)).eval()
-        for part in model.children() if args.compile else ():
-            part.compile(dynamic=False)
+        model = place(build_model(arch, neck), device, dtype, args.compile).eval()
         flops = sum(count_flops(arch, neck, int(512 * s), int(512 * s)) for s in args.scales) * (1 + args.flip)
         seconds, peak = measure(lambda: predict(model, image, args.scales, args.flip, dtype=dtype), device)
         print(f"{arch:10s}{neck:8s}{flops / 1e9:8.0f}{seconds:10.3f}{1 / seconds:12.2f}{peak:8.0f}"
@@ -330,8 +332,8 @@ def checkpoints(folder: str) -> list[str]:
                          "file with --checkpoint")
     return sorted(found, key=os.path.getmtime, reverse=True)
 
-def load_model(path: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, dict]:
-    """The model a checkpoint describes, with its weights, in eval mode. -> (model, facts)"""
+def load_model(path: str) -> tuple[nn.Module, dict]:
+    """The model a checkpoint describes, with its weights, on the CPU, in eval mode. -> (model, facts)"""
     state_dict, facts = load_weights(path)
     if facts["neck"] is None:
         raise UsageError(f"{path}: a {facts['kind']} has no segmentation head to evaluate, train it first with "
@@ -339,7 +341,7 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.
     with torch.device("meta"):                  # no initialisation: load_into sets every value, or fails
         model = build_model(facts["arch"], facts["neck"], facts["num_classes"])
     load_into(model.to_empty(device="cpu"), state_dict, facts)
-    return model.to(device, memory_format=layout(device, dtype)).eval(), facts
+    return model.eval(), facts
 
 def inputs(args: argparse.Namespace, path: str, facts: dict) -> tuple[list[tuple[str, str | None]], Classes]:
     """The (image, label or None) paths that the command line asks for, and what their labels mean to the checkpoint."""
@@ -355,8 +357,7 @@ def inputs(args: argparse.Namespace, path: str, facts: dict) -> tuple[list[tuple
         return find_pairs(root, args.split), there
     if not os.path.isdir(args.image):
         return [(args.image, None)], classes
-    suffixes = tuple(Image.registered_extensions())
-    files = sorted(f for f in os.listdir(args.image) if f.lower().endswith(suffixes))
+    files = sorted(f for f in os.listdir(args.image) if f.lower().endswith(tuple(Image.registered_extensions())))
     if not files:
         raise DataError(f"{args.image}: holds no pictures")
     return [(os.path.join(args.image, f), None) for f in files], classes
@@ -408,9 +409,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run and missing:
         return print(f"{missing[0]}: not there yet, the rest of the command is in order") if rank == 0 else None
     path = checkpoints(path)[0] if os.path.isdir(path) or not args.checkpoint else path
-    model, facts = load_model(path, device, dtype)
-    for part in model.children() if args.compile else ():
-        part.compile(dynamic=False)
+    model, facts = load_model(path)
     trained = facts.get("args", {})                                         # of our own checkpoints
     args.data = args.data or trained.get("data", DEFAULT_ROOT)
     short = args.short_side or trained.get("short_side", 512)
@@ -421,9 +420,8 @@ def run(args: argparse.Namespace) -> None:
               .replace("torch.", ""), flush=True)
     if args.dry_run:
         return
-    for folder in (args.show, args.save_labels):
-        if folder:
-            os.makedirs(folder, exist_ok=True)
+    for folder in filter(None, (args.show, args.save_labels)):
+        os.makedirs(folder, exist_ok=True)
 
     def write(i: int, path: str, image: np.ndarray, label: np.ndarray | None, prediction: np.ndarray) -> None:
         stem = os.path.splitext(os.path.basename(path))[0]
@@ -434,8 +432,8 @@ def run(args: argparse.Namespace) -> None:
             sheet([(image, label, prediction)], classes, args.opacity).save(os.path.join(args.show, stem + ".png"))
 
     started = time.monotonic()
-    matrix = evaluate(model, pairs, classes, rank, world, args.workers, write, scales=args.scales, flip=args.flip,
-                      short=short, dtype=dtype)
+    matrix = evaluate(place(model, device, dtype, args.compile), pairs, classes, rank, world, args.workers, write,
+                      scales=args.scales, flip=args.flip, short=short, dtype=dtype)
     if rank == 0:
         progress(f"{len(pairs)} pictures, {len(pairs) / (time.monotonic() - started):.2f} a second", started, done=True)
         for folder in filter(None, (args.show, args.save_labels)):

@@ -29,7 +29,7 @@ from ade20k import (DEFAULT_ROOT, SIGNALS, Classes, TrainSet, data_root, find_pa
                     start_worker)
 from convert_weights import PRETRAINED, WeightsError, describe, load_into, load_weights, read, save
 from evaluate import (DTYPES, UsageError, autocast, benchmark_pairs, checkpoints, choose_dtype, count_flops, curves, evaluate,
-                      layout, matmul_rate, measure, scores, sentences, setup_processes, sheet)
+                      layout, matmul_rate, measure, place, scores, sentences, setup_processes, sheet)
 from model import ARCHS, NECKS
 from upernet import Segmenter, build_model
 
@@ -206,8 +206,8 @@ def watch_signals() -> list:
         signal.signal(number, note)
     return asked
 
-def start_model(args: argparse.Namespace, content: dict, num_classes: int, rank: int, world: int, device: torch.device
-                ) -> Segmenter:
+def start_model(args: argparse.Namespace, content: dict, num_classes: int, rank: int, world: int, device: torch.device,
+                dtype: torch.dtype) -> Segmenter:
     """The model with its pretrained weights, or those of a checkpoint's content, on the device."""
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):       # a plan needs shapes, no numbers
@@ -226,9 +226,7 @@ def start_model(args: argparse.Namespace, content: dict, num_classes: int, rank:
             print(f"{source}: {describe(facts)}")
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # statistics over all 16 pictures, as published
-    for part in model.children() if args.compile else ():
-        part.compile(dynamic=False)
-    return model.to(device, memory_format=layout(device, choose_dtype(args.dtype, device)))
+    return place(model, device, dtype, args.compile)
 
 def gradients(model: nn.Module, batch: tuple, micro: int, scaler: torch.amp.GradScaler, device: torch.device,
               dtype: torch.dtype) -> Tensor:
@@ -265,9 +263,9 @@ class Run:
         if content and Classes(*content.get("classes", self.classes)) != self.classes:
             raise UsageError(f"{root}: its classes are not those that {args.checkpoint} was trained on, give it back its "
                              f"classes.txt or start anew with --pretrained {args.checkpoint}")
-        self.model = start_model(args, content, len(self.classes.names), rank, world, device)
-        self.parallel = DistributedDataParallel(self.model) if world > 1 and not args.dry_run else self.model
         self.dtype, self.start = choose_dtype(args.dtype, device), content.get("iteration", 0)
+        self.model = start_model(args, content, len(self.classes.names), rank, world, device, self.dtype)
+        self.parallel = DistributedDataParallel(self.model) if world > 1 and not args.dry_run else self.model
         self.optimizer = build_optimizer(self.model, args.optimizer, args.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         if content:
