@@ -98,6 +98,24 @@ def test_multi_scale_with_flip_is_the_mean_of_softmaxes_of_single_views():
     assert (got == total.argmax(0).numpy()).mean() > 0.999
 
 
+def test_many_scales_with_flip_take_hardly_more_memory_than_the_largest_alone():
+    code = """
+import formulas, resource
+import evaluate
+from upernet import build_model
+evaluate.keep_memory()
+model, image = build_model("toy_p8").eval(), formulas.picture(700, 1500)
+for scales, flip in (((1.75,), False), ((0.5, 0.75, 1, 1.25, 1.5, 1.75), True)):
+    evaluate.predict(model, image, scales, flip, short=256)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    one, twelve = map(float, out.split())
+    # The logits of all views take 23 MB as the head gives them, 500 at the picture's width, 7,500 at its width and height.
+    assert twelve - one < 200, (one, twelve)
+
+
 @pytest.mark.parametrize("text,want", [("1", (1.0,)), ("0.5,1,1.5", (0.5, 1.0, 1.5)), ("0.5,...,1.75", SCALES)])
 def test_scales_are_read(text, want):
     assert evaluate.parse_scales(text) == want
