@@ -256,7 +256,7 @@ class Run:
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = not args.deterministic     # every crop has one size: let cuDNN try its kernels once
         self.micro, self.steps = split_batch(args.batch_size, world, args.micro_batch, world > 1 and device.type == "cuda")
-        root = args.data if args.dry_run else data_root(args.data)
+        root = data_root(args.data)
         self.pairs, self.validation = ([], []) if args.dry_run and not os.path.isdir(root) else \
             (find_pairs(root, "training"), find_pairs(root, "validation"))
         self.classes = read_classes(root)

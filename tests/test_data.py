@@ -372,6 +372,18 @@ def test_download_resumes_unpacks_once_and_asks_nobody_again(server, official, t
     assert sorted(os.listdir(folder)) == ["ADEChallengeData2016", "ade.zip"]
 
 
+def test_the_readmes_download_puts_the_data_where_training_looks_for_it(official, tmp_path, monkeypatch, capsys):
+    with open(os.path.join(ROOT, "README.md")) as file:
+        line = next(line.split() for line in file if line.startswith("    python ade20k.py download"))
+    make_zip(tmp_path / "good.zip", ["ADEChallengeData2016/images/training/a.jpg"])
+    official(tmp_path / "good.zip")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", line[1:])
+    ade20k.main()
+    assert capsys.readouterr().out.strip() == ade20k.DEFAULT_ROOT
+    assert (tmp_path / ade20k.DEFAULT_ROOT / "images/training/a.jpg").exists()
+
+
 @pytest.mark.parametrize("harm,message", [
     ("../../outside.txt", "outside.txt.*outside the folder"), ("/outside.txt", "outside the folder"),
     ("link", "a link"), ("size", "more than 5 GB")])
