@@ -64,11 +64,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """--dtype; auto is bfloat16 where the hardware computes in it (a CPU that emulates it would be slower), else float32."""
     if name != "auto":
         return DTYPES[name]
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)           # Ampere and newer
-    else:
-        has = torch.cpu.get_capabilities()
-        fast = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+    cpu = torch.cpu.get_capabilities()
+    fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else \
+        cpu.get("amx_bf16") or cpu.get("avx512_bf16")                       # (8, 0): Ampere
     return torch.bfloat16 if fast else torch.float32
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -79,9 +79,8 @@ def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tup
         raise UsageError(f"--micro-batch {micro} does not divide the {share} pictures of each process, {good} would")
     return micro, share // micro
 
-def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
-    """The command line; on --resume what it leaves open comes from the checkpoint, else from RECIPE (and TOY).
-    -> (arguments, the content of the checkpoint to go on from or {})"""
+def options() -> argparse.ArgumentParser:
+    """The command line. What it leaves open is None, parse fills it in."""
     parser = argparse.ArgumentParser(
         description="Train ViT/DeiT + UPerNet on ADE20K. Defaults, in brackets, are the published DeiT-S recipe.",
         epilog="example: torchrun --nproc_per_node 8 train.py --arch deit_s16 --neck mln --iters 160000")
@@ -114,8 +113,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     add("--deterministic", action="store_true", default=None, help="the same result every time on one machine, slower")
     add("--benchmark", action="store_true", help="time training steps from random weights and stop: of --arch and --neck, or "
         "of all published pairs, with toy data and two pictures a step where nothing else is said")
-    args = parser.parse_args(argv)
-    known, content = {}, {}
+    return parser
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+    """The arguments; on --resume what the command line leaves open comes from the checkpoint, else from RECIPE (and TOY).
+    -> (arguments, the content of the checkpoint to go on from or {})"""
+    args, known, content = options().parse_args(argv), {}, {}
     if args.resume:
         args.checkpoint, content = usable_checkpoint(args.work_dir or "runs")
         known = content["args"] | {"work_dir": os.path.dirname(args.checkpoint)}
@@ -128,12 +131,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
                 print(f"--{key.replace('_', '-')} was {value} until here, from here on {getattr(args, key)}", file=sys.stderr)
     recipe = BENCHMARK if args.benchmark else TOY if "toy" in (args.data, known.get("data")) else {}
     known = dict(data=DEFAULT_ROOT, seed=0, dtype="auto", workers=2, keep=2, timeout=1800) | RECIPE | recipe | known
+    known = OPTIMIZERS[args.optimizer or known["optimizer"]] | known        # lr and warmup
     for key, value in vars(args).items():
         if value is None:
             setattr(args, key, known.get(key))
-    schedule = OPTIMIZERS[args.optimizer]
-    args.lr = schedule["lr"] if args.lr is None else args.lr
-    args.warmup = schedule["warmup"] if args.warmup is None else args.warmup
     args.interval = args.interval or max(1, args.iters // 10)
     if RESTARTED and not args.resume:           # torchrun --max-restarts repeats the command: go on from what is there
         args.work_dir = args.work_dir or new_work_dir(args)
