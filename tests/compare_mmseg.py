@@ -3,10 +3,10 @@
 In an environment of its own: pip install -r requirements.txt, then mmsegmentation==1.2.2 mmcv-lite==2.1.0 mmengine==0.10.7
 ftfy regex opencv-python-headless. Nothing else may run meanwhile.
 
-    python tests/compare_mmseg.py DATA [--dtype auto]       # DATA: a data set in ADE20K's layout; about a quarter of an hour
+    python tests/compare_mmseg.py DATA [--dtype auto]       # DATA: a data set in ADE20K's layout; about half an hour
 
-Every figure is taken in a process of its own, mmsegmentation and this project in turn, three times, of which the fastest
-counts; steps and many scales, which take long, once. Both have random weights of the same shapes, the same pictures, all
+Every figure is taken in a process of its own, mmsegmentation and this project in turn, three times (steps and many scales,
+which take long, twice), of which the fastest counts. Both have random weights of the same shapes, the same pictures, all
 threads (the training pictures one). Memory is the peak of the whole process.
 """
 import argparse
@@ -161,7 +161,7 @@ def main():
         print(f"| | mmsegmentation 1.2.2 | here, {args.dtype} | times as fast | peak MB, there and here |\n|{'---|' * 5}")
         for item in args.items:
             best = {}
-            for side in ("theirs", "ours") * (1 if item.startswith(("training", "multi")) else 3):
+            for side in ("theirs", "ours") * (2 if item.startswith(("training", "multi")) else 3):
                 out = subprocess.run([sys.executable, __file__, folder, "--dtype", args.dtype, "--one", side, item],
                                      capture_output=True, text=True)
                 if out.returncode:

@@ -1,5 +1,6 @@
-"""Time against the picture's area and against the batch, beside the operations that the mathematics asks for: the table in
-README.md, "Speed". Nothing else may run meanwhile.
+"""Time against the picture's area and against the batch, and the operations that the mathematics asks for as a share of what
+a matrix product reaches right before (a machine's speed drifts): the table in README.md, "Speed". Nothing else may run
+meanwhile.
 
     python tests/scaling.py [--arch deit_s16 --neck none]           # about ten minutes on two cores
 """
@@ -49,7 +50,7 @@ def main():
     parser.add_argument("--neck", default="none")
     args = parser.parse_args()
     ade20k.keep_memory()
-    print("| | inference, s | s / GFLOP | training, s | s / GFLOP |\n|---|---|---|---|---|")
+    print("| | inference, s | of peak | training, s | of peak |\n|---|---|---|---|---|")
     for size, batch, name in [(s, 2, f"2 pictures of {s}x{s}") for s in (256, 512, 768, 1024)] + [
             (256, b, f"{b} pictures of 256x256") for b in (1, 2, 4, 8)]:
         row = [name]
@@ -58,9 +59,10 @@ def main():
                 row += ["", ""]
                 continue
             model = build_model(args.arch, args.neck).train(training)
+            rate = evaluate.matmul_rate(DEVICE, torch.float32)
             seconds = evaluate.measure((step if training else forward)(model, size, batch), DEVICE)[0]
-            gflop = evaluate.count_flops(args.arch, args.neck, size, size, training) * batch / 1e9
-            row += [f"{seconds:.3f}", f"{seconds / gflop:.5f}"]
+            flops = evaluate.count_flops(args.arch, args.neck, size, size, training) * batch
+            row += [f"{seconds:.3f}", f"{flops / seconds / rate:.0%}"]
         print("|", " | ".join(row), "|", flush=True)
 
 
