@@ -64,9 +64,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """--dtype; auto is bfloat16 where the hardware computes in it (a CPU that emulates it would be slower), else float32."""
     if name != "auto":
         return DTYPES[name]
-    cpu = torch.cpu.get_capabilities()
-    fast = torch.cuda.get_device_capability(device) >= (8, 0) if device.type == "cuda" else \
-        cpu.get("amx_bf16") or cpu.get("avx512_bf16")                       # (8, 0): Ampere
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)           # Ampere and newer
+    else:
+        has = torch.cpu.get_capabilities()
+        fast = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -95,15 +97,14 @@ def predict(model: Segmenter, image: np.ndarray, scales: tuple[float, ...] = (1.
     for scale in sorted(scales, reverse=True):                              # what the largest leaves free holds the others
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
         x = normalise(torch.tensor(resize_bilinear(image, h, w)[None], device=device))      # (1, 3, h, w)
-        x = torch.cat([x, x.flip(3)]) if flip else x            # one batch, but on CPUs two: as fast, in half the memory
-        for k, part in enumerate(x.split(1 if device.type == "cpu" else 2)):
-            with autocast(device, dtype):
-                maps = model.features(part.contiguous(memory_format=layout(device, dtype)))
-                small = model.decode_head(maps).float().contiguous(memory_format=torch.channels_last)   # (1 or 2, C, h', w')
-            views += [(h, w, v.flip(3) if mirrored else v) for mirrored, v in enumerate(small.split(1), start=k)]
-    # The two bilinear steps of the protocol, h' x w' -> h x w -> H x W, are taken for some rows at a time, along x and then,
-    # as one matrix, along y: (C, H, W) exists for none of the views, however many there are.
-    views = [(interpolation_matrix(h, H, v) @ interpolation_matrix(v.shape[2], h, v), w, v) for h, w, v in views]
+        x = (torch.cat([x, x.flip(3)]) if flip else x).contiguous(memory_format=layout(device, dtype))
+        with autocast(device, dtype):                           # one batch, but on CPUs two: as fast, in half the memory
+            small = [model.decode_head(model.features(part)) for part in x.split(1 if device.type == "cpu" else 2)]
+        small = torch.cat(small).float().contiguous(memory_format=torch.channels_last)          # (1 or 2, C, h', w')
+        # The two bilinear steps of the protocol, h' x w' -> h x w -> H x W, are taken below for some rows at a time, along x
+        # and then, as one matrix, along y: (C, H, W) exists for none of the views, however many there are.
+        M = interpolation_matrix(h, H, small) @ interpolation_matrix(small.shape[2], h, small)  # (H, h')
+        views += [(M, w, v.flip(3) if k else v) for k, v in enumerate(small.split(1))]
     C, rows = small.shape[1], []
     step = max(1, BLOCK.get(device.type, 2 ** 26) // (C * W))
     for start in range(0, H, step):
