@@ -80,7 +80,7 @@ def layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
     return torch.contiguous_format if (device.type, dtype) == ("cpu", torch.float32) else torch.channels_last
 
 def place(model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool) -> nn.Module:
-    """The model on the device, in its layout; if compiled, each part at each new size of its input (`H % patch` asks for it)."""
+    """The model on the device, in its layout; compiled by parts and, since `H % patch` asks for it, for each size of input."""
     for part in model.children() if compiled else ():
         part.compile(dynamic=False)
     return model.to(device, memory_format=layout(device, dtype))
@@ -230,17 +230,17 @@ def curves(entries: list[dict]) -> Image.Image:
     for row, (name, points) in enumerate(lines.items()):
         top = max(v for _, v in points) or 1
         base = high * (row + 1) - 20
-        place = lambda i, v: (left + (right - left) * i / last, base - (high - 70) * v / top)       # noqa: E731, B023
+        at = lambda i, v: (left + (right - left) * i / last, base - (high - 70) * v / top)          # noqa: E731, B023
         for v in ticks(top):
-            draw.line([place(0, v), place(last, v)], "lightgrey")
-            draw.text((left - 8, place(0, v)[1]), f"{v:.3g}", "black", font, anchor="rm")
+            draw.line([at(0, v), at(last, v)], "lightgrey")
+            draw.text((left - 8, at(0, v)[1]), f"{v:.3g}", "black", font, anchor="rm")
         for i in ticks(last):
-            draw.line([place(i, 0), place(i, top)], "lightgrey")
-            draw.text((place(i, 0)[0], base + 6), f"{i:.0f}", "black", font, anchor="mt")
+            draw.line([at(i, 0), at(i, top)], "lightgrey")
+            draw.text((at(i, 0)[0], base + 6), f"{i:.0f}", "black", font, anchor="mt")
         draw.text((left, base - high + 65), name, "black", font, anchor="lb")
-        draw.line([place(*point) for point in points], (31, 119, 180), 2)
+        draw.line([at(*point) for point in points], (31, 119, 180), 2)
         if len(points) < 30:                                    # few points are dots, one alone would be no line at all
-            for x, y in [place(*point) for point in points]:
+            for x, y in [at(*point) for point in points]:
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), (31, 119, 180))
     draw.text((right, canvas.height - 2), "iteration", "black", font, anchor="rb")
     return canvas
@@ -287,7 +287,7 @@ def count_flops(arch: str, neck: str, height: int, width: int, training: bool = 
 
 def benchmark(args: argparse.Namespace) -> None:
     """Pictures a second, memory and share of the machine's peak of each published pair, on one 512x512 picture."""
-    _, _, device = setup_processes()
+    pairs, (_, _, device) = benchmark_pairs(args), setup_processes()
     dtype, torch.backends.cudnn.benchmark = choose_dtype(args.dtype, device), True
     rate = matmul_rate(device, dtype)
     image = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
@@ -295,7 +295,7 @@ def benchmark(args: argparse.Namespace) -> None:
     print(f"{device.type}, {torch.get_num_threads()} threads, {str(dtype)[6:]}, matrix products at {rate / 1e9:.0f} GFLOP/s; "
           f"one 512x512 picture in, label map out, scales {scales}\n"
           f"{'arch':10s}{'neck':8s}{'GFLOP':>8s}{'seconds':>10s}{'pictures/s':>12s}{'MB':>8s}{'of peak':>9s}")
-    for arch, neck in benchmark_pairs(args):
+    for arch, neck in pairs:
         model = place(build_model(arch, neck), device, dtype, args.compile).eval()
         flops = sum(count_flops(arch, neck, int(512 * s), int(512 * s)) for s in args.scales) * (1 + args.flip)
         seconds, peak = measure(lambda: predict(model, image, args.scales, args.flip, dtype=dtype), device)
@@ -304,6 +304,8 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def benchmark_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
     """The published (arch, neck) pairs that --arch and --neck leave, or the one they name where it is not published."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                # two would share what is measured
+        raise UsageError("--benchmark times one process on one device: run it without torchrun")
     pairs = [pair for pair in PAIRS if args.arch in (None, pair[0]) and args.neck in (None, pair[1])]
     return pairs or [(args.arch or "deit_s16", args.neck or "none")]
 
@@ -406,7 +408,9 @@ def run(args: argparse.Namespace) -> None:
     dtype, path = choose_dtype(args.dtype, device), args.checkpoint or "runs"
     missing = [x for x in (path, args.image or args.data or path) if not os.path.exists(x) and x != "toy"]
     if args.dry_run and missing:
-        return print(f"{missing[0]}: not there yet, the rest of the command is in order") if rank == 0 else None
+        if rank == 0:
+            print(f"{missing[0]}: not there yet, the rest of the command is in order")
+        return
     path = checkpoints(path)[0] if os.path.isdir(path) or not args.checkpoint else path
     model, facts = load_model(path)
     trained = facts.get("args", {})                                         # of our own checkpoints
@@ -429,7 +433,6 @@ def run(args: argparse.Namespace) -> None:
             Image.fromarray(values).save(os.path.join(args.save_labels, stem + ".png"))
         if args.show:
             sheet([(image, label, prediction)], classes, args.opacity).save(os.path.join(args.show, stem + ".png"))
-
     started = time.monotonic()
     matrix = evaluate(place(model, device, dtype, args.compile), pairs, classes, rank, world, args.workers, write,
                       scales=args.scales, flip=args.flip, short=short, dtype=dtype)

@@ -293,9 +293,9 @@ class Run:
         self.asked = watch_signals()
         if self.rank == 0:
             os.makedirs(self.work, exist_ok=True)
-            self.entries, path = [], os.path.join(self.work, "log.jsonl")
-            if self.start and os.path.exists(path):         # what came after the checkpoint will come again
-                with open(path) as file:
+            self.entries, self.log_path = [], os.path.join(self.work, "log.jsonl")
+            if self.start and os.path.exists(self.log_path):        # what came after the checkpoint will come again
+                with open(self.log_path) as file:
                     self.entries = [e for e in map(json.loads, file) if e["iteration"] <= self.start]
             self.log(self.plan(), **{} if self.start else dict(iteration=0, args=vars(self.args)))
 
@@ -304,8 +304,7 @@ class Run:
         print(words, flush=True)
         if entry:
             self.entries.append(entry)
-            path = os.path.join(self.work, "log.jsonl")
-            attempt(path, write_log, path, self.entries)
+            attempt(self.log_path, write_log, self.log_path, self.entries)
 
     def share(self, *values: float) -> list[float]:
         """The sum of each value over all processes, on the CPU (gloo) also beside NCCL."""
@@ -379,8 +378,6 @@ def benchmark(args: argparse.Namespace) -> None:
     rate = None
     for args.arch, args.neck in benchmark_pairs(args):
         run, waited, size = Run(args, {}), [], args.crop_size
-        if run.world > 1:                       # each would decide by its own clock when it has enough, and leave the others
-            raise UsageError("--benchmark times one process on one device: run it without torchrun")
         run.asked, batches = [], iter(run.loader)
         if rate is None:
             rate = matmul_rate(run.device, run.dtype)
