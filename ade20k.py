@@ -195,9 +195,9 @@ def find_pairs(root: str, split: str) -> list[tuple[str, str]]:
 # ---- transforms ----------------------------------------------------------------------------------------------------
 
 def scaled_size(height: int, width: int, long: int, short: int) -> tuple[int, int]:
-    """The largest (h, w) of the same aspect with long side <= long and short side <= short, as mmcv.rescale_size."""
+    """The largest (h, w) of the same aspect with long side <= long, short side <= short, as mmcv.rescale_size; at least 1."""
     scale = min(long / max(height, width), short / min(height, width))
-    return int(height * scale + 0.5), int(width * scale + 0.5)
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 def taps(first: int, last: int, old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For target pixels first..last of an axis resized from old to new: the two source pixels on either side of each one's

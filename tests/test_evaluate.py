@@ -98,6 +98,14 @@ def test_multi_scale_with_flip_is_the_mean_of_softmaxes_of_single_views():
     assert (got == total.argmax(0).numpy()).mean() > 0.999
 
 
+def test_a_picture_one_pixel_wide_is_labelled_and_trained_on():
+    image, label = formulas.picture(3000, 1), np.arange(3000, dtype=np.uint8)[:, None] % 6
+    got = evaluate.predict(build_model("toy_p8", "none", 6).eval(), image, (0.05, 1), flip=True, short=64)
+    assert got.shape == (3000, 1) and ade20k.scaled_size(3000, 1, 256, 64) == (256, 1)
+    x, y, size = ade20k.train_transform(image, label, np.random.default_rng(0), 32, 32)
+    assert x.shape == (3, 32, 32) and size[1] == 1 and (y[:, 1:] == 255).all()
+
+
 def test_many_scales_with_flip_take_hardly_more_memory_than_the_largest_alone():
     code = """
 import formulas, resource
