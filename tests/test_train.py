@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from conftest import ROOT, draw_set, write_mmseg
 
+import evaluate
 import train
 from convert_weights import MMSEG, rename
 from evaluate import UsageError, count_flops
@@ -155,9 +156,14 @@ def test_resumed_run_ends_with_the_same_weights_and_log(straight, folder, worker
     assert pick(read_log(work)) == pick(read_log(straight[0]))
 
 
-def test_architecture_of_the_checkpoint_wins_on_resume(straight, folder):
-    done = run(folder, "--resume", "--work-dir", straight[0], "--arch", "deit_t16")
-    assert "--arch deit_t16 is ignored" in done.stderr
+def test_architecture_of_the_checkpoint_wins_on_resume(straight, folder, capsys):
+    args, content = train.parse(["--resume", "--work-dir", str(straight[0]), "--arch", "deit_t16"])
+    assert "--arch deit_t16 is ignored" in capsys.readouterr().err
+    assert args.arch == "toy_p8" and content["iteration"] == 6
+
+
+def test_a_finished_run_has_nothing_left_to_train(straight, folder):
+    done = run(folder, "--resume", "--work-dir", straight[0])
     assert done.returncode == 2 and "nothing is left to train" in done.stderr
 
 
@@ -180,6 +186,7 @@ def test_pretrained_file_is_used(folder):
     (("--data", "set", "--arch", "resnet50"), "invalid choice"),
     (("--data", "set", "--crop-size", "0"), "'0' is not a whole number above 0"),
     (("--data", "set", "--batch-size", "1"), "single value to normalise"),
+    (("--dry-run", "--data", "set", "--batch-size", 5, "--micro-batch", 2), "does not divide"),
     (("--resume", "--work-dir", "nothing"), "nothing: no checkpoint_"),
     ((*TINY, "--work-dir", "set/images/training/s0.jpg/x"), "Not a directory: 'set/images/training/s0.jpg/x'"),
     ((*TINY, "--arch", "deit_t16", "--pretrained", "toy.pt"), "does not fit (another architecture?)"),
@@ -196,8 +203,7 @@ def test_wrong_inputs_end_with_one_sentence(folder, arguments, message, monkeypa
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 
 
-@pytest.mark.parametrize("launch", [(), TWO])
-@pytest.mark.parametrize("data", ["set", "nowhere"])
+@pytest.mark.parametrize("launch,data", [((), "nowhere"), (TWO, "set")])
 def test_dry_run_prints_the_plan_and_writes_nothing(launch, data, folder):
     before = sorted(os.walk(folder))
     done = run(folder, "--dry-run", "--arch", "vit_b16", "--neck", "mln", "--data", data, "--iters", 80000, launch=launch)
@@ -207,8 +213,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(launch, data, folder):
     assert f"batch 16 = {world} processes x {16 // world} pictures x 1 accumulated" in done.stdout
     assert ("8 training pictures" if data == "set" else "the data is not there yet") in done.stdout
     assert done.stdout.count("parameters") == 1 and sorted(os.walk(folder)) == before
-    done = run(folder, "--dry-run", "--batch-size", 5, "--micro-batch", 2, "--data", data)
-    assert done.returncode == 2 and "does not divide" in done.stderr
 
 
 def test_benchmark_times_real_steps_and_writes_nothing_but_the_toy_set(folder):
@@ -221,8 +225,15 @@ def test_benchmark_times_real_steps_and_writes_nothing_but_the_toy_set(folder):
     assert pictures == pytest.approx(4 / seconds, rel=0.05) and 0 <= waiting < 100 and peak > 50
     assert gflop == round(4e-9 * count_flops("toy_p8", "ln", 64, 64, training=True))
     assert not os.path.exists(folder / "runs" / "toy_p8_ln_set_160000")
-    done = run(folder, "--benchmark", *options, launch=TWO)
-    assert done.returncode != 0 and "run it without torchrun" in done.stderr
+
+
+@pytest.mark.parametrize("script", [train, evaluate])
+def test_benchmark_is_refused_under_torchrun(script, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["x.py", "--benchmark"])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 2 and "run it without torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
@@ -254,7 +265,8 @@ def test_classes_of_ones_own_travel_with_the_checkpoint(folder, straight):
     done = call("--save-labels", "own_labels")
     assert done.returncode == 0 and "of 3 classes" in done.stdout and "second" in done.stdout, done.stderr
     assert np.unique(np.array(Image.open(folder / "own_labels/s0.png"))).max() <= 2
-    assert call("--data", "set").returncode == 2 and "set has 150 (wall" in call("--data", "set").stderr
+    done = call("--data", "set")
+    assert done.returncode == 2 and "set has 150 (wall" in done.stderr
     done = call("--image", "set/images/validation/s0.jpg", "--show", "own_overlay", "--opacity", "1")
     assert done.returncode == 0, done.stderr
     picture = Image.open(folder / "own_overlay/s0.png").convert("RGB")
