@@ -89,6 +89,26 @@ def test_accumulated_gradients_equal_the_whole_batchs():
         torch.testing.assert_close(p.grad, want, rtol=1e-6, atol=1e-12)
 
 
+def test_bfloat16_changes_a_step_and_the_labels_by_its_rounding_alone():
+    """2^-9 of each product: gradients point the same way, the loss is float32, few labels change even without training."""
+    torch.manual_seed(0)
+    net, device = build_model("toy_p8", "ln_mln", 6), torch.device("cpu")
+    net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
+    batch = (torch.from_numpy(formulas.picture(64, 96)[None].transpose(0, 3, 1, 2).repeat(4, 0)),
+             torch.randint(0, 6, (4, 64, 96), dtype=torch.uint8), torch.tensor([[64, 96]] * 4))
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        evaluate.place(net, device, dtype, False).zero_grad()
+        loss = train.gradients(net, batch, 4, torch.amp.GradScaler("cpu", enabled=False), device, dtype)
+        assert loss.dtype == torch.float32
+        labels = evaluate.predict(net.eval(), formulas.picture(200, 300), (1, 1.5), True, 96, dtype)
+        found[dtype] = loss, torch.cat([p.grad.flatten() for p in net.train().parameters()]), labels
+    (loss, grad, labels), (loss16, grad16, labels16) = found.values()
+    assert not torch.equal(grad, grad16) and torch.cosine_similarity(grad, grad16, dim=0) > 0.99
+    torch.testing.assert_close(loss16, loss, rtol=1e-2, atol=0)
+    assert (labels == labels16).mean() > 0.95
+
+
 # ---- whole runs ----
 
 @pytest.fixture(scope="module")
