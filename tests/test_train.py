@@ -104,7 +104,7 @@ def test_bfloat16_changes_a_step_and_the_labels_by_its_rounding_alone():
         labels = evaluate.predict(net.eval(), formulas.picture(200, 300), (1, 1.5), True, 96, dtype)
         found[dtype] = loss, torch.cat([p.grad.flatten() for p in net.train().parameters()]), labels
     (loss, grad, labels), (loss16, grad16, labels16) = found.values()
-    assert not torch.equal(grad, grad16) and torch.cosine_similarity(grad, grad16, dim=0) > 0.99
+    assert not torch.equal(grad, grad16) and torch.cosine_similarity(grad, grad16, dim=0) > 0.98
     torch.testing.assert_close(loss16, loss, rtol=1e-2, atol=0)
     assert (labels == labels16).mean() > 0.95
 
