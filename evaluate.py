@@ -247,7 +247,7 @@ def curves(entries: list[dict]) -> Image.Image:
 
 # ---- speed ---------------------------------------------------------------------------------------------------------
 
-def measure(action: Callable, device: torch.device, seconds: float = 3.0) -> tuple[float, float]:
+def measure(action: Callable, device: torch.device, seconds: float = 5.0) -> tuple[float, float]:
     """-> (median seconds of one action, peak MB meanwhile: torch's on CUDA, the whole process's on Linux, else nan)."""
     cuda, times = device.type == "cuda", []
     action()                                    # warm-up: memory is reserved, kernels are chosen or compiled

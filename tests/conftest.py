@@ -61,6 +61,15 @@ def filled(tmp_path):
     return build
 
 
+@pytest.fixture
+def main(monkeypatch):
+    """main(script, *arguments) runs a script's command line in this process: no new interpreter, no new import of torch."""
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+        script.main()
+    return call
+
+
 class ReplayedRng:
     """np.random.RandomState behind the three methods of np.random.Generator that ade20k.py uses."""
 

@@ -124,7 +124,7 @@ def test_loss_in_blocks_equals_the_whole_and_passes_gradcheck(size, monkeypatch)
         got, = torch.autograd.grad(loss, logits)
         torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-        assert torch.autograd.gradcheck(upernet.cross_entropy, (logits, labels), fast_mode=size != (3, 5))
+        assert torch.autograd.gradcheck(upernet.cross_entropy, (logits, labels))
 
 
 def test_ignored_pixels_count_in_the_divisor():

@@ -211,19 +211,19 @@ def test_pretrained_file_is_used(folder):
     ((*TINY, "--work-dir", "set/images/training/s0.jpg/x"), "Not a directory: 'set/images/training/s0.jpg/x'"),
     ((*TINY, "--arch", "deit_t16", "--pretrained", "toy.pt"), "does not fit (another architecture?)"),
 ])
-def test_wrong_inputs_end_with_one_sentence(folder, arguments, message, monkeypatch, capsys):
+def test_wrong_inputs_end_with_one_sentence(folder, main, arguments, message, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     torch.save({"model": build_model("toy_p8").state_dict()}, "toy.pt")
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        train.main()
+        main(train, *arguments)
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 
 
-@pytest.mark.parametrize("launch,data", [((), "nowhere"), (TWO, "set")])
+@pytest.mark.parametrize("launch", [(), TWO])
+@pytest.mark.parametrize("data", ["set", "nowhere"])
 def test_dry_run_prints_the_plan_and_writes_nothing(launch, data, folder):
     before = sorted(os.walk(folder))
     done = run(folder, "--dry-run", "--arch", "vit_b16", "--neck", "mln", "--data", data, "--iters", 80000, launch=launch)
@@ -248,11 +248,10 @@ def test_benchmark_times_real_steps_and_writes_nothing_but_the_toy_set(folder):
 
 
 @pytest.mark.parametrize("script", [train, evaluate])
-def test_benchmark_is_refused_under_torchrun(script, monkeypatch, capsys):
+def test_benchmark_is_refused_under_torchrun(script, main, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(sys, "argv", ["x.py", "--benchmark"])
     with pytest.raises(SystemExit) as end:
-        script.main()
+        main(script, "--benchmark")
     assert end.value.code == 2 and "run it without torchrun" in capsys.readouterr().err
 
 

@@ -25,21 +25,11 @@ def convert(*arguments, cwd):
                           capture_output=True, text=True)
 
 
-@pytest.fixture
-def main(tmp_path, monkeypatch):
-    """main(*arguments) runs convert_weights.py's command line in this process, in tmp_path."""
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convert_weights.py", *arguments])
-        convert_weights.main()
-    monkeypatch.chdir(tmp_path)
-    return call
-
-
 @pytest.mark.parametrize("middle", ["mmseg", "timm"])
 def test_there_and_back_is_bit_equal(net, middle, tmp_path, main):
     torch.save({"model": net.state_dict()}, tmp_path / "a.pt")
-    main("a.pt", "b.pth", "--to", middle)
-    main("b.pth", "c.pt")
+    for src, dst, to in (("a.pt", "b.pth", middle), ("b.pth", "c.pt", "ours")):
+        main(convert_weights, tmp_path / src, tmp_path / dst, "--to", to)
     back = torch.load(tmp_path / "c.pt", weights_only=True)["model"]
     want = {k: v for k, v in net.state_dict().items() if middle == "mmseg" or k.startswith("backbone.")}
     assert set(back) == set(want) and all(torch.equal(back[k], v) for k, v in want.items())
@@ -127,9 +117,9 @@ def test_no_pickle_is_executed_and_no_damage_passes(net, tmp_path):
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out.pt").exists()
 
 
-def test_a_file_that_cannot_be_fetched_says_what_else_to_do(main, monkeypatch, capsys):
+def test_a_file_that_cannot_be_fetched_says_what_else_to_do(main, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ade20k.time, "sleep", lambda seconds: None)             # between the tries
     with pytest.raises(SystemExit) as end:
-        main("http://127.0.0.1:9/deit_small_patch16_224-cd65a155.pth", "out.pt")
+        main(convert_weights, "http://127.0.0.1:9/deit_small_patch16_224-cd65a155.pth", tmp_path / "out.pt")
     error = capsys.readouterr().err
     assert end.value.code == 2 and "--pretrained none" in error and "give the file's path" in error
