@@ -126,6 +126,7 @@ def run(folder, *arguments, launch=()):
 
 TINY = ("--data", "set", "--arch", "toy_p8", "--pretrained", "none", "--lr", 1e-3, "--iters", 6, "--interval", 3,
         "--batch-size", 4, "--crop-size", 32, "--short-side", 32)
+TWO_STEPS = ("--iters", 2, "--interval", 2)
 
 
 def read_log(folder):
@@ -138,7 +139,18 @@ def weights(path):
 
 
 @pytest.fixture(scope="module")
-def straight(folder):
+def compiled(folder, tmp_path_factory):
+    """A run with --compile in the background of the tests between `straight` and the one that waits for it: the C++ compiler
+    is busy for a minute, on one core. -> (the process, its work directory)"""
+    work = tmp_path_factory.mktemp("compiled")
+    command = [sys.executable, os.path.join(ROOT, "train.py"), *map(str, (*TINY, *TWO_STEPS)), "--compile", "--work-dir", work]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        yield process, work
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def straight(folder, compiled):
     """A run that nothing disturbed."""
     done = run(folder, *TINY, "--work-dir", "runs/straight")
     assert done.returncode == 0, done.stderr
@@ -235,11 +247,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(launch, data, folder):
     assert done.stdout.count("parameters") == 1 and sorted(os.walk(folder)) == before
 
 
-def test_benchmark_times_real_steps_and_writes_nothing_but_the_toy_set(folder):
+def test_benchmark_times_real_steps_and_writes_nothing_but_the_toy_set(folder, main, brief, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
     options = ("--arch", "toy_p8", "--neck", "ln", "--data", "set", "--crop-size", 64, "--batch-size", 4)
-    done = run(folder, "--benchmark", *options)
-    assert done.returncode == 0, done.stderr
-    head, names, row = done.stdout.strip().splitlines()
+    main(train, "--benchmark", *options)
+    head, names, row = capsys.readouterr().out.strip().splitlines()
     assert "4 pictures of 64x64 a step" in head and names.split()[0] == "arch" and row.split()[:2] == ["toy_p8", "ln"]
     gflop, seconds, pictures, peak, of_peak, waiting = (float(x.rstrip("%")) for x in row.split()[2:])
     assert pictures == pytest.approx(4 / seconds, rel=0.05) and 0 <= waiting < 100 and peak > 50
@@ -256,12 +268,13 @@ def test_benchmark_is_refused_under_torchrun(script, main, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_training_computes_the_same_losses(folder, straight):
-    done = run(folder, *TINY, "--work-dir", "runs/compiled", "--compile", "--iters", 2, "--interval", 2)
-    assert done.returncode == 0, done.stderr
-    plain = run(folder, *TINY, "--work-dir", "runs/plain", "--iters", 2, "--interval", 2)
+def test_compiled_training_computes_the_same_losses(folder, compiled):
+    process, work = compiled
+    error = process.communicate()[1]
+    assert process.returncode == 0, error
+    plain = run(folder, *TINY, *TWO_STEPS, "--work-dir", "runs/plain")
     assert plain.returncode == 0
-    losses = [next(e["decode"] for e in read_log(folder / "runs" / name) if "loss" in e) for name in ("compiled", "plain")]
+    losses = [next(e["decode"] for e in read_log(path) if "loss" in e) for path in (work, folder / "runs" / "plain")]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)      # (dropout draws other numbers in compiled code)
 
 
