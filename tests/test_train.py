@@ -119,9 +119,12 @@ def folder(tmp_path_factory):
     return folder
 
 
+def command(*arguments, launch=()):
+    return [sys.executable, *launch, os.path.join(ROOT, "train.py"), *map(str, arguments)]
+
+
 def run(folder, *arguments, launch=()):
-    return subprocess.run([sys.executable, *launch, os.path.join(ROOT, "train.py"), *map(str, arguments)], cwd=folder,
-                          capture_output=True, text=True)
+    return subprocess.run(command(*arguments, launch=launch), cwd=folder, capture_output=True, text=True)
 
 
 TINY = ("--data", "set", "--arch", "toy_p8", "--pretrained", "none", "--lr", 1e-3, "--iters", 6, "--interval", 3,
@@ -143,8 +146,8 @@ def compiled(folder, tmp_path_factory):
     """A run with --compile in the background of the tests between `straight` and the one that waits for it: the C++ compiler
     is busy for a minute, on one core. -> (the process, its work directory)"""
     work = tmp_path_factory.mktemp("compiled")
-    command = [sys.executable, os.path.join(ROOT, "train.py"), *map(str, (*TINY, *TWO_STEPS)), "--compile", "--work-dir", work]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command(*TINY, *TWO_STEPS, "--compile", "--work-dir", work), cwd=folder,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         yield process, work
         process.kill()
 
