@@ -1,13 +1,15 @@
-"""Evaluation: one label per pixel for whole pictures, at one scale or several, flipped or not; the metric; the pictures.
+"""Evaluation: one label per pixel for whole pictures, at one scale or several, flipped or not; the
+metric; the pictures.
 
     picture --resize to (2048, 512) x scale--> model --> logits --bilinear--> the picture's own size --> softmax
             --mean over scales and flips--> argmax --> label --> confusion matrix (C, C) --> IoU per class --> mIoU
 
-The metric is that of FCN (Long et al. 2015, arXiv:1411.4038, section 5): intersection over union, from one confusion
-matrix of the whole data set (not a mean over pictures). A class that is neither there nor predicted has no IoU (0 / 0)
-and is left out of the mean. The protocol is the reference's: two bilinear steps (to the resized picture, then to its own
-size), the mean of the softmax outputs rather than of the logits.
-"""
+The metric is that of FCN (Long et al. 2015, arXiv:1411.4038, section 5): intersection over union,
+from one confusion matrix of the whole data set (not a mean over pictures). A class that is neither
+there nor predicted has no IoU (0 / 0) and is left out of the mean. The protocol is the reference's:
+two bilinear steps (to the resized picture, then to its own size), the mean of the softmax outputs
+rather than of the logits."""
+
 import argparse
 import json
 import os
@@ -27,22 +29,40 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ade20k import (DEFAULT_ROOT, IGNORE, Classes, DataError, data_root, find_pairs, keep_memory, load_pair,
-                    normalise, progress, read_classes, resize_bilinear, scaled_size, start_worker)
+from ade20k import (
+    DEFAULT_ROOT,
+    IGNORE,
+    Classes,
+    DataError,
+    data_root,
+    find_pairs,
+    keep_memory,
+    load_pair,
+    normalise,
+    progress,
+    read_classes,
+    resize_bilinear,
+    scaled_size,
+    start_worker,
+)
 from convert_weights import WeightsError, describe, load_into, load_weights
 from model import ARCHS, NECKS, PAIRS
 from upernet import BLOCK, Segmenter, build_model, interpolation_matrix, resize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+
 class UsageError(Exception):
     """An option that cannot be met, in one sentence."""
 
-# ---- where and how to compute --------------------------------------------------------------------------------------
+
+# ---- where and how to compute --------------------------------------------------------------------
+
 
 def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
-    """-> (rank, number of processes, device). Under torchrun joins the others: NCCL for tensors on GPUs, gloo on CPUs;
-    RuntimeError in all of them when one has not answered for `timeout` seconds."""
+    """-> (rank, number of processes, device). Under torchrun joins the others: NCCL for tensors on
+    GPUs, gloo on CPUs; RuntimeError in all of them when one has not answered for `timeout`
+    seconds."""
     keep_memory()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -51,101 +71,168 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         meet = {}
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":       # torchrun, one node. Where it restarts its processes, its store
-            # still holds the addresses of the dead ones (pytorch issue 135712): a prefix for each try keeps them apart.
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        if (
+            os.environ.get("GROUP_WORLD_SIZE") == "1"
+        ):  # torchrun, one node. Where it restarts its processes, its store
+            # still holds the addresses of the dead ones (pytorch issue 135712): a prefix for each
+            # try keeps them apart.
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+            )
             prefix = f"try {os.environ['TORCHELASTIC_RESTART_COUNT']}"
             meet = dict(store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(seconds=timeout), **meet)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout),
+            **meet,
+        )
     return rank, world, device
 
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """--dtype; auto is bfloat16 where the hardware computes in it (a CPU that emulates it would be slower), else float32."""
+    """--dtype; auto is bfloat16 where the hardware computes in it (a CPU that emulates it would be
+    slower), else float32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)           # Ampere and newer
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and newer
     else:
         has = torch.cpu.get_capabilities()
         fast = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32
 
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Matrix products and convolutions in dtype, the rest (norms, softmax, loss) in float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
+
 def layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """How maps lie in memory: channels last, but for float32 on CPUs, where gradients of weights then take thrice the time."""
-    return torch.contiguous_format if (device.type, dtype) == ("cpu", torch.float32) else torch.channels_last
+    """How maps lie in memory: channels last, but for float32 on CPUs, where gradients of weights
+    then take thrice the time."""
+    return (
+        torch.contiguous_format
+        if (device.type, dtype) == ("cpu", torch.float32)
+        else torch.channels_last
+    )
+
 
 def place(model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool) -> nn.Module:
-    """The model on the device, in its layout; compiled by parts and, since `H % patch` asks for it, for each size of input."""
+    """The model on the device, in its layout; compiled by parts and, since `H % patch` asks for it,
+    for each size of input."""
     for part in model.children() if compiled else ():
         part.compile(dynamic=False)
     return model.to(device, memory_format=layout(device, dtype))
 
-# ---- inference -----------------------------------------------------------------------------------------------------
+
+# ---- inference -----------------------------------------------------------------------------------
+
 
 @torch.inference_mode()
-def predict(model: Segmenter, image: np.ndarray, scales: tuple[float, ...] = (1.0,), flip: bool = False,
-            short: int = 512, dtype: torch.dtype = torch.float32) -> np.ndarray:
-    """Label a whole picture. model in eval mode; image (H, W, 3) uint8 RGB -> (H, W) uint8, class 0..C-1 of each pixel.
+def predict(
+    model: Segmenter,
+    image: np.ndarray,
+    scales: tuple[float, ...] = (1.0,),
+    flip: bool = False,
+    short: int = 512,
+    dtype: torch.dtype = torch.float32,
+) -> np.ndarray:
+    """Label a whole picture. model in eval mode; image (H, W, 3) uint8 RGB -> (H, W) uint8, class
+    0..C-1 of each pixel.
 
-    Each scale s resizes into (4 short, short) * s, keeping the aspect; flip adds the mirrored picture to every scale."""
+    Each scale s resizes into (4 short, short) * s, keeping the aspect; flip adds the mirrored
+    picture to every scale."""
     (H, W), device, views = image.shape[:2], next(model.parameters()).device, []
-    for scale in sorted(scales, reverse=True):                              # what the largest leaves free holds the others
+    for scale in sorted(scales, reverse=True):  # what the largest leaves free holds the others
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
-        x = normalise(torch.tensor(resize_bilinear(image, h, w)[None], device=device))      # (1, 3, h, w)
-        x = (torch.cat([x, x.flip(3)]) if flip else x).contiguous(memory_format=layout(device, dtype))
-        with autocast(device, dtype):                           # one batch, but on CPUs two: as fast, in half the memory
-            small = [model.decode_head(model.features(part)) for part in x.split(1 if device.type == "cpu" else 2)]
-        small = torch.cat(small).float().contiguous(memory_format=torch.channels_last)          # (1 or 2, C, h', w')
-        # The two bilinear steps of the protocol, h' x w' -> h x w -> H x W, are taken below for some rows at a time, along x
-        # and then, as one matrix, along y: (C, H, W) exists for none of the views, however many there are.
-        M = interpolation_matrix(h, H, small) @ interpolation_matrix(small.shape[2], h, small)  # (H, h')
+        x = normalise(
+            torch.tensor(resize_bilinear(image, h, w)[None], device=device)
+        )  # (1, 3, h, w)
+        x = (torch.cat([x, x.flip(3)]) if flip else x).contiguous(
+            memory_format=layout(device, dtype)
+        )
+        with autocast(device, dtype):  # one batch, but on CPUs two: as fast, in half the memory
+            small = [
+                model.decode_head(model.features(part))
+                for part in x.split(1 if device.type == "cpu" else 2)
+            ]
+        small = (
+            torch.cat(small).float().contiguous(memory_format=torch.channels_last)
+        )  # (1 or 2, C, h', w')
+        # The two bilinear steps of the protocol, h' x w' -> h x w -> H x W, are taken below for
+        # some rows at a time, along x and then, as one matrix, along y: (C, H, W) exists for none
+        # of the views, however many there are.
+        M = interpolation_matrix(h, H, small) @ interpolation_matrix(
+            small.shape[2], h, small
+        )  # (H, h')
         views += [(M, w, v.flip(3) if k else v) for k, v in enumerate(small.split(1))]
     C, rows = small.shape[1], []
-    step = max(1, BLOCK.get(device.type, 2 ** 26) // (C * W))
+    step = max(1, BLOCK.get(device.type, 2**26) // (C * W))
     for start in range(0, H, step):
         total = 0
         for M, w, v in views:
-            m = M[start:start + step]                                       # (r, h'), all zero but for a few columns
+            m = M[start : start + step]  # (r, h'), all zero but for a few columns
             used = m.any(0).nonzero().flatten().tolist()
             a, b = used[0], used[-1] + 1
-            wide = resize(resize(v[:, :, a:b], (b - a, w)), (b - a, W))     # (1, C, b - a, W)
+            wide = resize(resize(v[:, :, a:b], (b - a, w)), (b - a, W))  # (1, C, b - a, W)
             logits = (m[:, a:b] @ wide[0].permute(1, 2, 0).flatten(1)).view(len(m), W, C)
-            total = total + (logits.softmax(2) if len(views) > 1 else logits)   # of one view, the argmax is the same
+            total = total + (
+                logits.softmax(2) if len(views) > 1 else logits
+            )  # of one view, the argmax is the same
         rows.append(total.argmax(2).to(torch.uint8))
     return torch.cat(rows).cpu().numpy()
 
+
 def confusion_matrix(label: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
-    """(H, W) uint8 twice -> (C, C) int64, pixels with row = true class, column = predicted; 255 in label is left out."""
+    """(H, W) uint8 twice -> (C, C) int64, pixels with row = true class, column = predicted; 255 in
+    label is left out."""
     kept = label != IGNORE
     cells = label[kept].astype(np.int64) * num_classes + prediction[kept]
-    return np.bincount(cells, minlength=num_classes ** 2).reshape(num_classes, num_classes)
+    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+
 
 def scores(matrix: np.ndarray) -> dict:
-    """(C, C) confusion matrix -> mIoU, mAcc, aAcc in percent and lists IoU, Acc per class, None where there is none.
+    """(C, C) confusion matrix -> mIoU, mAcc, aAcc in percent and lists IoU, Acc per class, None
+    where there is none.
 
-    IoU needs the class in truth or prediction, Acc in truth; the means are over the classes that have one."""
+    IoU needs the class in truth or prediction, Acc in truth; the means are over the classes that
+    have one."""
     hit, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    with np.errstate(invalid="ignore"):                                     # 0 / 0 is nan, and means "no such class"
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan, and means "no such class"
         iou, acc = 100 * hit / (true + predicted - hit), 100 * hit / true
         overall = 100 * hit.sum() / matrix.sum()
     mean = {"mIoU": iou, "mAcc": acc, "aAcc": np.array([overall])}
     result = {k: None if np.isnan(v).all() else float(np.nanmean(v)) for k, v in mean.items()}
-    return result | {k: [None if np.isnan(x) else float(x) for x in v] for k, v in (("IoU", iou), ("Acc", acc))}
+    return result | {
+        k: [None if np.isnan(x) else float(x) for x in v] for k, v in (("IoU", iou), ("Acc", acc))
+    }
 
-def evaluate(model: nn.Module, pairs: list[tuple[str, str | None]], classes: Classes = Classes(), rank: int = 0,
-             world: int = 1, workers: int = 2, each: Callable | None = None, **how) -> np.ndarray:
+
+def evaluate(
+    model: nn.Module,
+    pairs: list[tuple[str, str | None]],
+    classes: Classes = Classes(),
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 2,
+    each: Callable | None = None,
+    **how,
+) -> np.ndarray:
     """Label all pictures -> the confusion matrix (C, C) int64 over all of them and all processes.
 
-    pairs: (image path, label path or None). each(i, path, image, label, prediction) is called for every picture of this
-    process, if given. how: predict's scales, flip, short and dtype."""
-    mine, C = list(range(rank, len(pairs), world)), len(classes.names)      # without padding: none is counted twice
-    loader = torch.utils.data.DataLoader(pairs, batch_size=None, sampler=mine, collate_fn=partial(load_pair, classes=classes),
-                                         num_workers=workers, worker_init_fn=start_worker)
+    pairs: (image path, label path or None). each(i, path, image, label, prediction) is called for
+    every picture of this process, if given. how: predict's scales, flip, short and dtype."""
+    mine, C = list(range(rank, len(pairs), world)), len(
+        classes.names
+    )  # without padding: none is counted twice
+    loader = torch.utils.data.DataLoader(
+        pairs,
+        batch_size=None,
+        sampler=mine,
+        collate_fn=partial(load_pair, classes=classes),
+        num_workers=workers,
+        worker_init_fn=start_worker,
+    )
     matrix, started, was_training = np.zeros((C, C), np.int64), time.monotonic(), model.training
     model.eval()
     for n, (path, image, label) in enumerate(loader, start=1):
@@ -156,51 +243,90 @@ def evaluate(model: nn.Module, pairs: list[tuple[str, str | None]], classes: Cla
             each(mine[n - 1], path, image, label, prediction)
         rate = n / (time.monotonic() - started)
         if rank == 0:
-            progress(f"{n} of {len(mine)} pictures, {rate:.2f} a second, {(len(mine) - n) / rate:.0f} s left", started)
+            progress(
+                f"{n} of {len(mine)} pictures, {rate:.2f} a second, {(len(mine) - n) / rate:.0f} s left",
+                started,
+            )
     progress("", started)
     model.train(was_training)
     if world > 1:
-        dist.all_reduce(torch.from_numpy(matrix))               # a view of it; on the CPU (gloo) also beside NCCL
+        dist.all_reduce(
+            torch.from_numpy(matrix)
+        )  # a view of it; on the CPU (gloo) also beside NCCL
     return matrix
+
 
 def table(result: dict, classes: tuple[str, ...]) -> str:
     """The scores per class and their summary as text."""
     lines = [f"{'class':24s}{'IoU':>8s}{'Acc':>8s}"]
-    percent = lambda x: "      --" if x is None else f"{x:8.2f}"            # noqa: E731
+    percent = lambda x: "      --" if x is None else f"{x:8.2f}"  # noqa: E731
     shown = [k for k, x in enumerate(result["IoU"]) if x is not None]
-    lines += [f"{classes[k]:24s}{percent(result['IoU'][k])}{percent(result['Acc'][k])}" for k in shown]
+    lines += [
+        f"{classes[k]:24s}{percent(result['IoU'][k])}{percent(result['Acc'][k])}" for k in shown
+    ]
     absent = [name for k, name in enumerate(classes) if k not in shown]
     if absent:
-        lines += textwrap.wrap(f"absent, not in the means ({len(absent)}): {', '.join(absent)}", 100, subsequent_indent="  ")
-    lines.append(f"mIoU {percent(result['mIoU'])}  mAcc {percent(result['mAcc'])}  aAcc {percent(result['aAcc'])}  "
-                 f"({len(shown)} of {len(classes)} classes)")
+        lines += textwrap.wrap(
+            f"absent, not in the means ({len(absent)}): {', '.join(absent)}",
+            100,
+            subsequent_indent="  ",
+        )
+    lines.append(
+        f"mIoU {percent(result['mIoU'])}  mAcc {percent(result['mAcc'])}  aAcc {percent(result['aAcc'])}  "
+        f"({len(shown)} of {len(classes)} classes)"
+    )
     return "\n".join(lines)
 
-# ---- pictures ------------------------------------------------------------------------------------------------------
 
-def sheet(rows: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]], classes: Classes, opacity: float = 1) -> Image.Image:
-    """One row of panels for each (picture (H, W, 3), truth or None, prediction (H, W), all uint8), a legend below. With truth:
-    picture, truth, prediction, 160 to 400 pixels wide. Without: the prediction alone, at the picture's own size. Colours lie
-    over the picture with an opacity of 0 to 1."""
-    titles, size, gap = ["prediction"] if rows[0][1] is None else ["picture", "truth", "prediction"], 15, 8
-    width = max(160, min(400 if titles[1:] else 4000, max(row[0].shape[1] for row in rows)))        # of one panel
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def sheet(
+    rows: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]],
+    classes: Classes,
+    opacity: float = 1,
+) -> Image.Image:
+    """One row of panels for each (picture (H, W, 3), truth or None, prediction (H, W), all uint8),
+    a legend below. With truth: picture, truth, prediction, 160 to 400 pixels wide. Without: the
+    prediction alone, at the picture's own size. Colours lie over the picture with an opacity of 0
+    to 1."""
+    titles, size, gap = (
+        ["prediction"] if rows[0][1] is None else ["picture", "truth", "prediction"],
+        15,
+        8,
+    )
+    width = max(
+        160, min(400 if titles[1:] else 4000, max(row[0].shape[1] for row in rows))
+    )  # of one panel
     font, panels = ImageFont.load_default(size), []
-    palette = np.uint8(classes.palette + [[0, 0, 0]] * (256 - len(classes.palette)))        # what nobody labelled is black
+    palette = np.uint8(
+        classes.palette + [[0, 0, 0]] * (256 - len(classes.palette))
+    )  # what nobody labelled is black
     for image, truth, prediction in rows:
         shape = width, round(width * image.shape[0] / image.shape[1])
         picture = Image.fromarray(image).resize(shape, Image.LANCZOS)
         layers = [Image.fromarray(palette[x]) for x in (truth, prediction) if x is not None]
-        layers = [Image.blend(picture, layer.resize(shape, Image.NEAREST), opacity) for layer in layers]
+        layers = [
+            Image.blend(picture, layer.resize(shape, Image.NEAREST), opacity) for layer in layers
+        ]
         panels.append([picture] * len(titles[1:2]) + layers)
-    counts = sum(np.bincount(x.ravel(), minlength=256) for row in rows for x in row[1:] if x is not None)
-    legend = [(classes.names[k], tuple(classes.palette[k])) for k in np.argsort(-counts[:IGNORE]) if counts[k]]
+    counts = sum(
+        np.bincount(x.ravel(), minlength=256) for row in rows for x in row[1:] if x is not None
+    )
+    legend = [
+        (classes.names[k], tuple(classes.palette[k]))
+        for k in np.argsort(-counts[:IGNORE])
+        if counts[k]
+    ]
     legend += [("not labelled", (0, 0, 0))] * bool(counts[IGNORE])
     cell = max(size + 3 * gap + font.getlength(name) for name, _ in legend)
     total = int(max(gap + len(titles) * (width + gap), gap + cell))
     columns = int((total - gap) // cell)
     top = size + 2 * gap
     bottom = top + sum(row[0].height + gap for row in panels)
-    canvas = Image.new("RGB", (total, bottom + gap + -(-len(legend) // columns) * (size + gap)), "white")
+    canvas = Image.new(
+        "RGB", (total, bottom + gap + -(-len(legend) // columns) * (size + gap)), "white"
+    )
     draw = ImageDraw.Draw(canvas)
     for i, title in enumerate(titles):
         draw.text((gap + i * (width + gap), gap), title, "black", font)
@@ -208,29 +334,45 @@ def sheet(rows: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]], classes:
         for i, panel in enumerate(row):
             canvas.paste(panel, (gap + i * (width + gap), top))
         top += row[0].height + gap
-    for i, (name, rgb) in enumerate(legend):                                # read down the columns, largest class first
+    for i, (name, rgb) in enumerate(legend):  # read down the columns, largest class first
         x = gap + (i // -(-len(legend) // columns)) * cell
         y = bottom + (i % -(-len(legend) // columns)) * (size + gap)
         draw.rectangle((x, y, x + size, y + size), rgb, "black")
         draw.text((x + size + gap, y + size / 2), name, "black", font, anchor="lm")
     return canvas
 
+
 def curves(entries: list[dict]) -> Image.Image:
-    """Loss, learning rate and mIoU against the iteration, one below the other, 800 pixels wide. entries: a run's log."""
+    """Loss, learning rate and mIoU against the iteration, one below the other, 800 pixels wide.
+    entries: a run's log."""
     names = {"loss": "training loss", "lr": "learning rate", "mIoU": "validation mIoU (%)"}
-    lines = {name: [(e["iteration"], e[key]) for e in entries if e.get(key) is not None] for key, name in names.items()}
+    lines = {
+        name: [(e["iteration"], e[key]) for e in entries if e.get(key) is not None]
+        for key, name in names.items()
+    }
     lines = {name: points for name, points in lines.items() if points}
-    font, left, right, high = ImageFont.load_default(15), 90, 780, 210      # of one plot; its axes cross at (left, high - 40)
+    font, left, right, high = (
+        ImageFont.load_default(15),
+        90,
+        780,
+        210,
+    )  # of one plot; its axes cross at (left, high - 40)
     canvas = Image.new("RGB", (800, high * len(lines) + 20), "white")
     draw, last = ImageDraw.Draw(canvas), max(e["iteration"] for e in entries)
 
-    def ticks(top: float) -> np.ndarray:                        # 0, 1, 2, ... or in steps of 2 or 5, times a power of 10
+    def ticks(top: float) -> np.ndarray:  # 0, 1, 2, ... or in steps of 2 or 5, times a power of 10
         unit = 10 ** np.floor(np.log10(top / 3))
-        return np.arange(0, top * 1.0001, unit * max(k for k in (1, 2, 5) if k * unit <= top / 3 * 1.0001))
+        return np.arange(
+            0, top * 1.0001, unit * max(k for k in (1, 2, 5) if k * unit <= top / 3 * 1.0001)
+        )
+
     for row, (name, points) in enumerate(lines.items()):
         top = max(v for _, v in points) or 1
         base = high * (row + 1) - 20
-        at = lambda i, v: (left + (right - left) * i / last, base - (high - 70) * v / top)          # noqa: E731, B023
+        at = lambda i, v: (
+            left + (right - left) * i / last,
+            base - (high - 70) * v / top,
+        )  # noqa: E731, B023
         for v in ticks(top):
             draw.line([at(0, v), at(last, v)], "lightgrey")
             draw.text((left - 8, at(0, v)[1]), f"{v:.3g}", "black", font, anchor="rm")
@@ -239,28 +381,31 @@ def curves(entries: list[dict]) -> Image.Image:
             draw.text((at(i, 0)[0], base + 6), f"{i:.0f}", "black", font, anchor="mt")
         draw.text((left, base - high + 65), name, "black", font, anchor="lb")
         draw.line([at(*point) for point in points], (31, 119, 180), 2)
-        if len(points) < 30:                                    # few points are dots, one alone would be no line at all
+        if len(points) < 30:  # few points are dots, one alone would be no line at all
             for x, y in [at(*point) for point in points]:
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), (31, 119, 180))
     draw.text((right, canvas.height - 2), "iteration", "black", font, anchor="rb")
     return canvas
 
-# ---- speed ---------------------------------------------------------------------------------------------------------
+
+# ---- speed ---------------------------------------------------------------------------------------
+
 
 def measure(action: Callable, device: torch.device, seconds: float = 5.0) -> tuple[float, float]:
-    """-> (median seconds of one action, peak MB meanwhile: torch's on CUDA, the whole process's on Linux, else nan)."""
+    """-> (median seconds of one action, peak MB meanwhile: torch's on CUDA, the whole process's on
+    Linux, else nan)."""
     cuda, times = device.type == "cuda", []
-    action()                                    # warm-up: memory is reserved, kernels are chosen or compiled
+    action()  # warm-up: memory is reserved, kernels are chosen or compiled
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     elif os.path.exists("/proc/self/clear_refs"):
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")                     # the kernel's own peak counter starts anew
+            file.write("5")  # the kernel's own peak counter starts anew
     while len(times) < 2 or sum(times) < seconds:
         began = time.perf_counter()
         action()
         if cuda:
-            torch.cuda.synchronize()            # kernels run behind Python's back
+            torch.cuda.synchronize()  # kernels run behind Python's back
         times.append(time.perf_counter() - began)
     peak = torch.cuda.max_memory_allocated() if cuda else float("nan")
     if not cuda and os.path.exists("/proc/self/status"):
@@ -268,16 +413,19 @@ def measure(action: Callable, device: torch.device, seconds: float = 5.0) -> tup
             peak = 1024 * int(next(line for line in file if line.startswith("VmHWM")).split()[1])
     return float(np.median(times)), peak / 1e6
 
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large square matrix product, the best this machine does in this dtype."""
+    """Floating-point operations a second of a large square matrix product, the best this machine
+    does in this dtype."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return 2 * n ** 3 / measure(lambda: a @ b, device)[0]
+    return 2 * n**3 / measure(lambda: a @ b, device)[0]
+
 
 def count_flops(arch: str, neck: str, height: int, width: int, training: bool = False) -> float:
-    """Operations (two per multiply and add) in matrix products and convolutions for one picture: forward through the head, or
-    in training forward and backward through both heads."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:                       # shapes without numbers
+    """Operations (two per multiply and add) in matrix products and convolutions for one picture:
+    forward through the head, or in training forward and backward through both heads."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers
         model = build_model(arch, neck)
         maps = model.features(torch.zeros(2, 3, height, width))
         logits = model.decode_head(maps)
@@ -285,34 +433,52 @@ def count_flops(arch: str, neck: str, height: int, width: int, training: bool = 
             (logits.sum() + model.auxiliary_head(maps).sum()).backward()
     return counter.get_total_flops() / 2
 
+
 def benchmark(args: argparse.Namespace) -> None:
-    """Pictures a second, memory and share of the machine's peak of each published pair, on one 512x512 picture."""
+    """Pictures a second, memory and share of the machine's peak of each published pair, on one
+    512x512 picture."""
     pairs, (_, _, device) = benchmark_pairs(args), setup_processes()
     dtype, torch.backends.cudnn.benchmark = choose_dtype(args.dtype, device), True
     rate = matmul_rate(device, dtype)
     image = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
     scales = ",".join(f"{s:g}" for s in args.scales) + " with flip" * args.flip
-    print(f"{device.type}, {torch.get_num_threads()} threads, {str(dtype)[6:]}, matrix products at {rate / 1e9:.0f} GFLOP/s; "
-          f"one 512x512 picture in, label map out, scales {scales}\n"
-          f"{'arch':10s}{'neck':8s}{'GFLOP':>8s}{'seconds':>10s}{'pictures/s':>12s}{'MB':>8s}{'of peak':>9s}")
+    print(
+        f"{device.type}, {torch.get_num_threads()} threads, {str(dtype)[6:]}, matrix products at {rate / 1e9:.0f} GFLOP/s; "
+        f"one 512x512 picture in, label map out, scales {scales}\n"
+        f"{'arch':10s}{'neck':8s}{'GFLOP':>8s}{'seconds':>10s}{'pictures/s':>12s}{'MB':>8s}{'of peak':>9s}"
+    )
     for arch, neck in pairs:
         model = place(build_model(arch, neck), device, dtype, args.compile).eval()
-        flops = sum(count_flops(arch, neck, int(512 * s), int(512 * s)) for s in args.scales) * (1 + args.flip)
-        seconds, peak = measure(lambda: predict(model, image, args.scales, args.flip, dtype=dtype), device)
-        print(f"{arch:10s}{neck:8s}{flops / 1e9:8.0f}{seconds:10.3f}{1 / seconds:12.2f}{peak:8.0f}"
-              f"{flops / seconds / rate:9.0%}", flush=True)
+        flops = sum(count_flops(arch, neck, int(512 * s), int(512 * s)) for s in args.scales) * (
+            1 + args.flip
+        )
+        seconds, peak = measure(
+            lambda: predict(model, image, args.scales, args.flip, dtype=dtype), device
+        )
+        print(
+            f"{arch:10s}{neck:8s}{flops / 1e9:8.0f}{seconds:10.3f}{1 / seconds:12.2f}{peak:8.0f}"
+            f"{flops / seconds / rate:9.0%}",
+            flush=True,
+        )
+
 
 def benchmark_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """The published (arch, neck) pairs that --arch and --neck leave, or the one they name where it is not published."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                # two would share what is measured
+    """The published (arch, neck) pairs that --arch and --neck leave, or the one they name where it
+    is not published."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # two would share what is measured
         raise UsageError("--benchmark times one process on one device: run it without torchrun")
-    pairs = [pair for pair in PAIRS if args.arch in (None, pair[0]) and args.neck in (None, pair[1])]
+    pairs = [
+        pair for pair in PAIRS if args.arch in (None, pair[0]) and args.neck in (None, pair[1])
+    ]
     return pairs or [(args.arch or "deit_s16", args.neck or "none")]
 
-# ---- python evaluate.py --------------------------------------------------------------------------------------------
+
+# ---- python evaluate.py --------------------------------------------------------------------------
+
 
 def parse_scales(text: str) -> tuple[float, ...]:
-    """"0.5,0.75,1" -> (0.5, 0.75, 1.0); "0.5,...,1.75" means steps of 0.25. argparse's error if it is something else."""
+    """ "0.5,0.75,1" -> (0.5, 0.75, 1.0); "0.5,...,1.75" means steps of 0.25. argparse's error if it
+    is something else."""
     try:
         parts = text.split(",")
         if "..." in parts:
@@ -320,78 +486,175 @@ def parse_scales(text: str) -> tuple[float, ...]:
             parts = np.arange(float(first), float(last) + 1e-9, 0.25) if dots == "..." else parts
         scales = tuple(float(x) for x in parts)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0.5,1,1.5 or 0.5,...,1.75") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of numbers like 0.5,1,1.5 or 0.5,...,1.75"
+        ) from None
     if not scales or not all(0 < s <= 16 for s in scales):
         raise argparse.ArgumentTypeError(f"{text!r}: scales must be above 0 and at most 16")
     return scales
 
+
 def checkpoints(folder: str) -> list[str]:
-    """The checkpoint_*.pt in a work directory and in those below it, the last written first. UsageError if there is none."""
-    found = glob(os.path.join(folder, "checkpoint_*.pt")) + glob(os.path.join(folder, "*", "checkpoint_*.pt"))
+    """The checkpoint_*.pt in a work directory and in those below it, the last written first.
+    UsageError if there is none."""
+    found = glob(os.path.join(folder, "checkpoint_*.pt")) + glob(
+        os.path.join(folder, "*", "checkpoint_*.pt")
+    )
     if not found:
-        raise UsageError(f"{folder}: no checkpoint_*.pt in it, train one with `python train.py --data toy` or name a "
-                         "file with --checkpoint")
+        raise UsageError(
+            f"{folder}: no checkpoint_*.pt in it, train one with `python train.py --data toy` or name a "
+            "file with --checkpoint"
+        )
     return sorted(found, key=os.path.getmtime, reverse=True)
 
+
 def load_model(path: str) -> tuple[nn.Module, dict]:
-    """The model a checkpoint describes, with its weights, on the CPU, in eval mode. -> (model, facts)"""
+    """The model a checkpoint describes, with its weights, on the CPU, in eval mode. -> (model,
+    facts)"""
     state_dict, facts = load_weights(path)
     if facts["neck"] is None:
-        raise UsageError(f"{path}: a {facts['kind']} has no segmentation head to evaluate, train it first with "
-                         "`python train.py --pretrained FILE`")
-    with torch.device("meta"):                  # no initialisation: load_into sets every value, or fails
+        raise UsageError(
+            f"{path}: a {facts['kind']} has no segmentation head to evaluate, train it first with "
+            "`python train.py --pretrained FILE`"
+        )
+    with torch.device("meta"):  # no initialisation: load_into sets every value, or fails
         model = build_model(facts["arch"], facts["neck"], facts["num_classes"])
     load_into(model.to_empty(device="cpu"), state_dict, facts)
     return model.eval(), facts
 
-def inputs(args: argparse.Namespace, path: str, facts: dict) -> tuple[list[tuple[str, str | None]], Classes]:
-    """The (image, label or None) paths that the command line asks for, and what their labels mean to the checkpoint."""
-    n = facts["num_classes"]                    # of a file that does not name its classes: ADE20K's, or numbers for names
-    classes = Classes(*facts["classes"]) if "classes" in facts else Classes() if n == len(Classes().names) else \
-        Classes(tuple(f"class {k}" for k in range(n)), (Classes().palette * 2)[:n])
+
+def inputs(
+    args: argparse.Namespace, path: str, facts: dict
+) -> tuple[list[tuple[str, str | None]], Classes]:
+    """The (image, label or None) paths that the command line asks for, and what their labels mean
+    to the checkpoint."""
+    n = facts[
+        "num_classes"
+    ]  # of a file that does not name its classes: ADE20K's, or numbers for names
+    classes = (
+        Classes(*facts["classes"])
+        if "classes" in facts
+        else (
+            Classes()
+            if n == len(Classes().names)
+            else Classes(tuple(f"class {k}" for k in range(n)), (Classes().palette * 2)[:n])
+        )
+    )
     if not args.image:
         root = data_root(args.data)
         there = read_classes(root)
-        if len(there.names) != len(classes.names) or "classes" in facts and there.names != classes.names:
-            raise UsageError(f"{path}: knows {len(classes.names)} classes ({', '.join(classes.names[:3])}, ...), {root} has "
-                             f"{len(there.names)} ({', '.join(there.names[:3])}, ...): train on that data first")
+        if (
+            len(there.names) != len(classes.names)
+            or "classes" in facts
+            and there.names != classes.names
+        ):
+            raise UsageError(
+                f"{path}: knows {len(classes.names)} classes ({', '.join(classes.names[:3])}, ...), {root} has "
+                f"{len(there.names)} ({', '.join(there.names[:3])}, ...): train on that data first"
+            )
         return find_pairs(root, args.split), there
     if not os.path.isdir(args.image):
         return [(args.image, None)], classes
-    files = sorted(f for f in os.listdir(args.image) if f.lower().endswith(tuple(Image.registered_extensions())))
+    files = sorted(
+        f
+        for f in os.listdir(args.image)
+        if f.lower().endswith(tuple(Image.registered_extensions()))
+    )
     if not files:
         raise DataError(f"{args.image}: holds no pictures")
     return [(os.path.join(args.image, f), None) for f in files], classes
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; what cannot be met together is refused here."""
     parser = argparse.ArgumentParser(
         description="Evaluate a checkpoint on a data set, or label pictures with it.",
-        epilog="example: python evaluate.py --checkpoint upernet_deit-s16.pth --flip --scales 0.5,...,1.75")
+        epilog="example: python evaluate.py --checkpoint upernet_deit-s16.pth --flip --scales 0.5,...,1.75",
+    )
     add = parser.add_argument_group("what").add_argument
-    add("--checkpoint", metavar="FILE", help="any file convert_weights.py reads, a URL, or a work directory (default: the "
-        "newest under runs/)")
-    add("--data", metavar="DIR", help=f"data set, or toy (default: what the checkpoint was trained on, else {DEFAULT_ROOT})")
-    add("--split", default="validation", help="images/SPLIT and annotations/SPLIT (default: validation)")
-    add("--image", metavar="FILE_OR_DIR", help="label these pictures instead; needs --show or --save-labels")
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        help="any file convert_weights.py reads, a URL, or a work directory (default: the "
+        "newest under runs/)",
+    )
+    add(
+        "--data",
+        metavar="DIR",
+        help=f"data set, or toy (default: what the checkpoint was trained on, else {DEFAULT_ROOT})",
+    )
+    add(
+        "--split",
+        default="validation",
+        help="images/SPLIT and annotations/SPLIT (default: validation)",
+    )
+    add(
+        "--image",
+        metavar="FILE_OR_DIR",
+        help="label these pictures instead; needs --show or --save-labels",
+    )
     add = parser.add_argument_group("how").add_argument
-    add("--scales", type=parse_scales, default=(1.0,), metavar="S,S,...",
-        help="sizes relative to (2048, 512); 0.5,...,1.75 means steps of 0.25 (default: 1)")
+    add(
+        "--scales",
+        type=parse_scales,
+        default=(1.0,),
+        metavar="S,S,...",
+        help="sizes relative to (2048, 512); 0.5,...,1.75 means steps of 0.25 (default: 1)",
+    )
     add("--flip", action="store_true", help="add the mirrored picture at every scale")
-    add("--short-side", type=int, metavar="PIXELS", help="of pictures at scale 1 (default: as trained, else 512)")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto (default): bfloat16 if in hardware, else float32")
+    add(
+        "--short-side",
+        type=int,
+        metavar="PIXELS",
+        help="of pictures at scale 1 (default: as trained, else 512)",
+    )
+    add(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="auto (default): bfloat16 if in hardware, else float32",
+    )
     add("--workers", type=int, default=2, help="processes that read pictures (default: 2)")
-    add("--compile", action="store_true", help="torch.compile the model: a minute at each new size of pictures, then faster")
-    add("--dry-run", action="store_true", help="load the checkpoint, look at the data, print the plan or what is missing")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile the model: a minute at each new size of pictures, then faster",
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="load the checkpoint, look at the data, print the plan or what is missing",
+    )
     add = parser.add_argument_group("speed").add_argument
-    add("--benchmark", action="store_true", help="time one 512x512 picture with random weights, and stop")
-    add("--arch", choices=ARCHS, help="with --benchmark: this one alone (default: the published pairs)")
+    add(
+        "--benchmark",
+        action="store_true",
+        help="time one 512x512 picture with random weights, and stop",
+    )
+    add(
+        "--arch",
+        choices=ARCHS,
+        help="with --benchmark: this one alone (default: the published pairs)",
+    )
     add("--neck", choices=NECKS, help="with --benchmark: this one alone")
     add = parser.add_argument_group("results").add_argument
     add("--json", metavar="FILE", help="write scores and protocol")
-    add("--save-labels", metavar="DIR", help="write one png a picture, with the values of the data set's own label files")
-    add("--show", metavar="DIR", help="write one sheet a picture: picture, truth, prediction, legend; with --image an overlay")
-    add("--opacity", type=float, default=0.6, help="of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
+    add(
+        "--save-labels",
+        metavar="DIR",
+        help="write one png a picture, with the values of the data set's own label files",
+    )
+    add(
+        "--show",
+        metavar="DIR",
+        help="write one sheet a picture: picture, truth, prediction, legend; with --image an overlay",
+    )
+    add(
+        "--opacity",
+        type=float,
+        default=0.6,
+        help="of the classes' colours over the pictures, 0 to 1 (default: 0.6)",
+    )
     args = parser.parse_args(argv)
     if not 0 <= args.opacity <= 1:
         parser.error(f"--opacity {args.opacity} must be 0 to 1")
@@ -403,58 +666,99 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--json holds scores, and --image has no labels to score with")
     return args
 
+
 def run(args: argparse.Namespace) -> None:
     rank, world, device = setup_processes()
     dtype, path = choose_dtype(args.dtype, device), args.checkpoint or "runs"
-    missing = [x for x in (path, args.image or args.data or path) if not os.path.exists(x) and x != "toy"]
+    missing = [
+        x for x in (path, args.image or args.data or path) if not os.path.exists(x) and x != "toy"
+    ]
     if args.dry_run and missing:
         if rank == 0:
             print(f"{missing[0]}: not there yet, the rest of the command is in order")
         return
     path = checkpoints(path)[0] if os.path.isdir(path) or not args.checkpoint else path
     model, facts = load_model(path)
-    trained = facts.get("args", {})                                         # of our own checkpoints
+    trained = facts.get("args", {})  # of our own checkpoints
     args.data = args.data or trained.get("data", DEFAULT_ROOT)
     short = args.short_side or trained.get("short_side", 512)
     pairs, classes = inputs(args, path, facts)
     if rank == 0:
-        print(f"{path}: {describe(facts)}\n{args.image or args.data}: {len(pairs)} pictures, short side {short}, scales "
-              f"{','.join(f'{s:g}' for s in args.scales)}{' with flip' if args.flip else ''}, {dtype}, {world} x {device.type}"
-              .replace("torch.", ""), flush=True)
+        print(
+            f"{path}: {describe(facts)}\n{args.image or args.data}: {len(pairs)} pictures, short side {short}, scales "
+            f"{','.join(f'{s:g}' for s in args.scales)}{' with flip' if args.flip else ''}, {dtype}, {world} x {device.type}".replace(
+                "torch.", ""
+            ),
+            flush=True,
+        )
     if args.dry_run:
         return
     for folder in filter(None, (args.show, args.save_labels)):
         os.makedirs(folder, exist_ok=True)
 
-    def write(i: int, path: str, image: np.ndarray, label: np.ndarray | None, prediction: np.ndarray) -> None:
+    def write(
+        i: int, path: str, image: np.ndarray, label: np.ndarray | None, prediction: np.ndarray
+    ) -> None:
         stem = os.path.splitext(os.path.basename(path))[0]
         if args.save_labels:
             values = prediction + np.uint8(classes.zero_ignored)
             Image.fromarray(values).save(os.path.join(args.save_labels, stem + ".png"))
         if args.show:
-            sheet([(image, label, prediction)], classes, args.opacity).save(os.path.join(args.show, stem + ".png"))
+            sheet([(image, label, prediction)], classes, args.opacity).save(
+                os.path.join(args.show, stem + ".png")
+            )
+
     started = time.monotonic()
-    matrix = evaluate(place(model, device, dtype, args.compile), pairs, classes, rank, world, args.workers, write,
-                      scales=args.scales, flip=args.flip, short=short, dtype=dtype)
+    matrix = evaluate(
+        place(model, device, dtype, args.compile),
+        pairs,
+        classes,
+        rank,
+        world,
+        args.workers,
+        write,
+        scales=args.scales,
+        flip=args.flip,
+        short=short,
+        dtype=dtype,
+    )
     if rank == 0:
-        progress(f"{len(pairs)} pictures, {len(pairs) / (time.monotonic() - started):.2f} a second", started, done=True)
+        progress(
+            f"{len(pairs)} pictures, {len(pairs) / (time.monotonic() - started):.2f} a second",
+            started,
+            done=True,
+        )
         for folder in filter(None, (args.show, args.save_labels)):
             print(f"{folder}: {len(pairs)} files written")
         if not args.image:
             result = scores(matrix)
             print(table(result, classes.names))
             if args.json:
-                protocol = dict(checkpoint=path, data=args.data, split=args.split, images=len(pairs), scales=list(args.scales),
-                                flip=args.flip, short_side=short, dtype=str(dtype).removeprefix("torch."))
+                protocol = dict(
+                    checkpoint=path,
+                    data=args.data,
+                    split=args.split,
+                    images=len(pairs),
+                    scales=list(args.scales),
+                    flip=args.flip,
+                    short_side=short,
+                    dtype=str(dtype).removeprefix("torch."),
+                )
                 with open(args.json, "w") as file:
-                    json.dump(result | {"classes": list(classes.names), "protocol": protocol}, file, indent=1)
+                    json.dump(
+                        result | {"classes": list(classes.names), "protocol": protocol},
+                        file,
+                        indent=1,
+                    )
     if world > 1:
-        dist.barrier()                          # nobody leaves while another may still be talking to it
+        dist.barrier()  # nobody leaves while another may still be talking to it
         dist.destroy_process_group()
+
 
 @contextmanager
 def sentences() -> Iterator[None]:
-    """What the user can mend ends the program with its one sentence and code 2, without a traceback."""
+    """What the user can mend ends the program with its one sentence and code 2, without a
+    traceback."""
     try:
         yield
     except (DataError, WeightsError, UsageError, OSError) as error:
@@ -462,10 +766,12 @@ def sentences() -> Iterator[None]:
         print(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}", file=sys.stderr)
         sys.exit(2)
 
+
 def main() -> None:
     args = parse()
     with sentences():
         benchmark(args) if args.benchmark else run(args)
+
 
 if __name__ == "__main__":
     main()

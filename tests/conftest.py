@@ -22,7 +22,9 @@ import train  # noqa: E402
 import upernet  # noqa: E402
 from convert_weights import load_into, load_weights, to_mmseg  # noqa: E402
 
-model.ARCHS["small"] = formulas.SMALL      # in this process only: the goldens of whole evaluations were made at this size
+model.ARCHS["small"] = (
+    formulas.SMALL
+)  # in this process only: the goldens of whole evaluations were made at this size
 
 
 @pytest.fixture
@@ -40,17 +42,22 @@ def golden():
 
 
 def write_mmseg(state_dict, path, **more):
-    """A checkpoint as mmsegmentation 0.17 writes it, with its names and the values that formulas.py gives those names."""
-    content = {k: torch.from_numpy(np.asarray(v)) for k, v in formulas.fill(to_mmseg(state_dict)).items()}
+    """A checkpoint as mmsegmentation 0.17 writes it, with its names and the values that formulas.py
+    gives those names."""
+    content = {
+        k: torch.from_numpy(np.asarray(v)) for k, v in formulas.fill(to_mmseg(state_dict)).items()
+    }
     torch.save({"meta": {"mmseg_version": "0.17.0"}, "state_dict": content, **more}, path)
     return str(path)
 
 
 @pytest.fixture
 def filled(tmp_path):
-    """filled(arch, neck) -> our model with the golden weights, loaded through a mmsegmentation file, dropout off."""
+    """filled(arch, neck) -> our model with the golden weights, loaded through a mmsegmentation
+    file, dropout off."""
+
     def build(arch, neck):
-        with torch.device("meta"):              # no initialisation: the file sets every value
+        with torch.device("meta"):  # no initialisation: the file sets every value
             net = upernet.build_model(arch, neck)
         net.to_empty(device="cpu")
         load_into(net, *load_weights(write_mmseg(net.state_dict(), tmp_path / "mmseg.pth")))
@@ -61,15 +68,19 @@ def filled(tmp_path):
                 module.p = 0.0
         os.remove(tmp_path / "mmseg.pth")
         return net
+
     return build
 
 
 @pytest.fixture
 def main(monkeypatch):
-    """main(script, *arguments) runs a script's command line in this process: no new interpreter, no new import of torch."""
+    """main(script, *arguments) runs a script's command line in this process: no new interpreter, no
+    new import of torch."""
+
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
         script.main()
+
     return call
 
 
@@ -90,7 +101,8 @@ class ReplayedRng:
 
 
 def draw_set(root, training, validation):
-    """A data set of so many small scenes of the toy kind, in ADE20K's layout, in the folder root."""
+    """A data set of so many small scenes of the toy kind, in ADE20K's layout, in the folder
+    root."""
     for split, count in (("training", training), ("validation", validation)):
         for kind in ("images", "annotations"):
             os.makedirs(root / kind / split)
@@ -102,8 +114,10 @@ def draw_set(root, training, validation):
 
 @pytest.fixture
 def server():
-    """A local HTTP server over `files`, {path: bytes}. `faults` lists, one an answer, after how many bytes it breaks off; a
-    negative number of them: after which it stalls for two seconds. `length`: what it says the length is, if not the truth."""
+    """A local HTTP server over `files`, {path: bytes}. `faults` lists, one an answer, after how
+    many bytes it breaks off; a negative number of them: after which it stalls for two seconds.
+    `length`: what it says the length is, if not the truth."""
+
     class Handler(http.server.BaseHTTPRequestHandler):
         files, faults, starts, length = {}, [], [], None
 
@@ -121,12 +135,13 @@ def server():
             self.send_header("Content-Length", str(self.length or len(content) - start))
             self.end_headers()
             fault = self.faults.pop(0) if self.faults else None
-            self.wfile.write(content[start:][:fault if fault is None else abs(fault)])
+            self.wfile.write(content[start:][: fault if fault is None else abs(fault)])
             if fault is not None and fault < 0:
                 time.sleep(2)
 
         def log_message(self, *args):
             pass
+
     service = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=service.serve_forever, daemon=True).start()
     Handler.url = f"http://127.0.0.1:{service.server_port}"

@@ -1,8 +1,10 @@
-"""Faults, injected for real: signals, kill -9, damaged files, a full disk, processes that die or hang, numbers that are none.
+"""Faults, injected for real: signals, kill -9, damaged files, a full disk, processes that die or
+hang, numbers that are none.
 
-    python -m pytest tests/faults.py            (about four minutes; .ci/run does it too, `pytest tests` does not)
-    python tests/faults.py 50                   (so many random kills of one run, which must end with the same weights)
-"""
+python -m pytest tests/faults.py            (about four minutes; .ci/run does it too, `pytest tests`
+does not) python tests/faults.py 50                   (so many random kills of one run, which must
+end with the same weights)"""
+
 import json
 import os
 import random
@@ -20,8 +22,28 @@ from conftest import ROOT, draw_set
 
 import train
 
-OPTIONS = ("--data", "set", "--arch", "toy_p8", "--pretrained", "none", "--lr", 1e-3, "--warmup", 5, "--iters", 110,
-           "--interval", 30, "--batch-size", 4, "--crop-size", 32, "--short-side", 32)
+OPTIONS = (
+    "--data",
+    "set",
+    "--arch",
+    "toy_p8",
+    "--pretrained",
+    "none",
+    "--lr",
+    1e-3,
+    "--warmup",
+    5,
+    "--iters",
+    110,
+    "--interval",
+    30,
+    "--batch-size",
+    4,
+    "--crop-size",
+    32,
+    "--short-side",
+    32,
+)
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 
 
@@ -34,8 +56,15 @@ def folder(tmp_path_factory):
 
 def start(folder, *arguments, launch=(), **more):
     """train.py in a process group of its own, as a terminal or a cluster would start it."""
-    return subprocess.Popen([sys.executable, *launch, os.path.join(ROOT, "train.py"), *map(str, arguments)], cwd=folder,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **more)
+    return subprocess.Popen(
+        [sys.executable, *launch, os.path.join(ROOT, "train.py"), *map(str, arguments)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **more,
+    )
 
 
 def finish(process, code=0, timeout=200):
@@ -59,7 +88,10 @@ def result(work, iters=110):
     kept = [{k: v for k, v in e.items() if "second" not in k} for e in log if "args" not in e]
     content = torch.load(work / f"checkpoint_{iters}.pt", weights_only=True)
     state = content["optimizer"]["state"]
-    return {**content["model"], **{f"{k} {n}": v for k, s in state.items() for n, v in s.items()}}, kept
+    return {
+        **content["model"],
+        **{f"{k} {n}": v for k, s in state.items() for n, v in s.items()},
+    }, kept
 
 
 def assert_same(work, other):
@@ -75,13 +107,18 @@ def straight(folder):
     return folder / "straight"
 
 
-@pytest.mark.parametrize("number,workers", [(signal.SIGINT, 2), (signal.SIGTERM, 0), (signal.SIGUSR1, 2), (signal.SIGKILL, 2)])
-def test_a_run_stopped_by_a_signal_and_resumed_is_the_run_that_was_not(number, workers, straight, folder):
+@pytest.mark.parametrize(
+    "number,workers",
+    [(signal.SIGINT, 2), (signal.SIGTERM, 0), (signal.SIGUSR1, 2), (signal.SIGKILL, 2)],
+)
+def test_a_run_stopped_by_a_signal_and_resumed_is_the_run_that_was_not(
+    number, workers, straight, folder
+):
     work = folder / number.name
     run = start(folder, *OPTIONS, "--work-dir", work, "--workers", workers)
     wait_for(work / "checkpoint_30.pt", run)
-    time.sleep(random.random())                 # in the validation, before or after it
-    os.killpg(run.pid, number)                  # to the loader's processes too, as from a terminal or a cluster
+    time.sleep(random.random())  # in the validation, before or after it
+    os.killpg(run.pid, number)  # to the loader's processes too, as from a terminal or a cluster
     out, err = finish(run, -9 if number == signal.SIGKILL else 128 + number)
     assert number == signal.SIGKILL or "go on with --resume" in err
     finish(start(folder, "--resume", "--work-dir", work, "--workers", 2 - workers))
@@ -99,11 +136,20 @@ def test_a_second_signal_leaves_at_once(straight, folder):
 
 
 def test_a_loader_whose_run_died_before_it_began_does_not_stay():
-    """It holds the output open, so communicate() would wait for it: this is how a test of the signals once hung."""
-    code = ("import multiprocessing, os, time, ade20k\n"
-            "def work():\n    time.sleep(1)\n    ade20k.start_worker(0)\n    time.sleep(100)\n"
-            "multiprocessing.get_context('fork').Process(target=work).start()\nos._exit(0)")
-    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """It holds the output open, so communicate() would wait for it: this is how a test of the
+    signals once hung."""
+    code = (
+        "import multiprocessing, os, time, ade20k\n"
+        "def work():\n    time.sleep(1)\n    ade20k.start_worker(0)\n    time.sleep(100)\n"
+        "multiprocessing.get_context('fork').Process(target=work).start()\nos._exit(0)"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     finish(run, timeout=30)
 
 
@@ -114,39 +160,59 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, straig
     newest, before = work / "checkpoint_110.pt", work / "checkpoint_90.pt"
     if damage == "cut":
         os.truncate(newest, os.path.getsize(newest) // 2)
-    else:                                       # one bit of one weight, which only a checksum can tell
+    else:  # one bit of one weight, which only a checksum can tell
         with open(newest, "r+b") as file:
             file.seek(os.path.getsize(newest) // 2)
             byte = file.read(1)[0]
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte ^ 1]))
     out, err = finish(start(folder, "--resume", "--work-dir", work))
-    assert f"warning: {newest} cannot be used" in err and "iterations 90 to 110" in out and before.exists()
+    assert (
+        f"warning: {newest} cannot be used" in err
+        and "iterations 90 to 110" in out
+        and before.exists()
+    )
     assert_same(work, straight)
 
 
 def test_a_full_disk_is_said_survived_and_leaves_the_old_files_whole(straight, folder):
-    """A limit on the size of any file stands for the disk: it holds the log and not a checkpoint, until it is raised."""
+    """A limit on the size of any file stands for the disk: it holds the log and not a checkpoint,
+    until it is raised."""
     work = folder / "full"
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))        # noqa: E731
+    limit = lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY)
+    )  # noqa: E731
     run = start(folder, *OPTIONS, "--work-dir", work, preexec_fn=limit)
-    wait_for(work / "sheet_30.png", run)        # (drawn after checkpoint 30 was tried)
+    wait_for(work / "sheet_30.png", run)  # (drawn after checkpoint 30 was tried)
     assert not glob(str(work / "checkpoint_*"))
-    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    resource.prlimit(
+        run.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    )
     out, err = finish(run)
     assert "checkpoint_30.pt is not written" in err and "training goes on" in err
     assert_same(work, straight)
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_an_error(folder):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))        # noqa: E731
-    out, err = finish(start(folder, *OPTIONS, "--iters", 6, "--interval", 3, "--work-dir", "stays", preexec_fn=limit), 1)
-    assert "checkpoint_6.pt is not written" in err and "the last checkpoint could not be saved" in err
+    limit = lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY)
+    )  # noqa: E731
+    out, err = finish(
+        start(
+            folder, *OPTIONS, "--iters", 6, "--interval", 3, "--work-dir", "stays", preexec_fn=limit
+        ),
+        1,
+    )
+    assert (
+        "checkpoint_6.pt is not written" in err and "the last checkpoint could not be saved" in err
+    )
     assert not glob(str(folder / "stays" / "checkpoint*"))
 
 
 def test_a_changed_argument_is_named_and_a_used_folder_refused(straight, folder):
-    out, err = finish(start(folder, "--resume", "--work-dir", straight, "--lr", 5, "--seed", 3, "--workers", 1), 2)
+    out, err = finish(
+        start(folder, "--resume", "--work-dir", straight, "--lr", 5, "--seed", 3, "--workers", 1), 2
+    )
     assert "--lr was 0.001 until here, from here on 5.0" in err and "--seed was 0 until here" in err
     assert "workers" not in err and "nothing is left to train" in err
     out, err = finish(start(folder, *OPTIONS, "--work-dir", straight), 2)
@@ -155,12 +221,18 @@ def test_a_changed_argument_is_named_and_a_used_folder_refused(straight, folder)
 
 # ---- numbers that are none ----
 
+
 def test_a_loss_that_stays_not_finite_ends_the_run_with_code_3(folder):
     out, err = finish(start(folder, *OPTIONS, "--lr", 1e30, "--warmup", 0, "--work-dir", "wild"), 3)
-    assert out.count("the loss is not finite, the step is not taken") == train.PATIENCE and "set/images/training/s" in out
+    assert (
+        out.count("the loss is not finite, the step is not taken") == train.PATIENCE
+        and "set/images/training/s" in out
+    )
     assert "5 times in a row" in err
     content = torch.load(folder / "wild" / f"checkpoint_{1 + train.PATIENCE}.pt", weights_only=True)
-    assert all(torch.isfinite(v).all() for k, v in content["model"].items() if "running" in k), "statistics were put back"
+    assert all(
+        torch.isfinite(v).all() for k, v in content["model"].items() if "running" in k
+    ), "statistics were put back"
 
 
 def test_one_bad_batch_changes_nothing_and_training_goes_on(folder, monkeypatch):
@@ -184,9 +256,13 @@ def test_one_bad_batch_changes_nothing_and_training_goes_on(folder, monkeypatch)
     assert run.step(3, batch) == (False, True)
     assert torch.equal(run.model.backbone.cls_token, before) and run.scaler.get_scale() == 512
     overflow.remove()
-    assert run.step(4, batch) == (False, True) and not torch.equal(run.model.backbone.cls_token, before)
+    assert run.step(4, batch) == (False, True) and not torch.equal(
+        run.model.backbone.cls_token, before
+    )
     for number in train.SIGNALS:
-        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+        signal.signal(
+            number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler
+        )
 
 
 # ---- several processes ----
@@ -212,9 +288,28 @@ def test_two_processes_give_the_weights_of_one(folder):
     (folder / "frozen.py").write_text(FROZEN)
     got = []
     for name, launch in (("alone", ()), ("both", (*TWO, "--standalone"))):
-        run = subprocess.run([sys.executable, *launch, "frozen.py", *map(str, OPTIONS), "--iters", "4", "--interval", "4",
-                              "--batch-size", "16", "--optimizer", "sgd", "--work-dir", name], cwd=folder, text=True,
-                             capture_output=True, env=os.environ | {"PYTHONPATH": ROOT})
+        run = subprocess.run(
+            [
+                sys.executable,
+                *launch,
+                "frozen.py",
+                *map(str, OPTIONS),
+                "--iters",
+                "4",
+                "--interval",
+                "4",
+                "--batch-size",
+                "16",
+                "--optimizer",
+                "sgd",
+                "--work-dir",
+                name,
+            ],
+            cwd=folder,
+            text=True,
+            capture_output=True,
+            env=os.environ | {"PYTHONPATH": ROOT},
+        )
         assert run.returncode == 0, run.stderr[-2000:]
         got.append(torch.load(folder / name / "checkpoint_4.pt", weights_only=True)["model"])
     for k, v in got[0].items():
@@ -245,7 +340,9 @@ def workers_of(process):
 
 def test_a_killed_process_is_restarted_from_the_last_checkpoint(straight_two, folder):
     work = folder / "restarted"
-    run = start(folder, *OPTIONS, "--work-dir", work, launch=(*TWO, "--standalone", "--max-restarts", "1"))
+    run = start(
+        folder, *OPTIONS, "--work-dir", work, launch=(*TWO, "--standalone", "--max-restarts", "1")
+    )
     wait_for(work / "checkpoint_60.pt", run)
     os.kill(workers_of(run)[1], signal.SIGKILL)
     out, err = finish(run)
@@ -257,7 +354,9 @@ def test_ctrl_c_under_torchrun_saves_once_and_resumes(straight_two, folder):
     work = folder / "interrupted"
     run = start(folder, *OPTIONS, "--work-dir", work, launch=(*TWO, "--standalone"))
     wait_for(work / "checkpoint_30.pt", run)
-    os.killpg(run.pid, signal.SIGINT)           # the terminal's: torchrun and its processes all get it, and torchrun's too
+    os.killpg(
+        run.pid, signal.SIGINT
+    )  # the terminal's: torchrun and its processes all get it, and torchrun's too
     out, err = run.communicate(timeout=60)
     assert run.returncode != 0 and "go on with --resume" in err
     finish(start(folder, "--resume", "--work-dir", work, launch=(*TWO, "--standalone")))
@@ -265,29 +364,63 @@ def test_ctrl_c_under_torchrun_saves_once_and_resumes(straight_two, folder):
 
 
 def test_a_process_that_hangs_ends_the_others_inside_the_timeout(folder):
-    run = start(folder, *OPTIONS, "--work-dir", "hang", "--timeout", 5, launch=(*TWO, "--standalone"))
+    run = start(
+        folder, *OPTIONS, "--work-dir", "hang", "--timeout", 5, launch=(*TWO, "--standalone")
+    )
     wait_for(folder / "hang" / "checkpoint_30.pt", run)
     stopped = workers_of(run)[1]
     os.kill(stopped, signal.SIGSTOP)
     began = time.monotonic()
     out, err = run.communicate(timeout=90)
     assert run.returncode != 0 and "error: another process has died or hangs" in err
-    assert time.monotonic() - began < 60        # (torchrun itself waits half a minute for the one that hangs)
+    assert (
+        time.monotonic() - began < 60
+    )  # (torchrun itself waits half a minute for the one that hangs)
 
 
 def test_two_nodes_train_and_evaluate_as_one_does(straight_two, folder):
     port = random.randrange(20000, 40000)
-    agents = [("-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(k), "--nproc_per_node", "1",
-               "--master_addr", "127.0.0.1", "--master_port", str(port)) for k in range(2)]
-    # (torchrun gives each of several processes of a node one thread, and threads change the order of sums.)
+    agents = [
+        (
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--node_rank",
+            str(k),
+            "--nproc_per_node",
+            "1",
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            str(port),
+        )
+        for k in range(2)
+    ]
+    # (torchrun gives each of several processes of a node one thread, and threads change the order
+    # of sums.)
     threads = os.environ | {"OMP_NUM_THREADS": "1"}
-    for run in [start(folder, *OPTIONS, "--work-dir", "nodes", launch=agent, env=threads) for agent in agents]:
+    for run in [
+        start(folder, *OPTIONS, "--work-dir", "nodes", launch=agent, env=threads)
+        for agent in agents
+    ]:
         finish(run)
     assert_same(folder / "nodes", straight_two)
-    command = [os.path.join(ROOT, "evaluate.py"), "--checkpoint", "nodes/checkpoint_110.pt", "--json"]
-    subprocess.run([sys.executable, *command, "one.json"], cwd=folder, check=True, capture_output=True)
-    both = [subprocess.Popen([sys.executable, *agent, *command, "two.json"], cwd=folder, stdout=subprocess.DEVNULL)
-            for agent in agents]
+    command = [
+        os.path.join(ROOT, "evaluate.py"),
+        "--checkpoint",
+        "nodes/checkpoint_110.pt",
+        "--json",
+    ]
+    subprocess.run(
+        [sys.executable, *command, "one.json"], cwd=folder, check=True, capture_output=True
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, *agent, *command, "two.json"], cwd=folder, stdout=subprocess.DEVNULL
+        )
+        for agent in agents
+    ]
     assert [p.wait(120) for p in both] == [0, 0]
     one, two = (json.loads((folder / name).read_text()) for name in ("one.json", "two.json"))
     assert one == two
@@ -295,13 +428,16 @@ def test_two_nodes_train_and_evaluate_as_one_does(straight_two, folder):
 
 # ---- many kills ----
 
+
 def stress(count: int) -> None:
-    """Kill one run `count` times at random moments, resume it each time, and compare it with one that was left alone."""
+    """Kill one run `count` times at random moments, resume it each time, and compare it with one
+    that was left alone."""
     import pathlib
     import tempfile
+
     with tempfile.TemporaryDirectory() as name:
         folder, r = pathlib.Path(name), random.Random(0)
-        iters = 10 * count                      # about as many as are left after so many kills
+        iters = 10 * count  # about as many as are left after so many kills
         options = ("--data", "toy", "--iters", iters, "--interval", 3)
         finish(start(folder, *options, "--work-dir", "straight"), timeout=2000)
         kills = done = 0

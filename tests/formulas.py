@@ -1,18 +1,32 @@
-"""Weights, pictures and labels by formula: the tests and make_goldens.py (which runs in the reference's own environment)
-both make them here, so only the reference's answers have to be stored. numpy only; RandomState's stream is frozen."""
+"""Weights, pictures and labels by formula: the tests and make_goldens.py (which runs in the
+reference's own environment) both make them here, so only the reference's answers have to be stored.
+numpy only; RandomState's stream is frozen."""
+
 from zlib import crc32
 
 import numpy as np
 
-# The eight (arch, neck) pairs of the published table, and a small one that both sides can evaluate at every scale.
-PAIRS = [("vit_b16", "mln"), ("vit_b16", "ln_mln"), ("deit_s16", "none"), ("deit_s16", "mln"), ("deit_s16", "ln_mln"),
-         ("deit_b16", "none"), ("deit_b16", "mln"), ("deit_b16", "ln_mln")]
-SMALL = dict(width=96, depth=4, heads=3, patch=16, grid=32, channels=32, drop_path=0.0, drop_path_ln=0.0)
+# The eight (arch, neck) pairs of the published table, and a small one that both sides can evaluate
+# at every scale.
+PAIRS = [
+    ("vit_b16", "mln"),
+    ("vit_b16", "ln_mln"),
+    ("deit_s16", "none"),
+    ("deit_s16", "mln"),
+    ("deit_s16", "ln_mln"),
+    ("deit_b16", "none"),
+    ("deit_b16", "mln"),
+    ("deit_b16", "ln_mln"),
+]
+SMALL = dict(
+    width=96, depth=4, heads=3, patch=16, grid=32, channels=32, drop_path=0.0, drop_path_ln=0.0
+)
 SIZES = [(512, 512), (300, 401), (97, 131)]
 
 
 def weight(name, shape):
-    """The value of the parameter or buffer with this name (in the reference's naming) as float32, about unit gain."""
+    """The value of the parameter or buffer with this name (in the reference's naming) as float32,
+    about unit gain."""
     r = np.random.RandomState(crc32(name.encode()))
     u = r.random_sample(shape) - 0.5
     if name.endswith("num_batches_tracked"):
@@ -38,7 +52,11 @@ def image(height, width, batch=1, seed=0):
     for b in range(batch):
         for c in range(3):
             fy, fx, phase = r.uniform(0.3, 2, 3)
-            out[b, c] = np.sin(fy * y + phase) + np.cos(fx * x * (1 + b)) + 0.3 * r.standard_normal((height, width))
+            out[b, c] = (
+                np.sin(fy * y + phase)
+                + np.cos(fx * x * (1 + b))
+                + 0.3 * r.standard_normal((height, width))
+            )
     return out.astype(np.float32)
 
 
@@ -51,12 +69,16 @@ def labels(height, width, batch=1, seed=0):
 
 
 def picture(height=90, width=128, seed=0):
-    """(height, width, 3) uint8: every kind of colour, smooth in one half and noise in the other. 128 wide as cv2 rounds the
-    pixels at the end of a row that do not fill a vector (of up to 64), where it truncates all others."""
+    """(height, width, 3) uint8: every kind of colour, smooth in one half and noise in the other.
+    128 wide as cv2 rounds the pixels at the end of a row that do not fill a vector (of up to 64),
+    where it truncates all others."""
     r = np.random.RandomState(seed)
     noise = r.randint(0, 256, (height, width, 3))
     y, x = np.mgrid[0:height, 0:width]
-    smooth = np.stack([x * 255 // (width - 1), y * 255 // (height - 1), (x + y) * 255 // (height + width - 2)], axis=2)
+    smooth = np.stack(
+        [x * 255 // (width - 1), y * 255 // (height - 1), (x + y) * 255 // (height + width - 2)],
+        axis=2,
+    )
     return np.where((x < width // 2)[:, :, None], noise, smooth).astype(np.uint8)
 
 

@@ -1,9 +1,9 @@
 """Ask the real mmsegmentation 0.17.0 for its answers and store them as tests/goldens/*.npz.
 
 Run in the reference's environment:  python tests/make_goldens.py REFERENCE_DIR SAMPLE_DIR
-REFERENCE_DIR holds mmseg017.py, SAMPLE_DIR the twelve ADE20K pictures. Weights, inputs and labels come from formulas.py;
-of the pictures only the reference's outputs, thinned out, are kept.
-"""
+REFERENCE_DIR holds mmseg017.py, SAMPLE_DIR the twelve ADE20K pictures. Weights, inputs and labels
+come from formulas.py; of the pictures only the reference's outputs, thinned out, are kept."""
+
 import os
 import sys
 import types
@@ -34,7 +34,9 @@ def store(name, **arrays):
 
 def filled(model, dropout=True):
     """The model with weights by formula; dropout=False turns dropout and drop path off."""
-    model.load_state_dict({k: torch.from_numpy(np.asarray(v)) for k, v in fill(model.state_dict()).items()})
+    model.load_state_dict(
+        {k: torch.from_numpy(np.asarray(v)) for k, v in fill(model.state_dict()).items()}
+    )
     if not dropout:
         for module in model.modules():
             if type(module).__name__ in ("DropPath", "Dropout2d", "Dropout"):
@@ -46,7 +48,12 @@ def build_small(neck):
     """The reference with the dimensions of formulas.SMALL."""
     cfg = mmseg017.config("deit_s16", {"none": "none", "mln": "mln"}[neck])
     m, width, channels = cfg.model, SMALL["width"], SMALL["channels"]
-    m.backbone.update(embed_dims=width, num_layers=SMALL["depth"], num_heads=SMALL["heads"], out_indices=(0, 1, 2, 3))
+    m.backbone.update(
+        embed_dims=width,
+        num_layers=SMALL["depth"],
+        num_heads=SMALL["heads"],
+        out_indices=(0, 1, 2, 3),
+    )
     m.decode_head.update(in_channels=[width] * 4, channels=channels)
     m.auxiliary_head.update(in_channels=width, channels=channels // 2)
     m.pretrained = None
@@ -58,10 +65,18 @@ def build_small(neck):
 
 
 def losses(model, x, y):
-    # The head adds to the laterals in place. In 2021 ReLU kept its input for the backward pass, today it keeps
-    # its output and refuses: a copy between the two changes no number.
-    hooks = [conv.register_forward_hook(lambda *a: a[-1].clone()) for conv in model.decode_head.lateral_convs]
-    parts = model(torch.from_numpy(x), [{}] * len(x), gt_semantic_seg=torch.from_numpy(y)[:, None], return_loss=True)
+    # The head adds to the laterals in place. In 2021 ReLU kept its input for the backward pass,
+    # today it keeps its output and refuses: a copy between the two changes no number.
+    hooks = [
+        conv.register_forward_hook(lambda *a: a[-1].clone())
+        for conv in model.decode_head.lateral_convs
+    ]
+    parts = model(
+        torch.from_numpy(x),
+        [{}] * len(x),
+        gt_semantic_seg=torch.from_numpy(y)[:, None],
+        return_loss=True,
+    )
     for hook in hooks:
         hook.remove()
     decode, aux = parts["decode.loss_seg"], parts["aux.loss_seg"]
@@ -72,9 +87,11 @@ def models():
     for arch, neck in PAIRS:
         model, cfg = mmseg017.build(arch, neck)
         filled(model, dropout=False)
-        out = {"parameters": sum(p.numel() for p in model.parameters()),
-               "drop_path": cfg.model.backbone.drop_path_rate,
-               "keys": np.array(list(model.state_dict()))}
+        out = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "drop_path": cfg.model.backbone.drop_path_rate,
+            "keys": np.array(list(model.state_dict())),
+        }
         model.eval()
         with torch.no_grad():
             for h, w in SIZES:
@@ -83,10 +100,15 @@ def models():
                 out[f"max_{h}x{w}"] = logits.abs().max()
         model.train()
         with torch.no_grad():
-            out["loss"] = np.array([x.item() for x in losses(model, image(97, 131, batch=4), labels(97, 131, batch=4))])
-        # Gradients in float64: in float32 an activation within rounding of 0 is on either side of its ReLU by chance.
+            out["loss"] = np.array(
+                [x.item() for x in losses(model, image(97, 131, batch=4), labels(97, 131, batch=4))]
+            )
+        # Gradients in float64: in float32 an activation within rounding of 0 is on either side of
+        # its ReLU by chance.
         filled(model.double(), dropout=False)
-        losses(model, image(97, 131, batch=2).astype(np.float64), labels(97, 131, batch=2))[0].backward()
+        losses(model, image(97, 131, batch=2).astype(np.float64), labels(97, 131, batch=2))[
+            0
+        ].backward()
         grads = {k: p.grad for k, p in model.named_parameters()}
         out["grads"] = np.stack([samples(g, 8) for g in grads.values()])
         out["grad_max"] = np.array([g.abs().max() for g in grads.values()])
@@ -95,15 +117,17 @@ def models():
 
 
 def optimizers():
-    """Four steps of each optimizer, from iteration 1500 on (past the warmup, where a step is large enough to see). In float64:
-    in float32 a ReLU close to 0 may fall on either side, with the number of threads already."""
+    """Four steps of each optimizer, from iteration 1500 on (past the warmup, where a step is large
+    enough to see). In float64: in float32 a ReLU close to 0 may fall on either side, with the
+    number of threads already."""
     out = {}
     for name in ("adamw", "sgd"):
         model, cfg = build_small("mln")
         filled(model.double(), dropout=False).train()
-        if name == "sgd":       # the released schedule that the recipes override
+        if name == "sgd":  # the released schedule that the recipes override
             schedule = mmseg017.Config.fromfile(
-                os.path.join(mmseg017.CONFIG_DIR, "../_base_/schedules/schedule_160k.py"))
+                os.path.join(mmseg017.CONFIG_DIR, "../_base_/schedules/schedule_160k.py")
+            )
             cfg.optimizer, cfg.lr_config = schedule.optimizer, schedule.lr_config
         optimizer = build_optimizer(model, cfg.optimizer)
         hook_args = {k: v for k, v in cfg.lr_config.items() if k not in ("policy", "_delete_")}
@@ -119,10 +143,14 @@ def optimizers():
         for runner.iter in range(1500, 1504):
             hook.before_train_iter(runner)
             optimizer.zero_grad()
-            losses(model, image(97, 131, batch=4).astype(np.float64), labels(97, 131, batch=4))[0].backward()
+            losses(model, image(97, 131, batch=4).astype(np.float64), labels(97, 131, batch=4))[
+                0
+            ].backward()
             optimizer.step()
         after = dict(model.named_parameters())
-        out[f"{name}_weights"] = np.stack([samples(p.detach(), 32) for p in after.values()]).astype(np.float32)
+        out[f"{name}_weights"] = np.stack([samples(p.detach(), 32) for p in after.values()]).astype(
+            np.float32
+        )
         out[f"{name}_moved"] = np.array([(after[k] - before[k]).abs().max().item() for k in after])
         out["names"] = np.array(list(after))
     store("optimizers", **out)
@@ -130,26 +158,53 @@ def optimizers():
 
 def backbones():
     """A timm file through the reference's own vit2mmseg converter."""
-    sys.path.insert(0, os.path.join(os.path.dirname(mmseg017.CONFIG_DIR), "../tools/model_converters"))
+    sys.path.insert(
+        0, os.path.join(os.path.dirname(mmseg017.CONFIG_DIR), "../tools/model_converters")
+    )
     from vit2mmseg import convert_vit
+
     model = mmseg017.build("deit_s16", "ln_mln")[0].backbone
     model.eval()
-    D, shapes = 384, {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384), "patch_embed.proj.weight": (384, 3, 16, 16),
-                      "patch_embed.proj.bias": (384,), "norm.weight": (384,), "norm.bias": (384,),
-                      "head.weight": (1000, 384), "head.bias": (1000,)}
+    D, shapes = 384, {
+        "cls_token": (1, 1, 384),
+        "pos_embed": (1, 197, 384),
+        "patch_embed.proj.weight": (384, 3, 16, 16),
+        "patch_embed.proj.bias": (384,),
+        "norm.weight": (384,),
+        "norm.bias": (384,),
+        "head.weight": (1000, 384),
+        "head.bias": (1000,),
+    }
     for i in range(12):
-        for name, shape in (("norm1", (D,)), ("attn.qkv", (3 * D, D)), ("attn.proj", (D, D)), ("norm2", (D,)),
-                            ("mlp.fc1", (4 * D, D)), ("mlp.fc2", (D, 4 * D))):
-            shapes[f"blocks.{i}.{name}.weight"], shapes[f"blocks.{i}.{name}.bias"] = shape, shape[:1]
-    timm = {k: torch.from_numpy(v) for k, v in fill({k: np.empty(s) for k, s in shapes.items()}).items()}
+        for name, shape in (
+            ("norm1", (D,)),
+            ("attn.qkv", (3 * D, D)),
+            ("attn.proj", (D, D)),
+            ("norm2", (D,)),
+            ("mlp.fc1", (4 * D, D)),
+            ("mlp.fc2", (D, 4 * D)),
+        ):
+            shapes[f"blocks.{i}.{name}.weight"], shapes[f"blocks.{i}.{name}.bias"] = (
+                shape,
+                shape[:1],
+            )
+    timm = {
+        k: torch.from_numpy(v) for k, v in fill({k: np.empty(s) for k, s in shapes.items()}).items()
+    }
     converted = convert_vit(timm)
-    converted["pos_embed"] = model.resize_pos_embed(converted["pos_embed"], (32, 32), (14, 14), "bicubic")
+    converted["pos_embed"] = model.resize_pos_embed(
+        converted["pos_embed"], (32, 32), (14, 14), "bicubic"
+    )
     print(model.load_state_dict(converted))
     with torch.no_grad():
         maps = model(torch.from_numpy(image(300, 401)))
-    store("backbone", shapes=np.array([f"{k} {' '.join(map(str, s))}" for k, s in shapes.items()]),
-          pos_embed=samples(converted["pos_embed"]), maps=np.stack([samples(m) for m in maps]),
-          keys=np.array(list(converted)))
+    store(
+        "backbone",
+        shapes=np.array([f"{k} {' '.join(map(str, s))}" for k, s in shapes.items()]),
+        pos_embed=samples(converted["pos_embed"]),
+        maps=np.stack([samples(m) for m in maps]),
+        keys=np.array(list(converted)),
+    )
 
 
 def pairs(split):
@@ -158,16 +213,24 @@ def pairs(split):
 
 
 def load(path, label_path, cfg):
-    results = dict(img_info=dict(filename=path), ann_info=dict(seg_map=label_path), seg_fields=[], img_prefix=None,
-                   seg_prefix=None)
+    results = dict(
+        img_info=dict(filename=path),
+        ann_info=dict(seg_map=label_path),
+        seg_fields=[],
+        img_prefix=None,
+        seg_prefix=None,
+    )
     return Compose(cfg.train_pipeline[:2])(results)
 
 
 def transforms():
-    """The training pipeline without distortion and normalisation, on real pictures; then the distortion by itself."""
+    """The training pipeline without distortion and normalisation, on real pictures; then the
+    distortion by itself."""
     cfg, out = mmseg017.config("deit_s16", "none"), {}
     pipeline = cfg.train_pipeline
-    geometry = Compose([step for step in pipeline[2:-2] if step.type not in ("PhotoMetricDistortion", "Normalize")])
+    geometry = Compose(
+        [step for step in pipeline[2:-2] if step.type not in ("PhotoMetricDistortion", "Normalize")]
+    )
     distort = Compose([step for step in pipeline if step.type == "PhotoMetricDistortion"])
     for i, (path, label_path) in enumerate(pairs("training")):
         for seed in (0, 1, 2):
@@ -175,23 +238,40 @@ def transforms():
             np.random.seed(1000 * i + seed)
             done = geometry(loaded)
             key = f"{os.path.basename(path)[:-4]}_{seed}"
-            out[key + "_image"] = np.ascontiguousarray(done["img"][:, :, ::-1]).reshape(-1, 3)[::397]
-            out[key + "_label"] = np.array([crc32(np.ascontiguousarray(done["gt_semantic_seg"]).tobytes())])
-            out[key + "_next"] = np.random.random_sample()      # the stream stands where the reference left it
+            out[key + "_image"] = np.ascontiguousarray(done["img"][:, :, ::-1]).reshape(-1, 3)[
+                ::397
+            ]
+            out[key + "_label"] = np.array(
+                [crc32(np.ascontiguousarray(done["gt_semantic_seg"]).tobytes())]
+            )
+            out[key + "_next"] = (
+                np.random.random_sample()
+            )  # the stream stands where the reference left it
     for seed in range(24):
         np.random.seed(seed)
-        out[f"distort_{seed}"] = distort(dict(img=picture(seed=seed)[:, :, ::-1].copy()))["img"][::5, ::5, ::-1]
+        out[f"distort_{seed}"] = distort(dict(img=picture(seed=seed)[:, :, ::-1].copy()))["img"][
+            ::5, ::5, ::-1
+        ]
     for path, _ in [*pairs("training"), *pairs("validation")]:
         for ratio in (0.5, 1.0, 1.75):
             step = Compose([dict(type="LoadImageFromFile"), dict(type="Resize", keep_ratio=True)])
-            done = step(dict(img_info=dict(filename=path), img_prefix=None, scale=(int(2048 * ratio), int(512 * ratio))))
+            done = step(
+                dict(
+                    img_info=dict(filename=path),
+                    img_prefix=None,
+                    scale=(int(2048 * ratio), int(512 * ratio)),
+                )
+            )
             key = f"test_{os.path.basename(path)[:-4]}_{ratio}"
-            out[key], out[key + "_size"] = done["img"][:, :, ::-1].reshape(-1, 3)[::797], np.array(done["img"].shape[:2])
+            out[key], out[key + "_size"] = done["img"][:, :, ::-1].reshape(-1, 3)[::797], np.array(
+                done["img"].shape[:2]
+            )
     store("transforms", **out)
 
 
 def evaluation():
-    """Label maps of the whole test pipeline on the six validation pictures, single scale and multi-scale with flip."""
+    """Label maps of the whole test pipeline on the six validation pictures, single scale and
+    multi-scale with flip."""
     model, cfg = build_small("mln")
     filled(model).eval()
     out, areas = {}, []
@@ -201,14 +281,16 @@ def evaluation():
             test = cfg.test_pipeline[1].copy()
             if mode == "multi":
                 test.update(img_ratios=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=True)
-            data = Compose([cfg.test_pipeline[0], test])(dict(img_info=dict(filename=path), img_prefix=None))
+            data = Compose([cfg.test_pipeline[0], test])(
+                dict(img_info=dict(filename=path), img_prefix=None)
+            )
             imgs, metas = [i[None] for i in data["img"]], [[m.data] for m in data["img_metas"]]
             with torch.no_grad():
                 result = model.forward_test(imgs, metas)[0]
             out[f"{key}_{mode}"] = result[::3, ::3].astype(np.uint8)
             print(key, mode, len(np.unique(result)), flush=True)
         label = load(path, label_path, cfg)["gt_semantic_seg"]
-        guess = np.roll(label, 9, axis=1)           # a prediction that is right in the middle of things
+        guess = np.roll(label, 9, axis=1)  # a prediction that is right in the middle of things
         guess[guess == 255] = 3
         areas.append(intersect_and_union(guess, label, 150, 255))
     metrics = pre_eval_to_metrics(areas, ["mIoU"])

@@ -1,4 +1,5 @@
 """ade20k.py against the real reference's transforms (goldens), plain loops, and damaged files."""
+
 import hashlib
 import os
 import re
@@ -27,6 +28,7 @@ def pairs_of(folder, split):
 
 # ---- transforms ----
 
+
 def test_training_geometry_replays_the_references_random_stream(sample, golden, monkeypatch):
     gold = golden("transforms")
     monkeypatch.setattr(ade20k, "distort", lambda image, rng: image)
@@ -35,12 +37,18 @@ def test_training_geometry_replays_the_references_random_stream(sample, golden, 
         for seed in (0, 1, 2):
             rng, key = ReplayedRng(1000 * i + seed), f"{os.path.basename(image_path)[:-4]}_{seed}"
             x, y, size = ade20k.train_transform(image, label, rng)
-            assert x.shape == (3, 512, 512) and y.shape == (512, 512) and x.dtype == y.dtype == np.uint8
-            assert crc32(np.ascontiguousarray(y).tobytes()) == gold[key + "_label"], "labels are exact to the last pixel"
+            assert (
+                x.shape == (3, 512, 512)
+                and y.shape == (512, 512)
+                and x.dtype == y.dtype == np.uint8
+            )
+            assert (
+                crc32(np.ascontiguousarray(y).tobytes()) == gold[key + "_label"]
+            ), "labels are exact to the last pixel"
             error = np.abs(x.reshape(3, -1).T[::397].astype(int) - gold[key + "_image"])
             assert error.max() <= 1, key
             assert rng.random() == gold[key + "_next"], "as many random numbers were drawn"
-            assert (y[size[0]:] == 255).all() and (y[:, size[1]:] == 255).all()
+            assert (y[size[0] :] == 255).all() and (y[:, size[1] :] == 255).all()
 
 
 def test_distortion_replays_the_reference_within_one_level(golden):
@@ -84,12 +92,14 @@ def test_resize_is_plain_bilinear_interpolation():
             ty, tx = int(ty), int(tx)
             by, bx = min(ty + 1, 6), min(tx + 1, 8)
             want = (1 - fy) * ((1 - fx) * image[ty, tx] + fx * image[ty, bx]) + fy * (
-                (1 - fx) * image[by, tx] + fx * image[by, bx])
+                (1 - fx) * image[by, tx] + fx * image[by, bx]
+            )
             assert np.abs(got[:, y, x] - want).max() <= 0.5 + 1e-3
 
 
 def test_crop_is_redrawn_while_one_class_fills_it():
-    """A plain replay of the rule: draw until two classes or more share the crop below 75%, at most ten times."""
+    """A plain replay of the rule: draw until two classes or more share the crop below 75%, at most
+    ten times."""
     label, image = np.zeros((100, 300), np.uint8), np.zeros((100, 300, 3), np.uint8)
     label[:60, :60], label[70:, 200:] = 1, 255
     redrawn = 0
@@ -100,7 +110,7 @@ def test_crop_is_redrawn_while_one_class_fills_it():
         large = label[ade20k.nearest_indices(100, h)][:, ade20k.nearest_indices(300, w)]
         for attempt in range(11):
             y, x = rng.integers(0, max(h - 50, 0) + 1), rng.integers(0, max(w - 50, 0) + 1)
-            want = large[y:y + 50, x:x + 50]
+            want = large[y : y + 50, x : x + 50]
             counts = np.unique(want[want != 255], return_counts=True)[1]
             if len(counts) > 1 and counts.max() / counts.sum() < 0.75:
                 break
@@ -122,6 +132,7 @@ def test_padding_is_zero_after_normalisation_and_pixels_follow_the_formula():
 
 # ---- reading ----
 
+
 def test_labels_shift_once_and_zero_becomes_ignored(tmp_path):
     values = np.arange(151, dtype=np.uint8).reshape(1, -1)
     Image.fromarray(values).save(tmp_path / "a.png")
@@ -137,7 +148,10 @@ def test_every_kind_of_picture_is_read_as_rgb(tmp_path):
     files["rgba.png"] = (Image.fromarray(np.dstack([rgb, grey])), rgb)
     quantised = picture.quantize(16)
     files["palette.png"] = (quantised, np.asarray(quantised.convert("RGB")))
-    files["sixteen.png"] = (Image.fromarray(grey.astype(np.uint16) * 256 + 77), np.repeat(grey[:, :, None], 3, 2))
+    files["sixteen.png"] = (
+        Image.fromarray(grey.astype(np.uint16) * 256 + 77),
+        np.repeat(grey[:, :, None], 3, 2),
+    )
     files["sixteen.tif"] = files["sixteen.png"]
     files["cmyk.tif"] = (picture.convert("CMYK"), rgb)
     for name, (file, want) in files.items():
@@ -146,7 +160,7 @@ def test_every_kind_of_picture_is_read_as_rgb(tmp_path):
         assert got.dtype == np.uint8 and got.shape == (20, 30, 3)
         assert np.abs(got.astype(int) - want).max() <= 1, name
     exif = Image.Exif()
-    exif[274] = 6                                                       # "turn me by 90 degrees", as phones write it
+    exif[274] = 6  # "turn me by 90 degrees", as phones write it
     picture.save(tmp_path / "turned.png", exif=exif)
     assert (ade20k.load_image(str(tmp_path / "turned.png")) == np.rot90(rgb, -1)).all()
 
@@ -158,8 +172,12 @@ def small_set(tmp_path):
         for split in ("training", "validation"):
             os.makedirs(tmp_path / "set" / kind / split)
     for i in range(2):
-        Image.fromarray(formulas.picture(40, 60, seed=i)).save(tmp_path / f"set/images/training/p{i}.jpg")
-        Image.fromarray(np.full((40, 60), 1 + i, np.uint8)).save(tmp_path / f"set/annotations/training/p{i}.png")
+        Image.fromarray(formulas.picture(40, 60, seed=i)).save(
+            tmp_path / f"set/images/training/p{i}.jpg"
+        )
+        Image.fromarray(np.full((40, 60), 1 + i, np.uint8)).save(
+            tmp_path / f"set/annotations/training/p{i}.png"
+        )
     return str(tmp_path / "set")
 
 
@@ -170,7 +188,10 @@ def test_faults_are_named_with_file_and_value(small_set):
     with pytest.raises(DataError, match="p1.png: label 151 is above the 150 classes"):
         ade20k.load(image, label)
     Image.fromarray(np.ones((41, 60), np.uint8)).save(label)
-    for find in (lambda: ade20k.load(image, label), lambda: ade20k.find_pairs(small_set, "training")):
+    for find in (
+        lambda: ade20k.load(image, label),
+        lambda: ade20k.find_pairs(small_set, "training"),
+    ):
         with pytest.raises(DataError, match=r"p1.jpg.*40.*p1.png.*41"):
             find()
     Image.fromarray(np.ones((40, 60, 3), np.uint8)).save(label)
@@ -192,7 +213,10 @@ def test_faults_are_named_with_file_and_value(small_set):
 
 def test_classes_of_ones_own_are_read_with_and_without_colours_and_ignore(small_set):
     assert ade20k.read_classes(small_set) == ade20k.Classes()
-    assert ade20k.Classes().names == ade20k.CLASSES and ade20k.Classes().palette == ade20k.PALETTE.tolist()
+    assert (
+        ade20k.Classes().names == ade20k.CLASSES
+        and ade20k.Classes().palette == ade20k.PALETTE.tolist()
+    )
     label, path = small_set + "/annotations/training/p0.png", small_set + "/classes.txt"
     values = np.array([[0, 1, 2, 255]], np.uint8)
     Image.fromarray(values).save(label)
@@ -200,22 +224,37 @@ def test_classes_of_ones_own_are_read_with_and_without_colours_and_ignore(small_
         with open(path, "w", encoding="utf-8-sig") as file:
             file.write(head + "blue sky 70 130 180\n  mur \u00e0 gauche\nroute 66\n")
         classes = ade20k.read_classes(small_set)
-        assert classes.names == ("blue sky", "mur \u00e0 gauche", "route 66") and classes.palette[0] == [70, 130, 180]
+        assert classes.names == ("blue sky", "mur \u00e0 gauche", "route 66") and classes.palette[
+            0
+        ] == [70, 130, 180]
         assert len({tuple(c) for c in classes.palette}) == 3 and classes.zero_ignored == bool(head)
         if want:
             assert ade20k.load_label(label, classes).tolist() == [want]
-            with pytest.raises(DataError, match="p0.png: label 2 is above the 2 classes, 255 is for unlabelled"):
-                ade20k.load_label(label, ade20k.Classes(classes.names[:2], classes.palette[:2], False))
+            with pytest.raises(
+                DataError, match="p0.png: label 2 is above the 2 classes, 255 is for unlabelled"
+            ):
+                ade20k.load_label(
+                    label, ade20k.Classes(classes.names[:2], classes.palette[:2], False)
+                )
         else:
-            with pytest.raises(DataError, match="p0.png: label 255 is above the 3 classes, 0 is for unlabelled"):
+            with pytest.raises(
+                DataError, match="p0.png: label 255 is above the 3 classes, 0 is for unlabelled"
+            ):
                 ade20k.load_label(label, classes)
             Image.fromarray(values[:, :3]).save(label)
             assert ade20k.load_label(label, classes).tolist() == [[255, 0, 1]]
 
 
-@pytest.mark.parametrize("text,message", [
-    ("", "0 classes"), ("ignore 0\n", "0 classes"), ("sky\nroad\nsky 1 2 3\n", "line 3: 'sky 1 2 3'"),
-    ("sky 1 2 256", "line 1: 'sky 1 2 256' has a colour above 255"), ("\n".join(map(str, range(256))), "256 classes")])
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("", "0 classes"),
+        ("ignore 0\n", "0 classes"),
+        ("sky\nroad\nsky 1 2 3\n", "line 3: 'sky 1 2 3'"),
+        ("sky 1 2 256", "line 1: 'sky 1 2 256' has a colour above 255"),
+        ("\n".join(map(str, range(256))), "256 classes"),
+    ],
+)
 def test_class_lists_that_cannot_be_used_are_refused_by_line(text, message, small_set):
     with open(small_set + "/classes.txt", "w") as file:
         file.write(text)
@@ -232,7 +271,11 @@ def test_colours_of_twenty_classes_without_any_can_be_told_apart(small_set):
 
 
 def test_a_folder_near_a_data_set_or_of_the_wrong_release_is_recognised(small_set, tmp_path):
-    for wrong in (os.path.dirname(small_set), small_set + "/images", small_set + "/images/training"):
+    for wrong in (
+        os.path.dirname(small_set),
+        small_set + "/images",
+        small_set + "/images/training",
+    ):
         with pytest.raises(DataError, match=f"use --data {small_set}$"):
             ade20k.find_pairs(wrong, "training")
     os.makedirs(tmp_path / "ADE20K_2021_17_01" / "images" / "ADE" / "training")
@@ -242,10 +285,19 @@ def test_a_folder_near_a_data_set_or_of_the_wrong_release_is_recognised(small_se
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(small_set):
     """A few kilobytes of png that say they are 60000 x 60000 pixels."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc32(kind + data))  # noqa: E731
+    chunk = (
+        lambda kind, data: struct.pack(">I", len(data))
+        + kind
+        + data
+        + struct.pack(">I", crc32(kind + data))
+    )  # noqa: E731
     with open(small_set + "/images/training/p0.jpg", "wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
-                   + chunk(b"IDAT", zlib.compress(bytes(1 << 20))) + chunk(b"IEND", b""))
+        file.write(
+            b"\x89PNG\r\n\x1a\n"
+            + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
+            + chunk(b"IEND", b"")
+        )
     with pytest.raises(DataError, match="p0.jpg: cannot be read .*decompression bomb"):
         ade20k.find_pairs(small_set, "training")
 
@@ -254,16 +306,25 @@ def test_check_reports_every_fault_by_file_in_one_pass(small_set):
     with open(small_set + "/images/training/bad.jpg", "wb") as file:
         file.write(b"not a jpeg")
     Image.fromarray(np.ones((9, 9), np.uint8)).save(small_set + "/annotations/training/bad.png")
-    Image.fromarray(np.full((40, 60), 200, np.uint8)).save(small_set + "/annotations/training/p0.png")
+    Image.fromarray(np.full((40, 60), 200, np.uint8)).save(
+        small_set + "/annotations/training/p0.png"
+    )
     Image.fromarray(np.ones((9, 9), np.uint8)).save(small_set + "/annotations/training/alone.png")
-    done = subprocess.run([sys.executable, os.path.join(ROOT, "ade20k.py"), "check", small_set], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, os.path.join(ROOT, "ade20k.py"), "check", small_set],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1
     faults = [line for line in done.stdout.splitlines() if "FAULT" in line]
-    assert len(faults) == 3 and all(any(name in f for f in faults) for name in ("bad.jpg", "p0.png", "alone.png"))
+    assert len(faults) == 3 and all(
+        any(name in f for f in faults) for name in ("bad.jpg", "p0.png", "alone.png")
+    )
     assert "1 good pictures, 3 faults" in done.stdout and "building" in done.stdout
 
 
 # ---- samples ----
+
 
 def test_samples_depend_on_seed_and_position_alone(small_set):
     pairs = ade20k.find_pairs(small_set, "training")
@@ -274,7 +335,9 @@ def test_samples_depend_on_seed_and_position_alone(small_set):
             for start in (0, 1):
                 order = list(ade20k.positions(start, 2, 6, rank, world))
                 assert len(order) == 2 - start
-                loader = torch.utils.data.DataLoader(data, batch_sampler=iter(order), num_workers=workers)
+                loader = torch.utils.data.DataLoader(
+                    data, batch_sampler=iter(order), num_workers=workers
+                )
                 for i, batch in enumerate(loader, start=start):
                     for j in range(6 // world):
                         want = direct[6 * i + rank * (6 // world) + j]
@@ -291,6 +354,7 @@ def test_every_pass_over_the_data_sees_every_picture_once():
 
 # ---- the toy data set and the facts ----
 
+
 def test_toy_set_is_deterministic_and_as_described(tmp_path):
     root, seen, unlabelled = ade20k.make_toy(str(tmp_path / "toy")), set(), []
     for s, (split, count) in enumerate((("training", 96), ("validation", 24))):
@@ -300,19 +364,23 @@ def test_toy_set_is_deterministic_and_as_described(tmp_path):
             image, label = ade20k.load(*pair)
             seen |= set(np.unique(label))
             unlabelled.append((label == 255).mean())
-            if i < 4:                                                    # drawn again: the same
+            if i < 4:  # drawn again: the same
                 again, labels = ade20k.draw_scene(np.random.default_rng([s, i]))
-                assert (labels - np.uint8(1) == label).all() and np.abs(again.astype(int) - image).mean() < 6   # jpeg
+                assert (labels - np.uint8(1) == label).all() and np.abs(
+                    again.astype(int) - image
+                ).mean() < 6  # jpeg
     assert len(seen - {255}) >= 12 and 0.003 < np.mean(unlabelled) < 0.05
-    assert os.listdir(tmp_path) == ["toy"]                               # nothing half-made is left beside it
+    assert os.listdir(tmp_path) == ["toy"]  # nothing half-made is left beside it
     before = os.stat(root).st_mtime_ns
     assert ade20k.make_toy(root) == root and os.stat(root).st_mtime_ns == before
 
 
 def test_classes_and_palette_are_the_official_ones(sample):
     from scipy.io import loadmat
+
     assert (ade20k.PALETTE == loadmat(os.path.join(sample, "color150.mat"))["colors"]).all()
     import csv
+
     with open(os.path.join(sample, "objectInfo150.csv")) as file:
         rows = list(csv.DictReader(file))
     assert len(set(ade20k.CLASSES)) == len(rows) == 150
@@ -322,6 +390,7 @@ def test_classes_and_palette_are_the_official_ones(sample):
 
 # ---- fetching ----
 
+
 def test_fetch_resumes_checks_and_moves_into_place(server, tmp_path):
     content = np.random.RandomState(0).bytes(300_000)
     server.files["/a.bin"], server.faults[:] = content, [100_000, 50_000]
@@ -329,7 +398,9 @@ def test_fetch_resumes_checks_and_moves_into_place(server, tmp_path):
     ade20k.fetch(server.url + "/a.bin", path, hashlib.sha1(content).hexdigest())
     assert open(path, "rb").read() == content and os.listdir(tmp_path / "sub") == ["a.bin"]
     assert server.starts == [0, 100_000, 150_000], "each try went on where the one before broke off"
-    ade20k.fetch(server.url + "/a.bin", str(tmp_path / "b"), hashlib.sha256(content).hexdigest()[:8])
+    ade20k.fetch(
+        server.url + "/a.bin", str(tmp_path / "b"), hashlib.sha256(content).hexdigest()[:8]
+    )
     with pytest.raises(ValueError, match="hash is .* not 00000000"):
         ade20k.fetch(server.url + "/a.bin", str(tmp_path / "c"), "00000000")
     with pytest.raises(OSError, match="404"):
@@ -349,32 +420,41 @@ def make_zip(path, names):
 @pytest.fixture
 def official(server, tmp_path, monkeypatch):
     """official(zip file) makes it the one that download fetches. -> an empty folder for it"""
+
     def offer(path):
         content = path.read_bytes()
         server.files["/ade.zip"] = content
         monkeypatch.setattr(ade20k, "URL", f"{server.url}/ade.zip")
         monkeypatch.setattr(ade20k, "SHA1", hashlib.sha1(content).hexdigest())
         return tmp_path / path.stem
+
     return offer
 
 
 def test_download_resumes_unpacks_once_and_asks_nobody_again(server, official, tmp_path):
-    make_zip(tmp_path / "good.zip", ["ADEChallengeData2016/images/training/a.jpg", "ADEChallengeData2016/sceneCategories.txt"])
+    make_zip(
+        tmp_path / "good.zip",
+        ["ADEChallengeData2016/images/training/a.jpg", "ADEChallengeData2016/sceneCategories.txt"],
+    )
     folder = official(tmp_path / "good.zip")
     server.faults[:] = [100, 50]
     root = ade20k.download(str(folder))
     assert os.path.exists(root + "/images/training/a.jpg") and server.starts == [0, 100, 150]
     server.files.clear()
     assert ade20k.download(str(folder)) == root
-    shutil.rmtree(root)                         # stopped between fetching and unpacking: the zip is there, and is enough
+    shutil.rmtree(root)  # stopped between fetching and unpacking: the zip is there, and is enough
     os.makedirs(folder / "unpacked.part" / "ADEChallengeData2016" / "images")
     assert ade20k.download(str(folder)) == root and os.path.exists(root + "/images/training/a.jpg")
     assert sorted(os.listdir(folder)) == ["ADEChallengeData2016", "ade.zip"]
 
 
-def test_the_readmes_download_puts_the_data_where_training_looks_for_it(official, tmp_path, monkeypatch, capsys):
+def test_the_readmes_download_puts_the_data_where_training_looks_for_it(
+    official, tmp_path, monkeypatch, capsys
+):
     with open(os.path.join(ROOT, "README.md")) as file:
-        line = next(line.split() for line in file if line.startswith("    python ade20k.py download"))
+        line = next(
+            line.split() for line in file if line.startswith("    python ade20k.py download")
+        )
     make_zip(tmp_path / "good.zip", ["ADEChallengeData2016/images/training/a.jpg"])
     official(tmp_path / "good.zip")
     monkeypatch.chdir(tmp_path)
@@ -384,21 +464,35 @@ def test_the_readmes_download_puts_the_data_where_training_looks_for_it(official
     assert (tmp_path / ade20k.DEFAULT_ROOT / "images/training/a.jpg").exists()
 
 
-@pytest.mark.parametrize("harm,message", [
-    ("../../outside.txt", "outside.txt.*outside the folder"), ("/outside.txt", "outside the folder"),
-    ("link", "a link"), ("size", "more than 5 GB")])
-def test_download_unpacks_nothing_of_an_archive_that_would_do_harm(harm, message, official, tmp_path):
+@pytest.mark.parametrize(
+    "harm,message",
+    [
+        ("../../outside.txt", "outside.txt.*outside the folder"),
+        ("/outside.txt", "outside the folder"),
+        ("link", "a link"),
+        ("size", "more than 5 GB"),
+    ],
+)
+def test_download_unpacks_nothing_of_an_archive_that_would_do_harm(
+    harm, message, official, tmp_path
+):
     path = tmp_path / "bad.zip"
-    make_zip(path, ["ADEChallengeData2016/a.jpg", "ADEChallengeData2016/b.jpg" if harm in ("link", "size") else harm])
+    make_zip(
+        path,
+        [
+            "ADEChallengeData2016/a.jpg",
+            "ADEChallengeData2016/b.jpg" if harm in ("link", "size") else harm,
+        ],
+    )
     if harm == "link":
         with zipfile.ZipFile(path, "a") as archive:
             entry = zipfile.ZipInfo("ADEChallengeData2016/c.jpg")
             entry.external_attr = 0o120777 << 16
             archive.writestr(entry, "/etc/passwd")
-    elif harm == "size":                        # the directory at the end says that each of the two unpacks to 4 GB
+    elif harm == "size":  # the directory at the end says that each of the two unpacks to 4 GB
         content = bytearray(path.read_bytes())
         for at in (m.start() for m in re.finditer(b"PK\x01\x02", content)):
-            content[at + 24:at + 28] = struct.pack("<I", 0xFFFFFFF0)
+            content[at + 24 : at + 28] = struct.pack("<I", 0xFFFFFFF0)
         path.write_bytes(content)
     folder = official(path)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,6 @@
-"""evaluate.py against the reference's whole test pipeline (goldens), a slow plain loop, and the command line."""
+"""evaluate.py against the reference's whole test pipeline (goldens), a slow plain loop, and the
+command line."""
+
 import json
 import os
 import subprocess
@@ -29,7 +31,9 @@ def test_label_maps_equal_the_references_on_real_pictures(mode, sample, golden, 
         assert prediction.shape == image.shape[:2] and prediction.dtype == np.uint8
         same = (prediction[::3, ::3] == gold[f"{key}_{mode}"]).mean()
         assert same >= (0.99 if mode == "single" else 0.98), (key, same)
-        if mode == "single" and min(image.shape[:2]) == 512:             # nothing is resized: nothing may differ
+        if (
+            mode == "single" and min(image.shape[:2]) == 512
+        ):  # nothing is resized: nothing may differ
             assert same == 1, (key, same)
         shares.append(same)
     assert len(shares) == 6
@@ -48,13 +52,15 @@ def test_metric_equals_the_references(sample, golden):
         np.testing.assert_allclose(ours, 100 * gold[name], atol=0.01)
         assert abs(result["m" + name] - 100 * np.nanmean(gold[name])) < 0.01
     assert abs(result["aAcc"] - 100 * gold["aAcc"]) < 0.01
-    assert sum(x is None for x in result["IoU"]) > 50                    # absent classes are there, as absent
+    assert sum(x is None for x in result["IoU"]) > 50  # absent classes are there, as absent
 
 
 def test_confusion_matrix_and_scores_equal_a_plain_loop():
     r = np.random.RandomState(0)
-    label, guess = r.randint(0, 4, (9, 11)).astype(np.uint8), r.randint(0, 4, (9, 11)).astype(np.uint8)
-    label[label == 3] = 255                                              # class 3 is predicted but never true, 4 neither
+    label, guess = r.randint(0, 4, (9, 11)).astype(np.uint8), r.randint(0, 4, (9, 11)).astype(
+        np.uint8
+    )
+    label[label == 3] = 255  # class 3 is predicted but never true, 4 neither
     matrix = evaluate.confusion_matrix(label, guess, 5)
     want = np.zeros((5, 5), int)
     for t, p in zip(label.flat, guess.flat):
@@ -100,7 +106,9 @@ def test_multi_scale_with_flip_is_the_mean_of_softmaxes_of_single_views():
 
 def test_a_picture_one_pixel_wide_is_labelled_and_trained_on():
     image, label = formulas.picture(3000, 2)[:, :1], np.arange(3000, dtype=np.uint8)[:, None] % 6
-    got = evaluate.predict(build_model("toy_p8", "none", 6).eval(), image, (0.05, 1), flip=True, short=64)
+    got = evaluate.predict(
+        build_model("toy_p8", "none", 6).eval(), image, (0.05, 1), flip=True, short=64
+    )
     assert got.shape == (3000, 1) and ade20k.scaled_size(3000, 1, 256, 64) == (256, 1)
     x, y, size = ade20k.train_transform(image, label, np.random.default_rng(0), 32, 32)
     assert x.shape == (3, 32, 32) and size[1] == 1 and (y[:, 1:] == 255).all()
@@ -118,51 +126,79 @@ for scales, flip in (((1.75,), False), ((0.5, 0.75, 1, 1.25, 1.5, 1.75), True)):
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 """
     env = os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout
     one, twelve = map(float, out.split())
-    # The logits of all views take 23 MB as the head gives them, 500 at the picture's width, 7,500 at its width and height.
+    # The logits of all views take 23 MB as the head gives them, 500 at the picture's width, 7,500
+    # at its width and height.
     assert twelve - one < 200, (one, twelve)
 
 
-@pytest.mark.parametrize("text,want", [("1", (1.0,)), ("0.5,1,1.5", (0.5, 1.0, 1.5)), ("0.5,...,1.75", SCALES)])
+@pytest.mark.parametrize(
+    "text,want", [("1", (1.0,)), ("0.5,1,1.5", (0.5, 1.0, 1.5)), ("0.5,...,1.75", SCALES)]
+)
 def test_scales_are_read(text, want):
     assert evaluate.parse_scales(text) == want
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A small trained-looking checkpoint and a folder of pictures. -> run(*arguments) of evaluate.py, in tmp_path"""
+    """A small trained-looking checkpoint and a folder of pictures. -> run(*arguments) of
+    evaluate.py, in tmp_path"""
     torch.manual_seed(1)
     net = build_model("toy_p8", "ln")
     torch.nn.init.normal_(net.decode_head.classifier.weight)
     os.makedirs(tmp_path / "runs" / "a")
     args = dict(arch="toy_p8", neck="ln", data="set", short_side=64)
-    torch.save({"model": net.state_dict(), "iteration": 5, "args": args}, tmp_path / "runs/a/checkpoint_5.pt")
+    torch.save(
+        {"model": net.state_dict(), "iteration": 5, "args": args},
+        tmp_path / "runs/a/checkpoint_5.pt",
+    )
     for kind in ("images", "annotations"):
         os.makedirs(tmp_path / "set" / kind / "validation")
     for i in range(5):
         size = (40 + 3 * i, 60)
-        Image.fromarray(formulas.picture(*size, seed=i)).save(tmp_path / f"set/images/validation/p{i}.jpg")
-        label = (formulas.labels(*size, seed=i)[0].astype(np.uint8) + 1).astype(np.uint8)   # 255 -> 0
+        Image.fromarray(formulas.picture(*size, seed=i)).save(
+            tmp_path / f"set/images/validation/p{i}.jpg"
+        )
+        label = (formulas.labels(*size, seed=i)[0].astype(np.uint8) + 1).astype(
+            np.uint8
+        )  # 255 -> 0
         Image.fromarray(label).save(tmp_path / f"set/annotations/validation/p{i}.png")
 
     def call(*arguments, launch=()):
         command = [sys.executable, *launch, os.path.join(ROOT, "evaluate.py"), *arguments]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
     call.folder = tmp_path
     return call
 
 
 def test_command_line_writes_table_json_labels_and_pictures(run):
-    done = run("--json", "out.json", "--save-labels", "labels", "--show", "show", "--flip", "--scales", "0.5,1")
+    done = run(
+        "--json",
+        "out.json",
+        "--save-labels",
+        "labels",
+        "--show",
+        "show",
+        "--flip",
+        "--scales",
+        "0.5,1",
+    )
     assert done.returncode == 0, done.stderr
     with open(run.folder / "out.json") as file:
         out = json.load(file)
     assert f"{out['mIoU']:8.2f}" in done.stdout and out["protocol"]["images"] == 5
-    assert out["protocol"]["scales"] == [0.5, 1] and out["protocol"]["flip"] and out["protocol"]["data"] == "set"
+    assert (
+        out["protocol"]["scales"] == [0.5, 1]
+        and out["protocol"]["flip"]
+        and out["protocol"]["data"] == "set"
+    )
     assert len(out["IoU"]) == 150 and None in out["IoU"]
     matrix = 0
-    for i in range(5):                          # the files alone give the same score
+    for i in range(5):  # the files alone give the same score
         written = np.asarray(Image.open(run.folder / f"labels/p{i}.png"))
         label = ade20k.load_label(str(run.folder / f"set/annotations/validation/p{i}.png"))
         assert written.min() >= 1
@@ -174,7 +210,11 @@ def test_command_line_writes_table_json_labels_and_pictures(run):
 def test_two_and_three_processes_give_the_same_result_as_one(run):
     results = []
     for n in (1, 2, 3):
-        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)) if n > 1 else ()
+        launch = (
+            ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n))
+            if n > 1
+            else ()
+        )
         done = run("--json", f"{n}.json", launch=launch)
         assert done.returncode == 0, done.stderr
         with open(run.folder / f"{n}.json") as file:
@@ -191,18 +231,21 @@ def test_any_folder_of_pictures_is_labelled_without_truth(run):
     assert done.returncode == 0 and os.listdir(run.folder / "one") == ["p3.png"]
 
 
-@pytest.mark.parametrize("arguments,message", [
-    (("--image", "set"), "needs --show"),
-    (("--scales", "0.5,big"), "'0.5,big' is not a list of numbers"),
-    (("--scales", "-1"), "above 0"),
-    (("--dry-run", "--scales", "0"), "above 0"),
-    (("--opacity", "1.5"), "--opacity 1.5 must be 0 to 1"),
-    (("--arch", "vit_b16"), "a checkpoint knows its own"),
-    (("--checkpoint", "none.pt"), "none.pt: no such file"),
-    (("--data", "nowhere"), "nowhere/images/validation: no such folder"),
-    (("--image", "set/images/validation/none.jpg", "--show", "x"), "none.jpg: cannot be read"),
-    (("--checkpoint", "set/images/validation/p0.jpg"), "not a checkpoint"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("--image", "set"), "needs --show"),
+        (("--scales", "0.5,big"), "'0.5,big' is not a list of numbers"),
+        (("--scales", "-1"), "above 0"),
+        (("--dry-run", "--scales", "0"), "above 0"),
+        (("--opacity", "1.5"), "--opacity 1.5 must be 0 to 1"),
+        (("--arch", "vit_b16"), "a checkpoint knows its own"),
+        (("--checkpoint", "none.pt"), "none.pt: no such file"),
+        (("--data", "nowhere"), "nowhere/images/validation: no such folder"),
+        (("--image", "set/images/validation/none.jpg", "--show", "x"), "none.jpg: cannot be read"),
+        (("--checkpoint", "set/images/validation/p0.jpg"), "not a checkpoint"),
+    ],
+)
 def test_wrong_inputs_end_with_one_sentence(run, main, arguments, message, monkeypatch, capsys):
     monkeypatch.chdir(run.folder)
     with pytest.raises(SystemExit) as end:
@@ -211,20 +254,23 @@ def test_wrong_inputs_end_with_one_sentence(run, main, arguments, message, monke
 
 
 def test_benchmark_counts_operations_as_the_formula_does_and_prints_a_row(main, brief, capsys):
-    """deit_t16 at 64x96: 24 patches and the class token, 12 layers; then the head's convolutions, all at 4x6."""
+    """deit_t16 at 64x96: 24 patches and the class token, 12 layers; then the head's convolutions,
+    all at 4x6."""
     n, d, c = 25, 192, 512
-    layers = 12 * (12 * n * d * d + 2 * n * n * d)                              # qkv, proj, MLP; scores and mixing
+    layers = 12 * (12 * n * d * d + 2 * n * n * d)  # qkv, proj, MLP; scores and mixing
     patches = 24 * d * 3 * 16 * 16
-    pooled = sum(k * k * d * c for k in (1, 2, 3, 6))                           # adaptive pooling to k x k, then 1x1
+    pooled = sum(k * k * d * c for k in (1, 2, 3, 6))  # adaptive pooling to k x k, then 1x1
     convs = 24 * (9 * (d + 4 * c) * c + 3 * d * c + 3 * 9 * c * c + 9 * 4 * c * c + c * 150)
-    assert evaluate.count_flops("deit_t16", "none", 64, 96) == 2 * (layers + patches + pooled + convs)
+    assert evaluate.count_flops("deit_t16", "none", 64, 96) == 2 * (
+        layers + patches + pooled + convs
+    )
     main(evaluate, "--benchmark", "--arch", "toy_p8", "--neck", "none")
     assert capsys.readouterr().out.splitlines()[-1].startswith("toy_p8    none")
 
 
 def test_damage_met_on_the_way_is_named_too(run):
     with open(run.folder / "set/images/validation/p2.jpg", "r+b") as file:
-        file.truncate(700)                      # the header is whole, the picture is not
+        file.truncate(700)  # the header is whole, the picture is not
     done = run()
     assert done.returncode == 2 and "p2.jpg: cannot be read as a picture" in done.stderr
     assert "Traceback" not in done.stderr
@@ -232,8 +278,11 @@ def test_damage_met_on_the_way_is_named_too(run):
 
 def test_dry_run_says_what_would_be_evaluated_or_what_is_missing(run, main, monkeypatch, capsys):
     monkeypatch.chdir(run.folder)
-    for arguments, want in (((), "set: 5 pictures, short side 64"), (("--checkpoint", "later"), "later: not there yet"),
-                            (("--data", "later"), "later: not there yet")):
+    for arguments, want in (
+        ((), "set: 5 pictures, short side 64"),
+        (("--checkpoint", "later"), "later: not there yet"),
+        (("--data", "later"), "later: not there yet"),
+    ):
         main(evaluate, *arguments, "--dry-run", "--show", "never")
         assert want in capsys.readouterr().out
     assert not os.path.exists(run.folder / "never")
@@ -243,18 +292,24 @@ def test_overlay_is_the_picture_at_its_own_size_with_colours_of_the_opacity_aske
     image, label = formulas.picture(200, 333), formulas.labels(200, 333)[0].astype(np.uint8)
     classes = ade20k.Classes()
     canvas = np.asarray(evaluate.sheet([(image, None, label)], classes, 0.25)).astype(float)
-    got = canvas[31:31 + 200, 8:8 + 333]
+    got = canvas[31 : 31 + 200, 8 : 8 + 333]
     palette = np.array(classes.palette + [[0, 0, 0]] * 106)
     assert np.abs(got - (0.75 * image + 0.25 * palette[label])).max() <= 1
 
 
 def test_curves_draw_every_value_where_the_axes_say():
-    entries = [dict(iteration=0, args={})] + [dict(iteration=i, loss=5.0 - i / 25, lr=1e-4) for i in range(10, 101, 10)]
-    entries += [dict(iteration=50, mIoU=20.0), dict(iteration=100, mIoU=40.0), dict(iteration=100, mIoU=None)]
+    entries = [dict(iteration=0, args={})] + [
+        dict(iteration=i, loss=5.0 - i / 25, lr=1e-4) for i in range(10, 101, 10)
+    ]
+    entries += [
+        dict(iteration=50, mIoU=20.0),
+        dict(iteration=100, mIoU=40.0),
+        dict(iteration=100, mIoU=None),
+    ]
     canvas = np.asarray(evaluate.curves(entries)).astype(int)
     assert canvas.shape[1] == 800
     blue = np.argwhere((np.abs(canvas - (31, 119, 180)).sum(2) < 30))
-    rows = blue[blue[:, 0] > 2 * 210]           # the third plot, mIoU, from 90 to 780: base 610, top 470
+    rows = blue[blue[:, 0] > 2 * 210]  # the third plot, mIoU, from 90 to 780: base 610, top 470
     left, right = rows[rows[:, 1].argmin()], rows[rows[:, 1].argmax()]
     assert abs(left[1] - (90 + 690 * 0.5)) <= 4 and abs(right[1] - 780) <= 4
     assert abs(left[0] - (610 - 140 * 0.5)) <= 4 and abs(right[0] - 470) <= 4

@@ -1,4 +1,6 @@
-"""model.py and upernet.py against the real mmsegmentation 0.17.0 (goldens) and against plain computations."""
+"""model.py and upernet.py against the real mmsegmentation 0.17.0 (goldens) and against plain
+computations."""
+
 import formulas
 import numpy as np
 import pytest
@@ -15,10 +17,15 @@ from upernet import build_model
 @pytest.mark.parametrize("arch,neck", formulas.PAIRS)
 def test_logits_loss_and_gradients_equal_the_reference(arch, neck, golden, filled):
     gold = golden(f"{arch}_{neck}")
-    if arch == "deit_b16" and neck != "none":   # but for drop path, ViT-B again: for the reference, and so for us
+    if (
+        arch == "deit_b16" and neck != "none"
+    ):  # but for drop path, ViT-B again: for the reference, and so for us
         twin = golden(f"vit_b16_{neck}")
         assert all(np.array_equal(gold[k], twin[k]) for k in gold.files if k != "drop_path")
-        ours, theirs = ({k: v for k, v in model.ARCHS[a].items() if "drop_path" not in k} for a in (arch, "vit_b16"))
+        ours, theirs = (
+            {k: v for k, v in model.ARCHS[a].items() if "drop_path" not in k}
+            for a in (arch, "vit_b16")
+        )
         assert ours == theirs
         return
     net = filled(arch, neck)
@@ -32,10 +39,16 @@ def test_logits_loss_and_gradients_equal_the_reference(arch, neck, golden, fille
         assert error <= 1e-4 * gold[f"max_{h}x{w}"], (h, w, error)
     net.train()
     with torch.no_grad():
-        loss, parts = net(torch.from_numpy(formulas.image(97, 131, 4)), torch.from_numpy(formulas.labels(97, 131, 4)))
-    np.testing.assert_allclose([loss.item(), parts["decode"], parts["aux"]], gold["loss"], rtol=1e-5)
-    # Gradients in float64 on both sides: in float32 an activation within rounding of 0 is on either side of its ReLU by
-    # chance. (BatchNorm's running averages, which the line above moved, take no part in training mode.)
+        loss, parts = net(
+            torch.from_numpy(formulas.image(97, 131, 4)),
+            torch.from_numpy(formulas.labels(97, 131, 4)),
+        )
+    np.testing.assert_allclose(
+        [loss.item(), parts["decode"], parts["aux"]], gold["loss"], rtol=1e-5
+    )
+    # Gradients in float64 on both sides: in float32 an activation within rounding of 0 is on either
+    # side of its ReLU by chance. (BatchNorm's running averages, which the line above moved, take no
+    # part in training mode.)
     images = torch.from_numpy(formulas.image(97, 131, 2)).double()
     net.double()(images, torch.from_numpy(formulas.labels(97, 131, 2)))[0].backward()
     theirs = {ours: name for name, ours in MMSEG.items()}
@@ -43,7 +56,7 @@ def test_logits_loss_and_gradients_equal_the_reference(arch, neck, golden, fille
     assert set(grads) == set(gold["grad_names"])
     largest = gold["grad_max"].max()
     for name, values, scale in zip(gold["grad_names"], gold["grads"], gold["grad_max"]):
-        if scale > 1e-12 * largest:             # a bias in front of a BatchNorm has an exact gradient of 0
+        if scale > 1e-12 * largest:  # a bias in front of a BatchNorm has an exact gradient of 0
             error = np.abs(formulas.samples(grads[name], len(values)) - values).max()
             assert error <= 1e-3 * scale, (name, error, scale)
 
@@ -53,7 +66,9 @@ def test_drop_path_rates_are_the_released_configs(arch, neck, golden):
     with torch.device("meta"):
         blocks = build_model(arch, neck).backbone.blocks
     rates = [block.drop_path.rate for block in blocks]
-    np.testing.assert_allclose(rates, np.linspace(0, golden(f"{arch}_{neck}")["drop_path"], 12), atol=1e-12)
+    np.testing.assert_allclose(
+        rates, np.linspace(0, golden(f"{arch}_{neck}")["drop_path"], 12), atol=1e-12
+    )
 
 
 def test_state_dict_in_their_names_has_exactly_their_keys(golden):
@@ -71,16 +86,23 @@ def test_deit_t16_is_192_wide_with_3_heads():
 
 def test_pos_embed_is_resized_whenever_the_grid_differs_not_the_number_of_tokens():
     pos = torch.randn(1, 1 + 32 * 32, 8)
-    resized = model.resize_pos_embed(pos, (32, 32), (16, 64))         # 1024 tokens too
+    resized = model.resize_pos_embed(pos, (32, 32), (16, 64))  # 1024 tokens too
     assert resized.shape == pos.shape and not torch.equal(resized, pos)
     assert torch.equal(resized[:, :1], pos[:, :1])
     # The cubic kernel of torch (a = -0.75) by hand, along one axis of a 4 x 1 grid doubled.
     column = torch.randn(4, dtype=torch.float64)
-    got = model.resize_pos_embed(torch.cat([torch.zeros(1), column])[None, :, None].double(), (4, 1), (8, 1))[0, 1:, 0]
+    got = model.resize_pos_embed(
+        torch.cat([torch.zeros(1), column])[None, :, None].double(), (4, 1), (8, 1)
+    )[0, 1:, 0]
 
     def cubic(t, a=-0.75):
         t = abs(t)
-        return (a + 2) * t**3 - (a + 3) * t**2 + 1 if t <= 1 else a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0
+        return (
+            (a + 2) * t**3 - (a + 3) * t**2 + 1
+            if t <= 1
+            else a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0
+        )
+
     for i in range(8):
         place = (i + 0.5) / 2 - 0.5
         near = [int(np.floor(place)) + k for k in (-1, 0, 1, 2)]
@@ -106,7 +128,9 @@ def test_attention_is_the_plain_formula():
         part = slice(4 * i, 4 * i + 4)
         weights = (q[..., part] @ k[..., part].transpose(1, 2) / 4**0.5).softmax(-1)
         heads.append(weights @ v[..., part])
-    torch.testing.assert_close(layer(x), F.linear(torch.cat(heads, -1), layer.proj.weight, layer.proj.bias))
+    torch.testing.assert_close(
+        layer(x), F.linear(torch.cat(heads, -1), layer.proj.weight, layer.proj.bias)
+    )
 
 
 @pytest.mark.parametrize("size", [(11, 13), (3, 5), (4, 6)])
@@ -116,12 +140,14 @@ def test_loss_in_blocks_equals_the_whole_and_passes_gradcheck(size, monkeypatch)
     labels = torch.randint(0, 5, (3, *size))
     labels[0, 0] = 255
     labels[1] = 255
-    whole = F.cross_entropy(F.interpolate(logits, size, mode="bilinear"), labels, ignore_index=255, reduction="none").mean()
-    want, = torch.autograd.grad(whole, logits)
-    for block in (1, 2 ** 20):          # row by row, and all rows at once
+    whole = F.cross_entropy(
+        F.interpolate(logits, size, mode="bilinear"), labels, ignore_index=255, reduction="none"
+    ).mean()
+    (want,) = torch.autograd.grad(whole, logits)
+    for block in (1, 2**20):  # row by row, and all rows at once
         monkeypatch.setattr(upernet, "BLOCK", {"cpu": block})
         loss = upernet.cross_entropy(logits, labels)
-        got, = torch.autograd.grad(loss, logits)
+        (got,) = torch.autograd.grad(loss, logits)
         torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
         assert torch.autograd.gradcheck(upernet.cross_entropy, (logits, labels))
@@ -138,8 +164,12 @@ def test_compiles_without_a_graph_break_and_exports():
     x = torch.randn(2, 3, 75, 130)
     with torch.no_grad():
         want = net(x)
-        torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x), want, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(torch.export.export(net, (x,)).module()(x), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.compile(net, fullgraph=True, backend="aot_eager")(x), want, rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            torch.export.export(net, (x,)).module()(x), want, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_unknown_names_are_refused():
@@ -151,13 +181,19 @@ def test_unknown_names_are_refused():
 
 def test_timm_backbone_gives_the_features_of_the_references_own_converter(tmp_path, golden):
     gold = golden("backbone")
-    shapes = {name: tuple(map(int, dims)) for name, *dims in (line.split() for line in gold["shapes"])}
+    shapes = {
+        name: tuple(map(int, dims)) for name, *dims in (line.split() for line in gold["shapes"])
+    }
     weights = {k: torch.from_numpy(formulas.weight(k, s)) for k, s in shapes.items()}
-    torch.save({"model": weights}, tmp_path / "deit.pth")             # as DeiT wraps it
+    torch.save({"model": weights}, tmp_path / "deit.pth")  # as DeiT wraps it
     state_dict, facts = load_weights(str(tmp_path / "deit.pth"))
-    assert facts["arch"] == "deit_s16" and facts["kind"] == "timm" and facts["resolution"] == "224x224"
+    assert (
+        facts["arch"] == "deit_s16" and facts["kind"] == "timm" and facts["resolution"] == "224x224"
+    )
     assert [x.split()[0] for x in facts["left_out"]] == ["head.bias", "head.weight"]
-    np.testing.assert_allclose(formulas.samples(state_dict["backbone.pos_embed"]), gold["pos_embed"], atol=1e-6)
+    np.testing.assert_allclose(
+        formulas.samples(state_dict["backbone.pos_embed"]), gold["pos_embed"], atol=1e-6
+    )
     net = build_model("deit_s16", "ln").eval()
     load_into(net, state_dict, facts)
     with torch.inference_mode():
@@ -169,7 +205,9 @@ def test_timm_backbone_gives_the_features_of_the_references_own_converter(tmp_pa
     assert set(theirs) == set(gold["keys"])
     torch.save(theirs, tmp_path / "mmseg_backbone.pth")
     again, facts = load_weights(str(tmp_path / "mmseg_backbone.pth"))
-    assert facts["kind"] == "mmsegmentation backbone" and all(torch.equal(again[k], v) for k, v in state_dict.items())
+    assert facts["kind"] == "mmsegmentation backbone" and all(
+        torch.equal(again[k], v) for k, v in state_dict.items()
+    )
 
 
 def test_toy_model_loads_from_a_file_of_their_names(tmp_path):

@@ -1,4 +1,6 @@
-"""Files of every kind that convert_weights.py reads: exact against the code they come from, safe against damage."""
+"""Files of every kind that convert_weights.py reads: exact against the code they come from, safe
+against damage."""
+
 import argparse
 import hashlib
 import io
@@ -26,7 +28,11 @@ def write_safetensors(weights, path, **changes):
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, value in weights.items():
         raw = np.ascontiguousarray(value).tobytes()
-        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(value.shape),
+            "data_offsets": [len(data), len(data) + len(raw)],
+        }
         data += raw
     for name, change in changes.items():
         header[name] = header.get(name, {}) | change
@@ -38,12 +44,16 @@ def write_safetensors(weights, path, **changes):
 
 
 def write_torch(weights, path, **more):
-    torch.save({"model": {k: torch.from_numpy(np.asarray(v)) for k, v in weights.items()}, **more}, path)
+    torch.save(
+        {"model": {k: torch.from_numpy(np.asarray(v)) for k, v in weights.items()}, **more}, path
+    )
     return str(path)
 
 
 def by_formula(gold):
-    shapes = {name: tuple(map(int, dims)) for name, *dims in (line.split() for line in gold["shapes"])}
+    shapes = {
+        name: tuple(map(int, dims)) for name, *dims in (line.split() for line in gold["shapes"])
+    }
     return {k: formulas.weight(k, s) for k, s in shapes.items()}
 
 
@@ -60,81 +70,143 @@ def features(state_dict, facts, x, arch):
 
 
 @pytest.mark.parametrize("write,suffix", [(write_torch, "pth"), (write_safetensors, "safetensors")])
-@pytest.mark.parametrize("kind,name", [("timm", "timm"), ("Hugging Face", "transformers"), ("torchvision", "torchvision")])
-def test_features_are_those_of_the_code_the_file_comes_from(kind, name, write, suffix, golden, tmp_path):
+@pytest.mark.parametrize(
+    "kind,name",
+    [("timm", "timm"), ("Hugging Face", "transformers"), ("torchvision", "torchvision")],
+)
+def test_features_are_those_of_the_code_the_file_comes_from(
+    kind, name, write, suffix, golden, tmp_path
+):
     gold = golden(name)
-    state_dict, facts = load_weights(write(by_formula(gold), tmp_path / "x.bin"))     # the name's ending says nothing
-    assert facts["kind"] == kind and facts["arch"] == "deit_t16" and facts["resolution"] == "512x512"
+    state_dict, facts = load_weights(
+        write(by_formula(gold), tmp_path / "x.bin")
+    )  # the name's ending says nothing
+    assert (
+        facts["kind"] == kind and facts["arch"] == "deit_t16" and facts["resolution"] == "512x512"
+    )
     assert facts["tensors"] == len(build_model("deit_t16", "ln").backbone.state_dict())
     if suffix == "pth":
-        got = features(state_dict, facts, formulas.image(512, 512), "deit_t16").flatten(2).transpose(1, 2)
-        np.testing.assert_allclose(formulas.samples(got), gold["features"], atol=1e-5 * gold["largest"])
+        got = (
+            features(state_dict, facts, formulas.image(512, 512), "deit_t16")
+            .flatten(2)
+            .transpose(1, 2)
+        )
+        np.testing.assert_allclose(
+            formulas.samples(got), gold["features"], atol=1e-5 * gold["largest"]
+        )
 
 
 def test_mmsegmentation_1_has_no_patch_bias_and_loads_with_one_of_zeros(golden, tmp_path):
     gold = golden("mmseg122")
-    torch.save({"state_dict": {k: torch.from_numpy(np.asarray(v)) for k, v in by_formula(gold).items()}}, tmp_path / "x.pth")
+    torch.save(
+        {"state_dict": {k: torch.from_numpy(np.asarray(v)) for k, v in by_formula(gold).items()}},
+        tmp_path / "x.pth",
+    )
     state_dict, facts = load_weights(str(tmp_path / "x.pth"))
-    assert "bias of zeros" in facts["added"][0] and facts["neck"] == "mln" and facts["arch"] == "deit_s16"
+    assert (
+        "bias of zeros" in facts["added"][0]
+        and facts["neck"] == "mln"
+        and facts["arch"] == "deit_s16"
+    )
     net = build_model("deit_s16", "mln").eval()
     load_into(net, state_dict, facts)
     with torch.inference_mode():
         logits = net.decode_head(net.features(torch.from_numpy(formulas.image(97, 131))))
-    np.testing.assert_allclose(formulas.samples(logits), gold["features"], atol=1e-5 * gold["largest"])
+    np.testing.assert_allclose(
+        formulas.samples(logits), gold["features"], atol=1e-5 * gold["largest"]
+    )
 
 
 # ---- Google's JAX files, against a plain forward pass in their own layout ----
 
+
 def jax_weights(width=128, depth=4, heads=2, patch=8, grid=16, seed=0):
     r, d = np.random.RandomState(seed), width // heads
-    w = {"cls": r.normal(0, 1, (1, 1, width)), "embedding/kernel": r.normal(0, .1, (patch, patch, 3, width)),
-         "embedding/bias": r.normal(0, .1, width), "head/kernel": r.normal(0, 1, (width, 10)), "head/bias": np.zeros(10),
-         "pre_logits/kernel": r.normal(0, 1, (width, width)), "pre_logits/bias": np.zeros(width),
-         "Transformer/posembed_input/pos_embedding": r.normal(0, 1, (1, 1 + grid * grid, width))}
+    w = {
+        "cls": r.normal(0, 1, (1, 1, width)),
+        "embedding/kernel": r.normal(0, 0.1, (patch, patch, 3, width)),
+        "embedding/bias": r.normal(0, 0.1, width),
+        "head/kernel": r.normal(0, 1, (width, 10)),
+        "head/bias": np.zeros(10),
+        "pre_logits/kernel": r.normal(0, 1, (width, width)),
+        "pre_logits/bias": np.zeros(width),
+        "Transformer/posembed_input/pos_embedding": r.normal(0, 1, (1, 1 + grid * grid, width)),
+    }
 
     def norm(name):
-        w[f"Transformer/{name}/scale"], w[f"Transformer/{name}/bias"] = r.uniform(.5, 1.5, width), r.normal(0, .1, width)
+        w[f"Transformer/{name}/scale"], w[f"Transformer/{name}/bias"] = r.uniform(
+            0.5, 1.5, width
+        ), r.normal(0, 0.1, width)
+
     norm("encoder_norm")
     for i in range(depth):
         block = f"encoderblock_{i}/"
         norm(block + "LayerNorm_0")
         norm(block + "LayerNorm_2")
         for part in ("query", "key", "value"):
-            w[f"Transformer/{block}MultiHeadDotProductAttention_1/{part}/kernel"] = r.normal(0, .1, (width, heads, d))
-            w[f"Transformer/{block}MultiHeadDotProductAttention_1/{part}/bias"] = r.normal(0, .1, (heads, d))
-        w[f"Transformer/{block}MultiHeadDotProductAttention_1/out/kernel"] = r.normal(0, .1, (heads, d, width))
-        w[f"Transformer/{block}MultiHeadDotProductAttention_1/out/bias"] = r.normal(0, .1, width)
+            w[f"Transformer/{block}MultiHeadDotProductAttention_1/{part}/kernel"] = r.normal(
+                0, 0.1, (width, heads, d)
+            )
+            w[f"Transformer/{block}MultiHeadDotProductAttention_1/{part}/bias"] = r.normal(
+                0, 0.1, (heads, d)
+            )
+        w[f"Transformer/{block}MultiHeadDotProductAttention_1/out/kernel"] = r.normal(
+            0, 0.1, (heads, d, width)
+        )
+        w[f"Transformer/{block}MultiHeadDotProductAttention_1/out/bias"] = r.normal(0, 0.1, width)
         for j, (a, b) in enumerate(((width, 4 * width), (4 * width, width))):
-            w[f"Transformer/{block}MlpBlock_3/Dense_{j}/kernel"] = r.normal(0, .05, (a, b))
-            w[f"Transformer/{block}MlpBlock_3/Dense_{j}/bias"] = r.normal(0, .1, b)
+            w[f"Transformer/{block}MlpBlock_3/Dense_{j}/kernel"] = r.normal(0, 0.05, (a, b))
+            w[f"Transformer/{block}MlpBlock_3/Dense_{j}/bias"] = r.normal(0, 0.1, b)
     return {k: v.astype(np.float32) for k, v in w.items()}
 
 
 def jax_forward(w, x):
     """x (H, W, 3) -> (tokens, width): flax's own formulas in numpy, one product at a time."""
     from scipy.special import erf
+
     p = w["embedding/kernel"].shape[0]
 
     def norm(t, name):
         t = (t - t.mean(-1, keepdims=True)) / np.sqrt(t.var(-1, keepdims=True) + 1e-6)
         return t * w[f"Transformer/{name}/scale"] + w[f"Transformer/{name}/bias"]
-    patches = [np.einsum("hwc,hwcd->d", x[i:i + p, j:j + p], w["embedding/kernel"]) + w["embedding/bias"]
-               for i in range(0, x.shape[0], p) for j in range(0, x.shape[1], p)]
-    t = np.concatenate([w["cls"][0], np.stack(patches)]) + w["Transformer/posembed_input/pos_embedding"][0]
+
+    patches = [
+        np.einsum("hwc,hwcd->d", x[i : i + p, j : j + p], w["embedding/kernel"])
+        + w["embedding/bias"]
+        for i in range(0, x.shape[0], p)
+        for j in range(0, x.shape[1], p)
+    ]
+    t = (
+        np.concatenate([w["cls"][0], np.stack(patches)])
+        + w["Transformer/posembed_input/pos_embedding"][0]
+    )
     for i in range(4):
         block = f"encoderblock_{i}/"
-        part = {n: (w[f"Transformer/{block}MultiHeadDotProductAttention_1/{n}/kernel"],
-                    w[f"Transformer/{block}MultiHeadDotProductAttention_1/{n}/bias"]) for n in ("query", "key", "value", "out")}
+        part = {
+            n: (
+                w[f"Transformer/{block}MultiHeadDotProductAttention_1/{n}/kernel"],
+                w[f"Transformer/{block}MultiHeadDotProductAttention_1/{n}/bias"],
+            )
+            for n in ("query", "key", "value", "out")
+        }
         y = norm(t, block + "LayerNorm_0")
-        q, k, v = (np.einsum("nd,dhe->nhe", y, part[n][0]) + part[n][1] for n in ("query", "key", "value"))
+        q, k, v = (
+            np.einsum("nd,dhe->nhe", y, part[n][0]) + part[n][1] for n in ("query", "key", "value")
+        )
         scores = np.einsum("qhe,khe->hqk", q, k) / np.sqrt(q.shape[-1])
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         mixed = np.einsum("hqk,khe->qhe", scores / scores.sum(-1, keepdims=True), v)
         t = t + np.einsum("qhe,hed->qd", mixed, part["out"][0]) + part["out"][1]
-        y = norm(t, block + "LayerNorm_2") @ w[f"Transformer/{block}MlpBlock_3/Dense_0/kernel"] \
+        y = (
+            norm(t, block + "LayerNorm_2") @ w[f"Transformer/{block}MlpBlock_3/Dense_0/kernel"]
             + w[f"Transformer/{block}MlpBlock_3/Dense_0/bias"]
+        )
         y = y * (1 + erf(y / np.sqrt(2))) / 2
-        t = t + y @ w[f"Transformer/{block}MlpBlock_3/Dense_1/kernel"] + w[f"Transformer/{block}MlpBlock_3/Dense_1/bias"]
+        t = (
+            t
+            + y @ w[f"Transformer/{block}MlpBlock_3/Dense_1/kernel"]
+            + w[f"Transformer/{block}MlpBlock_3/Dense_1/bias"]
+        )
     return norm(t, "encoder_norm")
 
 
@@ -143,7 +215,11 @@ def test_features_of_a_jax_file_are_those_of_a_plain_loop(pack, tmp_path):
     w = jax_weights()
     pack(tmp_path / "x.npz", **w)
     state_dict, facts = load_weights(str(tmp_path / "x.npz"))
-    assert facts["kind"] == "JAX" and len(facts["left_out"]) == 4 and "classifier" in facts["left_out"][0]
+    assert (
+        facts["kind"] == "JAX"
+        and len(facts["left_out"]) == 4
+        and "classifier" in facts["left_out"][0]
+    )
     if pack is np.savez:
         x = formulas.image(128, 128)
         got = features(state_dict, facts, x, "toy_p8")[0].flatten(1).T
@@ -155,33 +231,61 @@ def test_pos_embed_of_a_jax_file_is_resized_as_google_does_or_on_request_as_torc
     np.savez(tmp_path / "x.npz", **w)
     table = w["Transformer/posembed_input/pos_embedding"][0, 1:].reshape(14, 14, 128)
     want = np.empty((16, 16, 128))
-    for i in range(16):                         # bilinear with the corners on each other, pixel by pixel
+    for i in range(16):  # bilinear with the corners on each other, pixel by pixel
         for j in range(16):
             y, x = i * 13 / 15, j * 13 / 15
             a, b = min(int(y), 12), min(int(x), 12)
-            want[i, j] = (table[a, b] * (a + 1 - y) + table[a + 1, b] * (y - a)) * (b + 1 - x) \
-                + (table[a, b + 1] * (a + 1 - y) + table[a + 1, b + 1] * (y - a)) * (x - b)
-    google, torchs = (load_weights(str(tmp_path / "x.npz"), bicubic=b)[0]["backbone.pos_embed"] for b in (False, True))
+            want[i, j] = (table[a, b] * (a + 1 - y) + table[a + 1, b] * (y - a)) * (b + 1 - x) + (
+                table[a, b + 1] * (a + 1 - y) + table[a + 1, b + 1] * (y - a)
+            ) * (x - b)
+    google, torchs = (
+        load_weights(str(tmp_path / "x.npz"), bicubic=b)[0]["backbone.pos_embed"]
+        for b in (False, True)
+    )
     np.testing.assert_allclose(google[0, 1:], want.reshape(256, 128), atol=1e-5)
-    cubic = torch.nn.functional.interpolate(torch.from_numpy(table).permute(2, 0, 1)[None], size=16, mode="bicubic")
+    cubic = torch.nn.functional.interpolate(
+        torch.from_numpy(table).permute(2, 0, 1)[None], size=16, mode="bicubic"
+    )
     np.testing.assert_allclose(torchs[0, 1:], cubic[0].flatten(1).T, atol=1e-6)
-    assert torch.equal(google[0, 0], torchs[0, 0]) and torch.equal(google[0, 0], torch.from_numpy(w[
-        "Transformer/posembed_input/pos_embedding"])[0, 0])
+    assert torch.equal(google[0, 0], torchs[0, 0]) and torch.equal(
+        google[0, 0], torch.from_numpy(w["Transformer/posembed_input/pos_embedding"])[0, 0]
+    )
 
 
 # ---- What is left out on purpose, and said ----
 
+
 def test_distilled_mae_and_classifier_tensors_are_left_out_and_said(tmp_path):
     base = timm_weights()
-    more = {"head.weight": np.zeros((10, 128)), "dist_token": np.ones((1, 1, 128)), "head_dist.bias": np.zeros(10)}
-    pos = np.concatenate([base["pos_embed"][:, :1], np.full((1, 1, 128), 7), base["pos_embed"][:, 1:]], axis=1)
-    state_dict, facts = load_weights(write_torch(base | more | {"pos_embed": pos.astype(np.float32)}, tmp_path / "d.pth",
-                                                 optimizer={"state": {}}, epoch=3))
-    assert all(np.array_equal(state_dict["backbone." + k], v) for k, v in base.items()) and len(state_dict) == len(base)
+    more = {
+        "head.weight": np.zeros((10, 128)),
+        "dist_token": np.ones((1, 1, 128)),
+        "head_dist.bias": np.zeros(10),
+    }
+    pos = np.concatenate(
+        [base["pos_embed"][:, :1], np.full((1, 1, 128), 7), base["pos_embed"][:, 1:]], axis=1
+    )
+    state_dict, facts = load_weights(
+        write_torch(
+            base | more | {"pos_embed": pos.astype(np.float32)},
+            tmp_path / "d.pth",
+            optimizer={"state": {}},
+            epoch=3,
+        )
+    )
+    assert all(np.array_equal(state_dict["backbone." + k], v) for k, v in base.items()) and len(
+        state_dict
+    ) == len(base)
     said = " ".join(facts["left_out"])
-    assert all(x in said for x in ("dist_token", "head_dist.bias", "head.weight", "optimizer, epoch"))
-    decoder = {"mask_token": np.zeros((1, 1, 64)), "decoder_embed.weight": np.zeros((64, 128)),
-               "decoder_blocks.0.attn.qkv.weight": np.zeros((192, 64)), "decoder_pos_embed": np.zeros((1, 257, 64))}
+    assert all(
+        x in said for x in ("dist_token", "head_dist.bias", "head.weight", "optimizer, epoch")
+    )
+    decoder = {
+        "mask_token": np.zeros((1, 1, 64)),
+        "decoder_embed.weight": np.zeros((64, 128)),
+        "decoder_blocks.0.attn.qkv.weight": np.zeros((192, 64)),
+        "decoder_pos_embed": np.zeros((1, 257, 64)),
+    }
     state_dict, facts = load_weights(write_torch(base | decoder, tmp_path / "m.pth"))
     assert set(state_dict) == {"backbone." + k for k in base} and len(facts["left_out"]) == 4
 
@@ -199,11 +303,15 @@ def test_hugging_faces_deit_has_a_wrapper_and_a_token_more(golden, tmp_path):
 
 
 def test_objects_of_mmengine_and_ema_copies_are_skipped_never_built(tmp_path, monkeypatch):
-    """What mmengine 0.10 pickles beside the weights: HistoryBuffer, numpy arrays, argparse.Namespace."""
+    """What mmengine 0.10 pickles beside the weights: HistoryBuffer, numpy arrays,
+    argparse.Namespace."""
     built = []
     module = types.ModuleType("mmengine.logging.history_buffer")
-    module.HistoryBuffer = type("HistoryBuffer", (), {"__module__": module.__name__,
-                                                      "__setstate__": lambda self, state: built.append(state)})
+    module.HistoryBuffer = type(
+        "HistoryBuffer",
+        (),
+        {"__module__": module.__name__, "__setstate__": lambda self, state: built.append(state)},
+    )
     for name in ("mmengine", "mmengine.logging"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -212,10 +320,18 @@ def test_objects_of_mmengine_and_ema_copies_are_skipped_never_built(tmp_path, mo
     net = build_model("toy_p8", "mln", 9)
     weights = {"module." + k: v for k, v in to_mmseg(net.state_dict()).items()}
     weights |= {"module.ema_backbone_layers_0_ln1_weight": torch.ones(128)}
-    torch.save({"meta": {"epoch": 1}, "state_dict": weights, "message_hub": {"loss": history},
-                "ema_state_dict": {"steps": torch.tensor(3)}, "args": argparse.Namespace(lr=1)}, tmp_path / "x.pth")
+    torch.save(
+        {
+            "meta": {"epoch": 1},
+            "state_dict": weights,
+            "message_hub": {"loss": history},
+            "ema_state_dict": {"steps": torch.tensor(3)},
+            "args": argparse.Namespace(lr=1),
+        },
+        tmp_path / "x.pth",
+    )
     monkeypatch.undo()
-    with pytest.raises(Exception, match="HistoryBuffer"):           # what torch itself says to this file
+    with pytest.raises(Exception, match="HistoryBuffer"):  # what torch itself says to this file
         torch.load(tmp_path / "x.pth", weights_only=True)
     state_dict, facts = load_weights(str(tmp_path / "x.pth"))
     assert all(torch.equal(state_dict[k], v) for k, v in net.state_dict().items()) and not built
@@ -232,7 +348,9 @@ def test_a_file_of_two_models_is_refused(tmp_path):
 
 def test_a_model_without_auxiliary_head_evaluates_and_trains_with_a_new_one(tmp_path):
     net = build_model("toy_p8", "ln", 9)
-    kept = {k: v for k, v in to_mmseg(net.state_dict()).items() if not k.startswith("auxiliary_head.")}
+    kept = {
+        k: v for k, v in to_mmseg(net.state_dict()).items() if not k.startswith("auxiliary_head.")
+    }
     torch.save({"state_dict": kept}, tmp_path / "x.pth")
     state_dict, facts = load_weights(str(tmp_path / "x.pth"))
     other = build_model("toy_p8", "ln", 9)
@@ -256,9 +374,14 @@ def test_another_number_of_classes_loads_all_but_the_classifiers(tmp_path):
     assert sum("9 classes in the file, 4 here" in x for x in facts["left_out"]) == 4
 
 
-@pytest.mark.parametrize("arch,neck,cause", [("toy_p8", "mln", "another neck"), ("deit_t16", "ln", "another architecture")])
+@pytest.mark.parametrize(
+    "arch,neck,cause",
+    [("toy_p8", "mln", "another neck"), ("deit_t16", "ln", "another architecture")],
+)
 def test_the_likely_cause_is_named(arch, neck, cause, tmp_path):
-    state_dict, facts = load_weights(write_mmseg(build_model("toy_p8", "ln", 9).state_dict(), tmp_path / "x.pth"))
+    state_dict, facts = load_weights(
+        write_mmseg(build_model("toy_p8", "ln", 9).state_dict(), tmp_path / "x.pth")
+    )
     with pytest.raises(WeightsError, match=cause):
         load_into(build_model(arch, neck, 9), state_dict, facts)
 
@@ -274,17 +397,27 @@ resource.setrlimit(resource.RLIMIT_AS, (start + (1 << 30),) * 2)     # a gigabyt
 
 
 def limited(code, *arguments, cwd):
-    return subprocess.run([sys.executable, "-c", LIMITED + code, *map(str, arguments)], cwd=cwd, capture_output=True,
-                          text=True, timeout=300, env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED + code, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_bombs_and_lies_are_refused_in_bounded_memory(tmp_path):
-    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+    with zipfile.ZipFile(
+        tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1
+    ) as archive:
         with archive.open("embedding/kernel.npy", "w", force_zip64=True) as entry:
             for _ in range(65):
                 entry.write(bytes(1 << 24))
     head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40,)})
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40,)}
+    )
     with zipfile.ZipFile(tmp_path / "shape.npz", "w") as archive:
         archive.writestr("embedding/kernel.npy", head.getvalue() + bytes(64))
     with zipfile.ZipFile(tmp_path / "object.npz", "w") as archive:
@@ -294,33 +427,48 @@ def test_bombs_and_lies_are_refused_in_bounded_memory(tmp_path):
     write_safetensors(weights, tmp_path / "beyond", **{"norm.bias": {"data_offsets": [0, 1 << 50]}})
     write_safetensors(weights, tmp_path / "overlap", **{"norm.bias": {"data_offsets": [0, 512]}})
     write_safetensors(weights, tmp_path / "dtype", **{"norm.bias": {"dtype": "F64"}})
-    write_safetensors(weights, tmp_path / "huge", extra={"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 1 << 62]})
+    write_safetensors(
+        weights,
+        tmp_path / "huge",
+        extra={"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 1 << 62]},
+    )
     (tmp_path / "header").write_bytes(struct.pack("<Q", 1 << 60) + b'{"a": 1}')
     names = ["bomb.npz", "shape.npz", "object.npz", "beyond", "overlap", "dtype", "huge", "header"]
-    done = limited("""
+    done = limited(
+        """
 for name in sys.argv[1:]:
     try:
         c.load_weights(name)
         print(name, "LOADED")
     except c.WeightsError as error:
         print(name, "refused:", error)
-""", *names, cwd=tmp_path)
+""",
+        *names,
+        cwd=tmp_path,
+    )
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == len(names), done.stderr
     for name, line in zip(names, lines):
-        assert line.startswith(f"{name} refused: {name}: not a checkpoint, or a damaged one ("), line
+        assert line.startswith(
+            f"{name} refused: {name}: not a checkpoint, or a damaged one ("
+        ), line
 
 
 def test_damaged_files_of_every_kind_fail_or_load_whole(tmp_path):
-    """60 damages to each kind: cut, flipped, overwritten, inserted. No crash, no hang, nothing half-loaded, one sentence."""
+    """60 damages to each kind: cut, flipped, overwritten, inserted. No crash, no hang, nothing
+    half-loaded, one sentence."""
     weights = timm_weights()
-    torch.save({k: torch.from_numpy(v) for k, v in weights.items()}, tmp_path / "legacy",
-               _use_new_zipfile_serialization=False)
+    torch.save(
+        {k: torch.from_numpy(v) for k, v in weights.items()},
+        tmp_path / "legacy",
+        _use_new_zipfile_serialization=False,
+    )
     write_torch(weights, tmp_path / "torch")
     write_safetensors(weights, tmp_path / "safetensors")
     np.savez(tmp_path / "jax.npz", **jax_weights())
     np.savez_compressed(tmp_path / "packed.npz", **jax_weights())
-    done = limited("""
+    done = limited(
+        """
 import random
 for name in sys.argv[1:]:
     good, r, loaded = open(name, "rb").read(), random.Random(name), 0
@@ -341,31 +489,57 @@ for name in sys.argv[1:]:
         except c.WeightsError as error:
             assert "damaged" in str(error) and "\\n" not in str(error), error
     print(name, loaded)
-""", "legacy", "torch", "safetensors", "jax.npz", "packed.npz", cwd=tmp_path)
+""",
+        "legacy",
+        "torch",
+        "safetensors",
+        "jax.npz",
+        "packed.npz",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["legacy", "torch", "safetensors", "jax.npz",
-                                                                      "packed.npz"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "legacy",
+        "torch",
+        "safetensors",
+        "jax.npz",
+        "packed.npz",
+    ]
 
 
 def test_converting_vit_b_takes_little_more_memory_than_its_file(tmp_path):
     with torch.device("meta"):
         names = to_mmseg(build_model("vit_b16", "mln").state_dict())
-    torch.save({"state_dict": {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in names.items()}}, tmp_path / "a.pth")
+    torch.save(
+        {"state_dict": {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in names.items()}},
+        tmp_path / "a.pth",
+    )
     size = os.path.getsize(tmp_path / "a.pth")
-    done = subprocess.run([sys.executable, "-c", """
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            """
 import resource, sys
 import convert_weights as c
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 sys.argv[1:] = ["a.pth", "b.pt"]
 c.main()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
-"""], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ROOT})
+""",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": ROOT},
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) < 1.3 * size
     assert os.path.getsize(tmp_path / "b.pt") > 0.99 * size
 
 
 # ---- URLs ----
+
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
@@ -376,12 +550,16 @@ def hub(tmp_path, monkeypatch):
 def test_a_url_is_fetched_once_resumed_checked_and_cached(server, hub, tmp_path):
     content = open(write_torch(timm_weights(), tmp_path / "x"), "rb").read()
     name = f"toy-{hashlib.sha256(content).hexdigest()[:8]}.pth"
-    server.files[f"/{name}"] = server.files["/wrong-00000000.pth"] = server.files["/a/model.safetensors"] = content
+    server.files[f"/{name}"] = server.files["/wrong-00000000.pth"] = server.files[
+        "/a/model.safetensors"
+    ] = content
     server.faults[:] = [100_000]
     a, _ = load_weights(f"{server.url}/{name}")
     assert server.starts == [0, 100_000] and os.listdir(hub) == [name]
     b, _ = load_weights(f"{server.url}/{name}")
-    assert len(server.starts) == 2 and all(torch.equal(a[k], b[k]) for k in a), "the second call asks nobody"
+    assert len(server.starts) == 2 and all(
+        torch.equal(a[k], b[k]) for k in a
+    ), "the second call asks nobody"
     with pytest.raises(WeightsError, match="hash is .* --pretrained none"):
         load_weights(f"{server.url}/wrong-00000000.pth")
     with pytest.raises(WeightsError, match="404 .* give the file's path"):
@@ -393,8 +571,12 @@ def test_two_addresses_with_one_file_name_are_two_files(server, hub, tmp_path):
     for k, arch in enumerate(("a", "b")):
         weights = timm_weights()
         weights["norm.bias"] += k
-        server.files[f"/{arch}/model.safetensors"] = open(write_safetensors(weights, tmp_path / "x"), "rb").read()
-    a, b = (load_weights(f"{server.url}/{x}/model.safetensors")[0]["backbone.norm.bias"] for x in "ab")
+        server.files[f"/{arch}/model.safetensors"] = open(
+            write_safetensors(weights, tmp_path / "x"), "rb"
+        ).read()
+    a, b = (
+        load_weights(f"{server.url}/{x}/model.safetensors")[0]["backbone.norm.bias"] for x in "ab"
+    )
     assert torch.allclose(a + 1, b) and len(os.listdir(hub)) == 2
 
 
@@ -413,9 +595,9 @@ def test_a_server_that_stalls_or_lies_about_the_length(server, tmp_path):
     server.length = 300_000
     with pytest.raises(OSError, match="broke off after 200000 of"):
         ade20k.fetch(server.url + "/a", str(tmp_path / "b"), attempts=1, timeout=0.5)
-    (tmp_path / "d.part").write_bytes(content)                  # killed after the last byte, before the move
+    (tmp_path / "d.part").write_bytes(content)  # killed after the last byte, before the move
     ade20k.fetch(server.url + "/a", str(tmp_path / "d"))
-    (tmp_path / "e.part").write_bytes(content + b"more")        # of another version of the file
+    (tmp_path / "e.part").write_bytes(content + b"more")  # of another version of the file
     server.length = None
     ade20k.fetch(server.url + "/a", str(tmp_path / "e"))
     assert (tmp_path / "d").read_bytes() == (tmp_path / "e").read_bytes() == content
@@ -428,8 +610,12 @@ def test_two_processes_fetch_one_file_once(server, tmp_path):
     content = os.urandom(3_000_000)
     server.files["/a"], server.faults[:] = content, [-1_000_000]
     code = f"import ade20k; ade20k.fetch('{server.url}/a', 'a', '{hashlib.sha1(content).hexdigest()}', timeout=1)"
-    both = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT})
-            for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT}
+        )
+        for _ in range(2)
+    ]
     assert [p.wait(60) for p in both] == [0, 0]
     assert (tmp_path / "a").read_bytes() == content and os.listdir(tmp_path) == ["a"]
     assert server.starts == [0, 1_000_000], "the second process waited for the first one's file"

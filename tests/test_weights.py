@@ -1,4 +1,6 @@
-"""convert_weights.py: exact both ways, or an error that lists the tensors; nothing in a file is ever executed."""
+"""convert_weights.py: exact both ways, or an error that lists the tensors; nothing in a file is
+ever executed."""
+
 import os
 import pickle
 import subprocess
@@ -21,8 +23,12 @@ def net():
 
 
 def convert(*arguments, cwd):
-    return subprocess.run([sys.executable, os.path.join(ROOT, "convert_weights.py"), *map(str, arguments)], cwd=cwd,
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, os.path.join(ROOT, "convert_weights.py"), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("middle", ["mmseg", "timm"])
@@ -31,36 +37,60 @@ def test_there_and_back_is_bit_equal(net, middle, tmp_path, main):
     for src, dst, to in (("a.pt", "b.pth", middle), ("b.pth", "c.pt", "ours")):
         main(convert_weights, tmp_path / src, tmp_path / dst, "--to", to)
     back = torch.load(tmp_path / "c.pt", weights_only=True)["model"]
-    want = {k: v for k, v in net.state_dict().items() if middle == "mmseg" or k.startswith("backbone.")}
+    want = {
+        k: v for k, v in net.state_dict().items() if middle == "mmseg" or k.startswith("backbone.")
+    }
     assert set(back) == set(want) and all(torch.equal(back[k], v) for k, v in want.items())
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pth", "c.pt"]
 
 
 def test_prefixes_of_data_parallel_are_taken_off(net, tmp_path):
     theirs = {"module." + k: v for k, v in to_mmseg(net.state_dict()).items()}
-    torch.save({"state_dict": theirs, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "x.pth")
+    torch.save(
+        {"state_dict": theirs, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "x.pth"
+    )
     state_dict, facts = load_weights(str(tmp_path / "x.pth"))
-    assert facts["kind"] == "mmsegmentation" and facts["neck"] == "ln_mln" and facts["num_classes"] == 9
+    assert (
+        facts["kind"] == "mmsegmentation"
+        and facts["neck"] == "ln_mln"
+        and facts["num_classes"] == 9
+    )
     assert all(torch.equal(state_dict[k], v) for k, v in net.state_dict().items())
 
 
 def test_deit_b_is_told_from_vit_b_by_the_config_in_the_file(tmp_path):
     with torch.device("meta"):
         names = to_mmseg(build_model("deit_b16").state_dict())
-    weights = {k: torch.zeros(()).expand(v.shape) for k, v in names.items()}    # 1 value each, however large the shape
-    for config, arch in (("pretrained='pretrain/deit_base_patch16_224-b5f2ef4d.pth'", "deit_b16"), ("", "vit_b16")):
+    weights = {
+        k: torch.zeros(()).expand(v.shape) for k, v in names.items()
+    }  # 1 value each, however large the shape
+    for config, arch in (
+        ("pretrained='pretrain/deit_base_patch16_224-b5f2ef4d.pth'", "deit_b16"),
+        ("", "vit_b16"),
+    ):
         torch.save({"state_dict": weights, "meta": {"config": config}}, tmp_path / "x.pth")
         assert load_weights(str(tmp_path / "x.pth"))[1]["arch"] == arch
 
 
-@pytest.mark.parametrize("damage,message", [
-    (lambda d: d.pop("backbone.layers.2.ln1.weight"), "missing backbone.blocks.2.norm1.weight (128,)"),
-    (lambda d: d.update(extra=torch.zeros(3)), "left over extra (3,)"),
-    (lambda d: d.update({"decode_head.bottleneck.bn.bias": torch.zeros(5)}),
-     "decode_head.bottleneck.bn.bias is (5,) in the file, (64,) in the model"),
-    (lambda d: [d.pop(k) for k in list(d) if k.startswith("backbone.layers.3.")], "3 layers, 128 wide"),
-    (lambda d: d.clear(), "no known kind of checkpoint"),
-])
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (
+            lambda d: d.pop("backbone.layers.2.ln1.weight"),
+            "missing backbone.blocks.2.norm1.weight (128,)",
+        ),
+        (lambda d: d.update(extra=torch.zeros(3)), "left over extra (3,)"),
+        (
+            lambda d: d.update({"decode_head.bottleneck.bn.bias": torch.zeros(5)}),
+            "decode_head.bottleneck.bn.bias is (5,) in the file, (64,) in the model",
+        ),
+        (
+            lambda d: [d.pop(k) for k in list(d) if k.startswith("backbone.layers.3.")],
+            "3 layers, 128 wide",
+        ),
+        (lambda d: d.clear(), "no known kind of checkpoint"),
+    ],
+)
 def test_what_does_not_fit_is_listed(net, damage, message, tmp_path):
     weights = to_mmseg(net.state_dict())
     damage(weights)
@@ -72,23 +102,33 @@ def test_what_does_not_fit_is_listed(net, damage, message, tmp_path):
 
 def test_a_whole_model_does_not_load_into_another(net, tmp_path):
     state_dict, facts = load_weights(write_mmseg(net.state_dict(), tmp_path / "x.pth"))
-    with pytest.raises(WeightsError, match=r"decode_head.classifier.weight is \(9, .* in the file, \(150"):
+    with pytest.raises(
+        WeightsError, match=r"decode_head.classifier.weight is \(9, .* in the file, \(150"
+    ):
         load_into(build_model("toy_p8", "ln_mln"), state_dict, facts)
     with pytest.raises(WeightsError, match="left over neck"):
         load_into(build_model("toy_p8", "ln", 9), state_dict, facts)
 
 
 def test_a_backbone_sets_the_backbone_alone_and_says_what_it_left_out(net, tmp_path):
-    torch.save({k.removeprefix("backbone."): v for k, v in net.state_dict().items() if k.startswith("backbone.")},
-               tmp_path / "x.pth")
+    torch.save(
+        {
+            k.removeprefix("backbone."): v
+            for k, v in net.state_dict().items()
+            if k.startswith("backbone.")
+        },
+        tmp_path / "x.pth",
+    )
     state_dict, facts = load_weights(str(tmp_path / "x.pth"))
     other = build_model("toy_p8", "mln", 4)
     head = other.decode_head.classifier.weight.clone()
     load_into(other, state_dict, facts)
     assert torch.equal(other.backbone.pos_embed, net.backbone.pos_embed)
     assert torch.equal(other.decode_head.classifier.weight, head)
-    assert sorted(facts["left_out"]) == ["backbone.norm.bias (the model has no final norm)",
-                                         "backbone.norm.weight (the model has no final norm)"]
+    assert sorted(facts["left_out"]) == [
+        "backbone.norm.bias (the model has no final norm)",
+        "backbone.norm.weight (the model has no final norm)",
+    ]
     del state_dict["backbone.blocks.1.mlp.fc1.bias"]
     with pytest.raises(WeightsError, match="missing backbone.blocks.1.mlp.fc1.bias"):
         load_into(other, state_dict, facts)
@@ -104,7 +144,7 @@ def test_no_pickle_is_executed_and_no_damage_passes(net, tmp_path):
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Bomb()))
     torch.save({"model": net.state_dict()}, tmp_path / "good.pt")
     good = (tmp_path / "good.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(good[:len(good) // 2])
+    (tmp_path / "cut.pt").write_bytes(good[: len(good) // 2])
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "page.pth").write_bytes(b"<!DOCTYPE html><html>404</html>")
     torch.save([1, 2], tmp_path / "list.pt")
@@ -113,13 +153,21 @@ def test_no_pickle_is_executed_and_no_damage_passes(net, tmp_path):
             load_weights(str(tmp_path / name))
         assert "\n" not in str(error.value)
     done = convert("bomb.pth", "out.pt", cwd=tmp_path)
-    assert done.returncode == 2 and "bomb.pth" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert (
+        done.returncode == 2
+        and "bomb.pth" in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+    )
     assert not (tmp_path / "executed").exists() and not (tmp_path / "out.pt").exists()
 
 
 def test_a_file_that_cannot_be_fetched_says_what_else_to_do(main, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ade20k.time, "sleep", lambda seconds: None)             # between the tries
+    monkeypatch.setattr(ade20k.time, "sleep", lambda seconds: None)  # between the tries
     with pytest.raises(SystemExit) as end:
-        main(convert_weights, "http://127.0.0.1:9/deit_small_patch16_224-cd65a155.pth", tmp_path / "out.pt")
+        main(
+            convert_weights,
+            "http://127.0.0.1:9/deit_small_patch16_224-cd65a155.pth",
+            tmp_path / "out.pt",
+        )
     error = capsys.readouterr().err
     assert end.value.code == 2 and "--pretrained none" in error and "give the file's path" in error
