@@ -14,16 +14,13 @@ As a program:  python ade20k.py {download,toy,check} DIR
 """
 
 import argparse
-import atexit
 import colorsys
-import ctypes
 import fcntl
 import hashlib
 import http.client
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 import urllib.request
@@ -31,7 +28,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing import Pool, active_children, get_start_method, parent_process
+from multiprocessing import Pool
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -40,13 +37,9 @@ from PIL import Image, ImageDraw, ImageOps
 from scipy.ndimage import gaussian_filter, map_coordinates, maximum_filter, minimum_filter
 from torch import Tensor
 
-IGNORE = 255  # the label of pixels that nobody labelled
+from upernet import IGNORE_INDEX
+
 DEFAULT_ROOT = "data/ade/ADEChallengeData2016"
-SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-)  # that ask to stop: Ctrl-C, and clusters in two customs
 MEAN = torch.tensor(
     [123.675, 116.28, 103.53]
 )  # of ImageNet, RGB; the reference uses them for ViT-B too, although
@@ -160,11 +153,11 @@ def load_label(path: str, classes: Classes = Classes()) -> np.ndarray:
             f"{path}: labels must be one channel of 8 bits, this is {label.dtype} of shape {label.shape}"
         )
     label = label - np.uint8(classes.zero_ignored)  # 0 -> 255, as uint8 wraps, and k -> k - 1
-    wrong = label[(label >= len(classes.names)) & (label != IGNORE)]
+    wrong = label[(label >= len(classes.names)) & (label != IGNORE_INDEX)]
     if len(wrong):
         raise DataError(
             f"{path}: label {wrong.max() + classes.zero_ignored} is above the {len(classes.names)} classes, "
-            f"{0 if classes.zero_ignored else IGNORE} is for unlabelled pixels"
+            f"{0 if classes.zero_ignored else IGNORE_INDEX} is for unlabelled pixels"
         )
     return label
 
@@ -428,7 +421,7 @@ def train_transform(
         y0, x0 = rng.integers(0, max(h - crop, 0) + 1), rng.integers(0, max(w - crop, 0) + 1)
         y1, x1 = min(y0 + crop, h), min(x0 + crop, w)
         cropped = label[rows[y0:y1]][:, columns[x0:x1]]
-        counts = np.array(Image.fromarray(cropped).histogram()[:IGNORE])
+        counts = np.array(Image.fromarray(cropped).histogram()[:IGNORE_INDEX])
         if attempt == 10 or np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < 0.75:
             break
     image, label = resize_bilinear(image, h, w, (y0, x0, y1, x1)), cropped
@@ -436,7 +429,7 @@ def train_transform(
         image, label = image[:, :, ::-1], label[:, ::-1]
     image = distort(image, rng)
     pad = ((0, crop - label.shape[0]), (0, crop - label.shape[1]))
-    return np.pad(image, ((0, 0), *pad)), np.pad(label, pad, constant_values=IGNORE), label.shape
+    return np.pad(image, ((0, 0), *pad)), np.pad(label, pad, constant_values=IGNORE_INDEX), label.shape
 
 
 def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
@@ -508,41 +501,6 @@ def load_pair(
     """(image path, label path or None) -> image path, picture and label (or None) at their own
     size."""
     return pair[0], *(load(*pair, classes) if pair[1] else (load_image(pair[0]), None))
-
-
-def keep_memory() -> None:
-    """glibc gives large arrays back when they are freed, and gets the next ones zeroed, page by
-    page: 40% of the time of the transforms, 10% of the model's on a CPU. From here on it keeps
-    those below 80 MB (larger ones would leave large holes)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 80_000_000)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: which does not shrink
-
-
-def start_worker(worker: int) -> None:
-    """In each of a loader's processes. A signal to the whole group is the main process's to answer;
-    but where that one is killed its loaders die with it, or they would hold its connections open
-    and the other processes would wait on them."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    keep_memory()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # 1: PR_SET_PDEATHSIG, the signal when the parent dies
-        if get_start_method() == "fork" and os.getppid() != parent_process().pid:
-            os._exit(1)  # it has died already
-
-
-@atexit.register
-def kill_workers() -> None:
-    """When the main process ends: multiprocessing would send SIGTERM, which start_worker has its
-    processes ignore."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # (torch's handler would report them as lost)
-    for child in active_children():
-        if child.daemon:
-            child.kill()
 
 
 # ---- the toy data set ----------------------------------------------------------------------------
@@ -1044,9 +1002,9 @@ def check(root: str) -> int:
         print(f"{split}: {len(sizes)} good pictures, {len(faults)} faults")
         if sizes:
             (h0, w0), (h1, w1) = np.min(sizes, axis=0), np.max(sizes, axis=0)
-            present = [k for k in np.argsort(-counts[:IGNORE]) if counts[k]]
+            present = [k for k in np.argsort(-counts[:IGNORE_INDEX]) if counts[k]]
             print(
-                f"  height {h0} to {h1}, width {w0} to {w1}; {counts[IGNORE] / counts.sum():.1%} of the pixels unlabelled; "
+                f"  height {h0} to {h1}, width {w0} to {w1}; {counts[IGNORE_INDEX] / counts.sum():.1%} of the pixels unlabelled; "
                 f"{len(present)} of {len(classes.names)} classes:"
             )
             for k in present:

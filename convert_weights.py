@@ -173,7 +173,7 @@ PRETRAINED = {
 # Python objects that checkpoints carry beside their weights (loss curves, arguments): each becomes
 # an empty Skipped.
 SKIPPED = ("mmengine.", "mmcv.", "mmseg.", "numpy.", "argparse.Namespace", "builtins.getattr")
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -242,7 +242,7 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
     header, tensors, taken = json.loads(data[8:start]), {}, start
     header.pop("__metadata__", None)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], DTYPES[entry["dtype"]]
+        (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], SAFETENSORS_DTYPES[entry["dtype"]]
         size = math.prod(shape) * dtype.itemsize
         if (
             start + begin != taken
@@ -309,7 +309,7 @@ def read_torch(path: str, is_zip: bool) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
-def read(path: str) -> dict:
+def read_checkpoint(path: str) -> dict:
     """The dictionary in a file, or behind a URL, which is fetched to torch's cache first.
     WeightsError if unreadable."""
     url = path if path.startswith(("http://", "https://")) else None
@@ -429,7 +429,7 @@ def load_weights(path_or_url: str, bicubic: bool = False) -> tuple[dict[str, Ten
     architecture's grid: with torch's bicubic, as mmsegmentation and timm do; that of a JAX file
     with scipy's bilinear zoom, as Google does, unless bicubic is set. A tensor may be a view of the
     file: copy it before the file is overwritten. WeightsError otherwise."""
-    path, content = path_or_url, read(path_or_url)
+    path, content = path_or_url, read_checkpoint(path_or_url)
     key = next((k for k in ("state_dict", "model") if isinstance(content.get(k), dict)), None)
     tensors = content[key] if key else content
     beside = [k for k in (content if key else {}) if k not in (key, "meta", "args", "classes")]
@@ -607,7 +607,7 @@ def describe(facts: dict) -> str:
     )
 
 
-def save(content: dict, path: str) -> None:
+def write_checkpoint(content: dict, path: str) -> None:
     """torch.save to path.part, then move it into place: a reader never sees half a file. OSError or
     (torch) RuntimeError."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -659,7 +659,7 @@ def main() -> None:
             )
         else:
             content = {"model": state_dict} if args.to == "ours" else to_timm(state_dict)
-        save(content, args.dst)
+        write_checkpoint(content, args.dst)
         print(
             f"{args.dst}: written, {args.to}"
             + "; mmsegmentation 1.2 and later need patch_bias=True in the backbone's "

@@ -11,8 +11,11 @@ two bilinear steps (to the resized picture, then to its own size), the mean of t
 rather than of the logits."""
 
 import argparse
+import atexit
+import ctypes
 import json
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -21,33 +24,29 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from glob import glob
+from multiprocessing import active_children, get_start_method, parent_process
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ade20k import (
     DEFAULT_ROOT,
-    IGNORE,
     Classes,
     DataError,
     data_root,
     find_pairs,
-    keep_memory,
     load_pair,
     normalise,
     progress,
     read_classes,
     resize_bilinear,
     scaled_size,
-    start_worker,
 )
 from convert_weights import WeightsError, describe, load_into, load_weights
-from model import ARCHS, NECKS, PAIRS
-from upernet import BLOCK, Segmenter, build_model, interpolation_matrix, resize
+from upernet import IGNORE_INDEX, BLOCK, Segmenter, build_model, interpolation_matrix, resize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,36 +56,6 @@ class UsageError(Exception):
 
 
 # ---- where and how to compute --------------------------------------------------------------------
-
-
-def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
-    """-> (rank, number of processes, device). Under torchrun joins the others: NCCL for tensors on
-    GPUs, gloo on CPUs; RuntimeError in all of them when one has not answered for `timeout`
-    seconds."""
-    keep_memory()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        meet = {}
-        if (
-            os.environ.get("GROUP_WORLD_SIZE") == "1"
-        ):  # torchrun, one node. Where it restarts its processes, its store
-            # still holds the addresses of the dead ones (pytorch issue 135712): a prefix for each
-            # try keeps them apart.
-            store = dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
-            )
-            prefix = f"try {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-            meet = dict(store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout),
-            **meet,
-        )
-    return rank, world, device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -107,7 +76,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
     """How maps lie in memory: channels last, but for float32 on CPUs, where gradients of weights
     then take thrice the time."""
     return (
@@ -117,12 +86,14 @@ def layout(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
     )
 
 
-def place(model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool) -> nn.Module:
+def prepare(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> nn.Module:
     """The model on the device, in its layout; compiled by parts and, since `H % patch` asks for it,
     for each size of input."""
     for part in model.children() if compiled else ():
         part.compile(dynamic=False)
-    return model.to(device, memory_format=layout(device, dtype))
+    return model.to(device, memory_format=memory_format(device, dtype))
 
 
 # ---- inference -----------------------------------------------------------------------------------
@@ -149,7 +120,7 @@ def predict(
             torch.tensor(resize_bilinear(image, h, w)[None], device=device)
         )  # (1, 3, h, w)
         x = (torch.cat([x, x.flip(3)]) if flip else x).contiguous(
-            memory_format=layout(device, dtype)
+            memory_format=memory_format(device, dtype)
         )
         with autocast(device, dtype):  # one batch, but on CPUs two: as fast, in half the memory
             small = [
@@ -186,7 +157,7 @@ def predict(
 def confusion_matrix(label: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
     """(H, W) uint8 twice -> (C, C) int64, pixels with row = true class, column = predicted; 255 in
     label is left out."""
-    kept = label != IGNORE
+    kept = label != IGNORE_INDEX
     cells = label[kept].astype(np.int64) * num_classes + prediction[kept]
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
@@ -315,10 +286,10 @@ def sheet(
     )
     legend = [
         (classes.names[k], tuple(classes.palette[k]))
-        for k in np.argsort(-counts[:IGNORE])
+        for k in np.argsort(-counts[:IGNORE_INDEX])
         if counts[k]
     ]
-    legend += [("not labelled", (0, 0, 0))] * bool(counts[IGNORE])
+    legend += [("not labelled", (0, 0, 0))] * bool(counts[IGNORE_INDEX])
     cell = max(size + 3 * gap + font.getlength(name) for name, _ in legend)
     total = int(max(gap + len(titles) * (width + gap), gap + cell))
     columns = int((total - gap) // cell)
@@ -388,89 +359,78 @@ def curves(entries: list[dict]) -> Image.Image:
     return canvas
 
 
-# ---- speed ---------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------
+
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+)  # that ask to stop: Ctrl-C, and clusters in two customs
 
 
-def measure(action: Callable, device: torch.device, seconds: float = 5.0) -> tuple[float, float]:
-    """-> (median seconds of one action, peak MB meanwhile: torch's on CUDA, the whole process's on
-    Linux, else nan)."""
-    cuda, times = device.type == "cuda", []
-    action()  # warm-up: memory is reserved, kernels are chosen or compiled
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    elif os.path.exists("/proc/self/clear_refs"):
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the kernel's own peak counter starts anew
-    while len(times) < 2 or sum(times) < seconds:
-        began = time.perf_counter()
-        action()
-        if cuda:
-            torch.cuda.synchronize()  # kernels run behind Python's back
-        times.append(time.perf_counter() - began)
-    peak = torch.cuda.max_memory_allocated() if cuda else float("nan")
-    if not cuda and os.path.exists("/proc/self/status"):
-        with open("/proc/self/status") as file:
-            peak = 1024 * int(next(line for line in file if line.startswith("VmHWM")).split()[1])
-    return float(np.median(times)), peak / 1e6
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large square matrix product, the best this machine
-    does in this dtype."""
-    n = 8192 if device.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return 2 * n**3 / measure(lambda: a @ b, device)[0]
-
-
-def count_flops(arch: str, neck: str, height: int, width: int, training: bool = False) -> float:
-    """Operations (two per multiply and add) in matrix products and convolutions for one picture:
-    forward through the head, or in training forward and backward through both heads."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers
-        model = build_model(arch, neck)
-        maps = model.features(torch.zeros(2, 3, height, width))
-        logits = model.decode_head(maps)
-        if training:
-            (logits.sum() + model.auxiliary_head(maps).sum()).backward()
-    return counter.get_total_flops() / 2
-
-
-def benchmark(args: argparse.Namespace) -> None:
-    """Pictures a second, memory and share of the machine's peak of each published pair, on one
-    512x512 picture."""
-    pairs, (_, _, device) = benchmark_pairs(args), setup_processes()
-    dtype, torch.backends.cudnn.benchmark = choose_dtype(args.dtype, device), True
-    rate = matmul_rate(device, dtype)
-    image = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
-    scales = ",".join(f"{s:g}" for s in args.scales) + " with flip" * args.flip
-    print(
-        f"{device.type}, {torch.get_num_threads()} threads, {str(dtype)[6:]}, matrix products at {rate / 1e9:.0f} GFLOP/s; "
-        f"one 512x512 picture in, label map out, scales {scales}\n"
-        f"{'arch':10s}{'neck':8s}{'GFLOP':>8s}{'seconds':>10s}{'pictures/s':>12s}{'MB':>8s}{'of peak':>9s}"
-    )
-    for arch, neck in pairs:
-        model = place(build_model(arch, neck), device, dtype, args.compile).eval()
-        flops = sum(count_flops(arch, neck, int(512 * s), int(512 * s)) for s in args.scales) * (
-            1 + args.flip
+def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
+    """-> (rank, number of processes, device). Under torchrun joins the others: NCCL for tensors on
+    GPUs, gloo on CPUs; RuntimeError in all of them when one has not answered for `timeout`
+    seconds."""
+    keep_memory()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        meet = {}
+        if (
+            os.environ.get("GROUP_WORLD_SIZE") == "1"
+        ):  # torchrun, one node. Where it restarts its processes, its store
+            # still holds the addresses of the dead ones (pytorch issue 135712): a prefix for each
+            # try keeps them apart.
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+            )
+            prefix = f"try {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+            meet = dict(store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout),
+            **meet,
         )
-        seconds, peak = measure(
-            lambda: predict(model, image, args.scales, args.flip, dtype=dtype), device
-        )
-        print(
-            f"{arch:10s}{neck:8s}{flops / 1e9:8.0f}{seconds:10.3f}{1 / seconds:12.2f}{peak:8.0f}"
-            f"{flops / seconds / rate:9.0%}",
-            flush=True,
-        )
+    return rank, world, device
 
 
-def benchmark_pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """The published (arch, neck) pairs that --arch and --neck leave, or the one they name where it
-    is not published."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # two would share what is measured
-        raise UsageError("--benchmark times one process on one device: run it without torchrun")
-    pairs = [
-        pair for pair in PAIRS if args.arch in (None, pair[0]) and args.neck in (None, pair[1])
-    ]
-    return pairs or [(args.arch or "deit_s16", args.neck or "none")]
+def keep_memory() -> None:
+    """glibc gives large arrays back when they are freed, and gets the next ones zeroed, page by
+    page: 40% of the time of the transforms, 10% of the model's on a CPU. From here on it keeps
+    those below 80 MB (larger ones would leave large holes)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 80_000_000)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: which does not shrink
+
+
+def start_worker(worker: int) -> None:
+    """In each of a loader's processes. A signal to the whole group is the main process's to answer;
+    but where that one is killed its loaders die with it, or they would hold its connections open
+    and the other processes would wait on them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    keep_memory()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # 1: PR_SET_PDEATHSIG, the signal when the parent dies
+        if get_start_method() == "fork" and os.getppid() != parent_process().pid:
+            os._exit(1)  # it has died already
+
+
+@atexit.register
+def kill_workers() -> None:
+    """When the main process ends: multiprocessing would send SIGTERM, which start_worker has its
+    processes ignore."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # (torch's handler would report them as lost)
+    for child in active_children():
+        if child.daemon:
+            child.kill()
 
 
 # ---- python evaluate.py --------------------------------------------------------------------------
@@ -625,18 +585,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="load the checkpoint, look at the data, print the plan or what is missing",
     )
-    add = parser.add_argument_group("speed").add_argument
-    add(
-        "--benchmark",
-        action="store_true",
-        help="time one 512x512 picture with random weights, and stop",
-    )
-    add(
-        "--arch",
-        choices=ARCHS,
-        help="with --benchmark: this one alone (default: the published pairs)",
-    )
-    add("--neck", choices=NECKS, help="with --benchmark: this one alone")
     add = parser.add_argument_group("results").add_argument
     add("--json", metavar="FILE", help="write scores and protocol")
     add(
@@ -658,8 +606,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 <= args.opacity <= 1:
         parser.error(f"--opacity {args.opacity} must be 0 to 1")
-    if (args.arch or args.neck) and not args.benchmark:
-        parser.error("--arch and --neck are for --benchmark alone: a checkpoint knows its own")
     if args.image and not (args.show or args.save_labels):
         parser.error("--image needs --show DIR or --save-labels DIR, or nothing would come out")
     if args.image and args.json:
@@ -710,7 +656,7 @@ def run(args: argparse.Namespace) -> None:
 
     started = time.monotonic()
     matrix = evaluate(
-        place(model, device, dtype, args.compile),
+        prepare(model, device, dtype, args.compile),
         pairs,
         classes,
         rank,
@@ -756,7 +702,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def sentences() -> Iterator[None]:
+def errors_in_one_sentence() -> Iterator[None]:
     """What the user can mend ends the program with its one sentence and code 2, without a
     traceback."""
     try:
@@ -769,8 +715,8 @@ def sentences() -> Iterator[None]:
 
 def main() -> None:
     args = parse()
-    with sentences():
-        benchmark(args) if args.benchmark else run(args)
+    with errors_in_one_sentence():
+        run(args)
 
 
 if __name__ == "__main__":

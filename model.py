@@ -76,17 +76,13 @@ ARCHS = {
         width=128, depth=4, heads=2, patch=8, grid=16, channels=64, drop_path=0.0, drop_path_ln=0.0
     ),
 }
-NECKS = ("none", "ln", "mln", "ln_mln")
-PAIRS = [
-    ("deit_s16", "none"),
-    ("deit_s16", "mln"),
-    ("deit_s16", "ln_mln"),
-    ("deit_b16", "none"),
-    ("deit_b16", "mln"),
-    ("deit_b16", "ln_mln"),
-    ("vit_b16", "mln"),
-    ("vit_b16", "ln_mln"),
-]  # of the published table
+# What a neck's name means: (a LayerNorm after the last layer, the multi-level neck).
+NECKS = {
+    "none": (False, False),
+    "ln": (True, False),
+    "mln": (False, True),
+    "ln_mln": (True, True),
+}
 
 
 def resize_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -296,7 +292,8 @@ def build_backbone(arch: str, neck: str) -> tuple[VisionTransformer, MultiLevelN
         raise ValueError(f"arch {arch!r} is unknown, choose one of {', '.join(ARCHS)}")
     if neck not in NECKS:
         raise ValueError(f"neck {neck!r} is unknown, choose one of {', '.join(NECKS)}")
-    a, final_norm = ARCHS[arch], "ln" in neck.split("_")
+    a = ARCHS[arch]
+    final_norm, multi_level = NECKS[neck]
     backbone = VisionTransformer(
         a["width"],
         a["depth"],
@@ -306,4 +303,4 @@ def build_backbone(arch: str, neck: str) -> tuple[VisionTransformer, MultiLevelN
         a["drop_path_ln" if final_norm else "drop_path"],
         final_norm,
     )
-    return backbone, MultiLevelNeck(a["width"]) if "mln" in neck else None
+    return backbone, MultiLevelNeck(a["width"]) if multi_level else None

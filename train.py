@@ -27,7 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ade20k import (
     DEFAULT_ROOT,
-    SIGNALS,
     Classes,
     TrainSet,
     data_root,
@@ -35,25 +34,30 @@ from ade20k import (
     normalise,
     positions,
     read_classes,
-    start_worker,
 )
-from convert_weights import PRETRAINED, WeightsError, describe, load_into, load_weights, read, save
+from convert_weights import (
+    PRETRAINED,
+    WeightsError,
+    describe,
+    load_into,
+    load_weights,
+    read_checkpoint,
+    write_checkpoint,
+)
 from evaluate import (
+    SIGNALS,
+    start_worker,
     DTYPES,
     UsageError,
     autocast,
-    benchmark_pairs,
     checkpoints,
     choose_dtype,
-    count_flops,
     curves,
     evaluate,
-    layout,
-    matmul_rate,
-    measure,
-    place,
+    memory_format,
+    prepare,
     scores,
-    sentences,
+    errors_in_one_sentence,
     setup_processes,
     sheet,
 )
@@ -84,9 +88,6 @@ TOY = dict(
     lr=2e-3,
     warmup=50,
 )
-# What --benchmark changes: the batch that each of the eight GPUs of a published run had; no arch or
-# neck means all pairs.
-BENCHMARK = dict(arch=None, neck=None, batch_size=2, pretrained="none", data="toy")
 OPTIMIZERS = {
     "adamw": dict(lr=6e-5, power=1.0, floor=0.0, warmup=1500),
     "sgd": dict(lr=0.01, power=0.9, floor=1e-4, warmup=0),
@@ -99,7 +100,6 @@ CHANGE_NOTHING = (
     "keep",
     "timeout",
     "dry_run",
-    "benchmark",
 )  # arguments
 PATIENCE = 5  # losses in a row that are not finite
 RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -244,12 +244,6 @@ def options() -> argparse.ArgumentParser:
         default=None,
         help="the same result every time on one machine, slower",
     )
-    add(
-        "--benchmark",
-        action="store_true",
-        help="time training steps from random weights and stop: of --arch and --neck, or "
-        "of all published pairs, with toy data and two pictures a step where nothing else is said",
-    )
     return parser
 
 
@@ -273,7 +267,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
                     f"--{key.replace('_', '-')} was {value} until here, from here on {getattr(args, key)}",
                     file=sys.stderr,
                 )
-    recipe = BENCHMARK if args.benchmark else TOY if "toy" in (args.data, known.get("data")) else {}
+    recipe = TOY if "toy" in (args.data, known.get("data")) else {}
     known = (
         dict(data=DEFAULT_ROOT, seed=0, dtype="auto", workers=2, keep=2, timeout=1800)
         | RECIPE
@@ -326,7 +320,7 @@ def usable_checkpoint(folder: str) -> tuple[str, dict]:
             damaged = zipfile.ZipFile(
                 path
             ).testzip()  # compares every tensor's bytes with their checksum
-            content = read(path)
+            content = read_checkpoint(path)
             if damaged is None and {"model", "optimizer", "scaler", "iteration", "args"} <= set(
                 content
             ):
@@ -416,7 +410,7 @@ def start_model(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(
             model
         )  # statistics over all 16 pictures, as published
-    return place(model, device, dtype, args.compile)
+    return prepare(model, device, dtype, args.compile)
 
 
 def gradients(
@@ -435,7 +429,7 @@ def gradients(
         x, y, size = (
             t.to(device, non_blocking=True) for t in (x, y, size)
         )  # uint8: a quarter of float32's traffic
-        x = normalise(x, size).contiguous(memory_format=layout(device, dtype))
+        x = normalise(x, size).contiguous(memory_format=memory_format(device, dtype))
         # Gradients travel between the processes once a batch, with its last part.
         wait = isinstance(model, DistributedDataParallel) and k < steps - 1
         with model.no_sync() if wait else nullcontext():
@@ -589,7 +583,7 @@ class Run:
             )
             done = attempt(
                 path,
-                save,
+                write_checkpoint,
                 dict(
                     model=self.model.state_dict(),
                     optimizer=self.optimizer.state_dict(),
@@ -659,37 +653,6 @@ class Run:
             attempt(path, sheet(rows, self.classes).save, path)
             path = os.path.join(self.work, "curves.png")
             attempt(path, curves(self.entries).save, path)
-
-
-def benchmark(args: argparse.Namespace) -> None:
-    """Time, memory and share of the machine's peak of a training step of each published pair, data
-    and all."""
-    rate = None
-    for args.arch, args.neck in benchmark_pairs(args):
-        run, waited, size = Run(args, {}), [], args.crop_size
-        run.asked, batches = [], iter(run.loader)
-        if rate is None:
-            rate = matmul_rate(run.device, run.dtype)
-            print(
-                f"{run.device.type}, {torch.get_num_threads()} threads, {str(run.dtype)[6:]}, matrix products at "
-                f"{rate / 1e9:.0f} GFLOP/s; {args.batch_size} pictures of {size}x{size} a step\n{'arch':10s}{'neck':8s}"
-                f"{'GFLOP':>8s}{'seconds':>10s}{'pictures/s':>12s}{'MB':>8s}{'of peak':>9s}{'waiting':>9s}"
-            )
-
-        def one_step():
-            before = time.perf_counter()
-            batch = next(batches)  # noqa: B023
-            waited.append(time.perf_counter() - before)  # noqa: B023
-            run.step(len(waited), batch)  # noqa: B023
-
-        seconds, peak = measure(one_step, run.device)
-        flops = count_flops(args.arch, args.neck, size, size, training=True) * args.batch_size
-        wait = sum(waited[1:]) / len(waited[1:])  # (the first was the warm-up)
-        print(
-            f"{args.arch:10s}{args.neck:8s}{flops / 1e9:8.0f}{seconds:10.3f}{args.batch_size / seconds:12.2f}{peak:8.0f}"
-            f"{flops / seconds / rate:9.0%}{wait / seconds:9.1%}",
-            flush=True,
-        )
 
 
 def train(args: argparse.Namespace, content: dict) -> None:
@@ -782,10 +745,10 @@ def train(args: argparse.Namespace, content: dict) -> None:
 
 
 def main() -> None:
-    with sentences():
+    with errors_in_one_sentence():
         args, content = parse()
         try:
-            benchmark(args) if args.benchmark else train(args, content)
+            train(args, content)
         except Stopped as stopped:
             print(stopped.args[0], file=sys.stderr)
             sys.exit(stopped.args[1])

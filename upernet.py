@@ -23,7 +23,7 @@ from torch import Tensor
 
 from model import ARCHS, build_backbone
 
-IGNORE = 255  # the label of pixels that nobody labelled: no loss, no metric
+IGNORE_INDEX = 255  # the label of pixels that nobody labelled: no loss, no metric
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (PSPNet, section 3.3)
 BLOCK = {
     "cpu": 2**20
@@ -156,7 +156,7 @@ class UpsampledCrossEntropy(torch.autograd.Function):
                 )
                 m, label = M[start:stop, a:b], y[start:stop].reshape(-1, 1)
                 log_p = (m @ wide.detach()[a:b]).view(-1, C).log_softmax(1)  # (rows * W, C)
-                kept = label != IGNORE
+                kept = label != IGNORE_INDEX
                 label = label.where(kept, 0)
                 loss = loss - log_p.gather(1, label)[kept].sum()
                 p = log_p.exp_()

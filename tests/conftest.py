@@ -1,4 +1,3 @@
-import functools
 import http.server
 import os
 import sys
@@ -15,10 +14,8 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 SAMPLE = os.path.join(os.path.dirname(ROOT), "shared", "ade20k_sample")
 
 import ade20k  # noqa: E402
-import evaluate  # noqa: E402
 import formulas  # noqa: E402
 import model  # noqa: E402
-import train  # noqa: E402
 import upernet  # noqa: E402
 from convert_weights import load_into, load_weights, to_mmseg  # noqa: E402
 
@@ -82,14 +79,6 @@ def main(monkeypatch):
         script.main()
 
     return call
-
-
-@pytest.fixture
-def brief(monkeypatch):
-    """Benchmarks take each figure twice, instead of for five seconds."""
-    measure = functools.partial(evaluate.measure, seconds=0)
-    for script in (evaluate, train):
-        monkeypatch.setattr(script, "measure", measure)
 
 
 class ReplayedRng:

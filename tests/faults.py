@@ -139,8 +139,8 @@ def test_a_loader_whose_run_died_before_it_began_does_not_stay():
     """It holds the output open, so communicate() would wait for it: this is how a test of the
     signals once hung."""
     code = (
-        "import multiprocessing, os, time, ade20k\n"
-        "def work():\n    time.sleep(1)\n    ade20k.start_worker(0)\n    time.sleep(100)\n"
+        "import multiprocessing, os, time, evaluate\n"
+        "def work():\n    time.sleep(1)\n    evaluate.start_worker(0)\n    time.sleep(100)\n"
         "multiprocessing.get_context('fork').Process(target=work).start()\nos._exit(0)"
     )
     run = subprocess.Popen(

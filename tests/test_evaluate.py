@@ -239,7 +239,6 @@ def test_any_folder_of_pictures_is_labelled_without_truth(run):
         (("--scales", "-1"), "above 0"),
         (("--dry-run", "--scales", "0"), "above 0"),
         (("--opacity", "1.5"), "--opacity 1.5 must be 0 to 1"),
-        (("--arch", "vit_b16"), "a checkpoint knows its own"),
         (("--checkpoint", "none.pt"), "none.pt: no such file"),
         (("--data", "nowhere"), "nowhere/images/validation: no such folder"),
         (("--image", "set/images/validation/none.jpg", "--show", "x"), "none.jpg: cannot be read"),
@@ -251,21 +250,6 @@ def test_wrong_inputs_end_with_one_sentence(run, main, arguments, message, monke
     with pytest.raises(SystemExit) as end:
         main(evaluate, *arguments)
     assert end.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_benchmark_counts_operations_as_the_formula_does_and_prints_a_row(main, brief, capsys):
-    """deit_t16 at 64x96: 24 patches and the class token, 12 layers; then the head's convolutions,
-    all at 4x6."""
-    n, d, c = 25, 192, 512
-    layers = 12 * (12 * n * d * d + 2 * n * n * d)  # qkv, proj, MLP; scores and mixing
-    patches = 24 * d * 3 * 16 * 16
-    pooled = sum(k * k * d * c for k in (1, 2, 3, 6))  # adaptive pooling to k x k, then 1x1
-    convs = 24 * (9 * (d + 4 * c) * c + 3 * d * c + 3 * 9 * c * c + 9 * 4 * c * c + c * 150)
-    assert evaluate.count_flops("deit_t16", "none", 64, 96) == 2 * (
-        layers + patches + pooled + convs
-    )
-    main(evaluate, "--benchmark", "--arch", "toy_p8", "--neck", "none")
-    assert capsys.readouterr().out.splitlines()[-1].startswith("toy_p8    none")
 
 
 def test_damage_met_on_the_way_is_named_too(run):

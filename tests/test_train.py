@@ -17,7 +17,7 @@ from conftest import ROOT, draw_set, write_mmseg
 import evaluate
 import train
 from convert_weights import MMSEG, rename
-from evaluate import UsageError, count_flops
+from evaluate import UsageError
 from upernet import build_model
 
 
@@ -127,7 +127,7 @@ def test_bfloat16_changes_a_step_and_the_labels_by_its_rounding_alone():
     )
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
-        evaluate.place(net, device, dtype, False).zero_grad()
+        evaluate.prepare(net, device, dtype, False).zero_grad()
         loss = train.gradients(
             net, batch, 4, torch.amp.GradScaler("cpu", enabled=False), device, dtype
         )
@@ -351,45 +351,6 @@ def test_dry_run_prints_the_plan_and_writes_nothing(launch, data, folder):
     assert f"batch 16 = {world} processes x {16 // world} pictures x 1 accumulated" in done.stdout
     assert ("8 training pictures" if data == "set" else "the data is not there yet") in done.stdout
     assert done.stdout.count("parameters") == 1 and sorted(os.walk(folder)) == before
-
-
-def test_benchmark_times_real_steps_and_writes_nothing_but_the_toy_set(
-    folder, main, brief, monkeypatch, capsys
-):
-    monkeypatch.chdir(folder)
-    options = (
-        "--arch",
-        "toy_p8",
-        "--neck",
-        "ln",
-        "--data",
-        "set",
-        "--crop-size",
-        64,
-        "--batch-size",
-        4,
-    )
-    main(train, "--benchmark", *options)
-    head, names, row = capsys.readouterr().out.strip().splitlines()
-    assert (
-        "4 pictures of 64x64 a step" in head
-        and names.split()[0] == "arch"
-        and row.split()[:2] == ["toy_p8", "ln"]
-    )
-    gflop, seconds, pictures, peak, of_peak, waiting = (
-        float(x.rstrip("%")) for x in row.split()[2:]
-    )
-    assert pictures == pytest.approx(4 / seconds, rel=0.05) and 0 <= waiting < 100 and peak > 50
-    assert gflop == round(4e-9 * count_flops("toy_p8", "ln", 64, 64, training=True))
-    assert not os.path.exists(folder / "runs" / "toy_p8_ln_set_160000")
-
-
-@pytest.mark.parametrize("script", [train, evaluate])
-def test_benchmark_is_refused_under_torchrun(script, main, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit) as end:
-        main(script, "--benchmark")
-    assert end.value.code == 2 and "run it without torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
