@@ -57,9 +57,7 @@ def test_metric_equals_the_references(sample, golden):
 
 def test_confusion_matrix_and_scores_equal_a_plain_loop():
     r = np.random.RandomState(0)
-    label, guess = r.randint(0, 4, (9, 11)).astype(np.uint8), r.randint(0, 4, (9, 11)).astype(
-        np.uint8
-    )
+    label, guess = r.randint(0, 4, (2, 9, 11)).astype(np.uint8)
     label[label == 3] = 255  # class 3 is predicted but never true, 4 neither
     matrix = evaluate.confusion_matrix(label, guess, 5)
     want = np.zeros((5, 5), int)
@@ -162,9 +160,8 @@ def run(tmp_path):
         Image.fromarray(formulas.picture(*size, seed=i)).save(
             tmp_path / f"set/images/validation/p{i}.jpg"
         )
-        label = (formulas.labels(*size, seed=i)[0].astype(np.uint8) + 1).astype(
-            np.uint8
-        )  # 255 -> 0
+        label = formulas.labels(*size, seed=i)[0]
+        label = np.where(label == 255, 0, label + 1).astype(np.uint8)
         Image.fromarray(label).save(tmp_path / f"set/annotations/validation/p{i}.png")
 
     def call(*arguments, launch=()):
@@ -176,26 +173,15 @@ def run(tmp_path):
 
 
 def test_command_line_writes_table_json_labels_and_pictures(run):
-    done = run(
-        "--json",
-        "out.json",
-        "--save-labels",
-        "labels",
-        "--show",
-        "show",
-        "--flip",
-        "--scales",
-        "0.5,1",
-    )
+    outputs = ("--json", "out.json", "--save-labels", "labels", "--show", "show")
+    done = run(*outputs, "--flip", "--scales", "0.5,1")
     assert done.returncode == 0, done.stderr
     with open(run.folder / "out.json") as file:
         out = json.load(file)
     assert f"{out['mIoU']:8.2f}" in done.stdout and out["protocol"]["images"] == 5
-    assert (
-        out["protocol"]["scales"] == [0.5, 1]
-        and out["protocol"]["flip"]
-        and out["protocol"]["data"] == "set"
-    )
+    assert out["protocol"]["scales"] == [0.5, 1] and out["protocol"]["flip"]
+    assert out["protocol"]["data"] == "set"
+    assert out["protocol"]["checkpoint"] == os.path.join("runs", "a", "checkpoint_5.pt")
     assert len(out["IoU"]) == 150 and None in out["IoU"]
     matrix = 0
     for i in range(5):  # the files alone give the same score
@@ -207,14 +193,94 @@ def test_command_line_writes_table_json_labels_and_pictures(run):
     assert evaluate.scores(matrix)["mIoU"] == pytest.approx(out["mIoU"])
 
 
+@pytest.fixture
+def small():
+    """A model of six classes, and three pictures with labels of two classes, in memory."""
+    torch.manual_seed(0)
+    net = build_model("toy_p8", "none", 6)
+    torch.nn.init.normal_(net.decode_head.classifier.weight)
+    return net, ade20k.Classes(tuple("abcdef"), [[0, 0, 0]] * 6)
+
+
+@pytest.mark.parametrize("left_early", [False, True])
+def test_evaluate_yields_every_picture_counts_it_and_leaves_the_model_as_it_was(
+    left_early, small, run
+):
+    (net, classes), matrix, seen = small, np.zeros((6, 6), np.int64), []
+    pairs = [(str(run.folder / f"set/images/validation/p{i}.jpg"), None) for i in range(5)]
+    label = np.zeros((40, 60), np.uint8) + 1
+    Image.fromarray(label).save(run.folder / "label.png")
+    pairs[0] = (pairs[0][0], str(run.folder / "label.png"))
+    how = dict(workers=0, short=32)
+    net.train()
+    for i, path, image, label, prediction in evaluate.evaluate(net, pairs, classes, matrix, **how):
+        seen.append(path)
+        assert not net.training and (path, label is None) == (pairs[i][0], i > 0)
+        assert prediction.shape == image.shape[:2] and prediction.max() < 6
+        assert matrix.sum() == 40 * 60
+        if left_early:
+            break
+    assert net.training and seen == [path for path, _ in pairs][: 1 if left_early else 5]
+    net.eval()
+    list(evaluate.evaluate(net, pairs[:1], classes, matrix, **how))
+    assert not net.training and matrix.sum() == 2 * 40 * 60
+
+
+LACKING = """
+import multiprocessing, signal, sys, ctypes, torch, torch.multiprocessing
+import torch.utils.data._utils.signal_handling as handling
+del signal.SIGUSR1, signal.SIGCHLD
+handling.IS_WINDOWS = True  # torch itself then asks for none of it
+library = ctypes.CDLL
+def cdll(name, *more, **how):
+    if name is None:
+        raise TypeError("argument of type 'NoneType' is not iterable")
+    return library(name, *more, **how)
+ctypes.CDLL = cdll
+sys.modules["fcntl"] = None
+import model, upernet, ade20k, evaluate, train, convert_weights
+assert [s.name for s in evaluate.SIGNALS] == ["SIGINT", "SIGTERM"]
+if __name__ == "__main__":
+    evaluate.main()
+"""
+
+
+@pytest.mark.parametrize("lacking,workers", [(True, 0), (True, 1), (False, 1)])
+def test_without_what_a_platform_lacks_and_with_spawn_evaluation_works(lacking, workers, run):
+    """Windows has no fork, fcntl, SIGUSR1, SIGCHLD, and no C library under the name None."""
+    code = "import multiprocessing, sys\nsys.path.insert(0, sys.argv.pop(1))\n"
+    code += "if __name__ == '__main__':\n    multiprocessing.set_start_method('spawn')\n"
+    code += LACKING if lacking else "import evaluate\nif __name__ == '__main__': evaluate.main()"
+    (run.folder / "a folder").mkdir()
+    (run.folder / "a folder" / "program.py").write_text(code)
+    arguments = ("--image", "set/images/validation/p0.jpg", "--show", "a folder/out")
+    command = [sys.executable, "a folder/program.py", ROOT, *arguments, "--workers", str(workers)]
+    done = subprocess.run(command, cwd=run.folder, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert os.listdir(run.folder / "a folder" / "out") == ["p0.png"]
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_first_picture(
+    run, main, monkeypatch, capsys
+):
+    monkeypatch.chdir(run.folder)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **how: pytest.fail("it was evaluated"))
+    (run.folder / "file").touch()
+    for arguments in (("--json", "set"), ("--json", "file/out.json"), ("--show", "file")):
+        with pytest.raises(SystemExit) as end:
+            main(evaluate, *arguments)
+        assert end.value.code == 2 and arguments[1].split("/")[0] in capsys.readouterr().err
+    with pytest.raises(pytest.fail.Exception):
+        main(evaluate, "--json", "new/folder/out.json")
+    assert os.path.exists(run.folder / "new/folder/out.json")
+
+
 def test_two_and_three_processes_give_the_same_result_as_one(run):
     results = []
     for n in (1, 2, 3):
-        launch = (
-            ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n))
-            if n > 1
-            else ()
-        )
+        launch = ()
+        if n > 1:
+            launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n))
         done = run("--json", f"{n}.json", launch=launch)
         assert done.returncode == 0, done.stderr
         with open(run.folder / f"{n}.json") as file:
@@ -226,7 +292,7 @@ def test_any_folder_of_pictures_is_labelled_without_truth(run):
     done = run("--image", "set/images/validation", "--show", "out")
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(run.folder / "out")) == [f"p{i}.png" for i in range(5)]
-    assert Image.open(run.folder / "out/p0.png").width >= 160 + 16
+    assert Image.open(run.folder / "out/p0.png").width >= 160 + 8
     done = run("--image", "set/images/validation/p3.jpg", "--save-labels", "one")
     assert done.returncode == 0 and os.listdir(run.folder / "one") == ["p3.png"]
 
@@ -276,23 +342,18 @@ def test_overlay_is_the_picture_at_its_own_size_with_colours_of_the_opacity_aske
     image, label = formulas.picture(200, 333), formulas.labels(200, 333)[0].astype(np.uint8)
     classes = ade20k.Classes()
     canvas = np.asarray(evaluate.sheet([(image, None, label)], classes, 0.25)).astype(float)
-    got = canvas[31 : 31 + 200, 8 : 8 + 333]
+    got = canvas[36 : 36 + 200, 4 : 4 + 333]
     palette = np.array(classes.palette + [[0, 0, 0]] * 106)
     assert np.abs(got - (0.75 * image + 0.25 * palette[label])).max() <= 1
 
 
 def test_curves_draw_every_value_where_the_axes_say():
-    entries = [dict(iteration=0, args={})] + [
-        dict(iteration=i, loss=5.0 - i / 25, lr=1e-4) for i in range(10, 101, 10)
-    ]
-    entries += [
-        dict(iteration=50, mIoU=20.0),
-        dict(iteration=100, mIoU=40.0),
-        dict(iteration=100, mIoU=None),
-    ]
+    entries = [dict(iteration=0, args={})]
+    entries += [dict(iteration=i, loss=5.0 - i / 25, lr=1e-4) for i in range(10, 101, 10)]
+    entries += [dict(iteration=i, mIoU=mIoU) for i, mIoU in ((50, 20.0), (100, 40.0), (100, None))]
     canvas = np.asarray(evaluate.curves(entries)).astype(int)
     assert canvas.shape[1] == 800
-    blue = np.argwhere((np.abs(canvas - (31, 119, 180)).sum(2) < 30))
+    blue = np.argwhere((np.abs(canvas - (70, 130, 180)).sum(2) < 30))
     rows = blue[blue[:, 0] > 2 * 210]  # the third plot, mIoU, from 90 to 780: base 610, top 470
     left, right = rows[rows[:, 1].argmin()], rows[rows[:, 1].argmax()]
     assert abs(left[1] - (90 + 690 * 0.5)) <= 4 and abs(right[1] - 780) <= 4
