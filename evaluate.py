@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
+from torch import Tensor, nn
 
 from ade20k import (
     DEFAULT_ROOT,
@@ -47,7 +47,14 @@ from ade20k import (
     scaled_size,
 )
 from convert_weights import WeightsError, describe, load_into, load_weights
-from upernet import IGNORE_INDEX, BLOCK, Segmenter, build_model, interpolation_matrix, resize
+from upernet import (
+    IGNORE_INDEX,
+    Segmenter,
+    build_model,
+    resize_matrix,
+    rows_at_once,
+    source_rows,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -112,46 +119,59 @@ def predict(
     0..C-1 of each pixel.
 
     Each scale s resizes into (4 short, short) * s, keeping the aspect; flip adds the mirrored
-    picture to every scale."""
+    picture to every scale. The plain form, of which this holds some rows of pixels at a time:
+
+        for x in views:                                      # the picture at each scale, and mirrored
+            logits = resize(resize(head(x), x.shape[2:]), (H, W))    # mirrored back where x was
+            total = total + logits.softmax(dim=1)
+        return total.argmax(dim=1)
+
+    The mean is over probabilities, not logits: a view that is sure of nothing should not outvote
+    one that is sure."""
     (H, W), device, views = image.shape[:2], next(model.parameters()).device, []
-    for scale in sorted(scales, reverse=True):  # what the largest leaves free holds the others
+    for scale in sorted(scales, reverse=True):  # the memory that the largest leaves holds the others
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
-        x = normalise(
-            torch.tensor(resize_bilinear(image, h, w)[None], device=device)
-        )  # (1, 3, h, w)
-        x = (torch.cat([x, x.flip(3)]) if flip else x).contiguous(
-            memory_format=memory_format(device, dtype)
-        )
-        with autocast(device, dtype):  # one batch, but on CPUs two: as fast, in half the memory
-            small = [
-                model.decode_head(model.features(part))
-                for part in x.split(1 if device.type == "cpu" else 2)
-            ]
-        small = (
-            torch.cat(small).float().contiguous(memory_format=torch.channels_last)
-        )  # (1 or 2, C, h', w')
-        # The two bilinear steps of the protocol, h' x w' -> h x w -> H x W, are taken below for
-        # some rows at a time, along x and then, as one matrix, along y: (C, H, W) exists for none
-        # of the views, however many there are.
-        M = interpolation_matrix(h, H, small) @ interpolation_matrix(
-            small.shape[2], h, small
-        )  # (H, h')
-        views += [(M, w, v.flip(3) if k else v) for k, v in enumerate(small.split(1))]
-    C, rows = small.shape[1], []
-    step = max(1, BLOCK.get(device.type, 2**26) // (C * W))
+        x = torch.tensor(resize_bilinear(image, h, w)[None], device=device)  # (1, 3, h, w)
+        x = normalise(x)
+        if flip:
+            x = torch.cat([x, x.flip(3)])  # (2, 3, h, w)
+        logits = view_logits(model, x, dtype)  # (1 or 2, h', w', C)
+
+        # The two bilinear steps of the protocol, h' to h to H, are one matrix for each axis. Read
+        # backwards, the columns mirror the mirrored picture back.
+        rows = resize_matrix(h, H, logits) @ resize_matrix(logits.shape[1], h, logits)  # (H, h')
+        columns = resize_matrix(w, W, logits) @ resize_matrix(logits.shape[2], w, logits)  # (W, w')
+        views.append((h, rows, columns, logits[0]))
+        if flip:
+            views.append((h, rows, columns.flip(0), logits[1]))
+
+    C = logits.shape[3]
+    step, labels = rows_at_once(device, W * C), []
     for start in range(0, H, step):
+        stop = min(start + step, H)
         total = 0
-        for M, w, v in views:
-            m = M[start : start + step]  # (r, h'), all zero but for a few columns
-            used = m.any(0).nonzero().flatten().tolist()
-            a, b = used[0], used[-1] + 1
-            wide = resize(resize(v[:, :, a:b], (b - a, w)), (b - a, W))  # (1, C, b - a, W)
-            logits = (m[:, a:b] @ wide[0].permute(1, 2, 0).flatten(1)).view(len(m), W, C)
-            total = total + (
-                logits.softmax(2) if len(views) > 1 else logits
-            )  # of one view, the argmax is the same
-        rows.append(total.argmax(2).to(torch.uint8))
-    return torch.cat(rows).cpu().numpy()
+        for h, rows, columns, logits in views:
+            # The few rows of this view that these rows of the picture are mixed from.
+            first, last = source_rows(*source_rows(start, stop, h, H), logits.shape[0], h)
+            wide = columns @ logits[first:last]  # (last - first, W, C)
+            m = rows[start:stop, first:last]  # (rows, last - first)
+            tall = (m @ wide.flatten(1)).view(-1, W, C)  # (rows, W, C)
+            if len(views) > 1:
+                tall = tall.softmax(2)  # (of one view, the largest stays the largest)
+            total += tall
+        labels.append(total.argmax(2).to(torch.uint8))  # (rows, W)
+    return torch.cat(labels).cpu().numpy()
+
+
+def view_logits(model: Segmenter, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normalised pictures (B, 3, h, w) -> logits (B, h', w', C), float32, at the head's own size.
+
+    On CPUs one picture at a time: as fast as a batch, in half the memory."""
+    x = x.contiguous(memory_format=memory_format(x.device, dtype))
+    with autocast(x.device, dtype):
+        parts = x.split(1 if x.device.type == "cpu" else len(x))
+        logits = torch.cat([model.decode_head(model.features(part)) for part in parts])
+    return logits.float().permute(0, 2, 3, 1).contiguous()
 
 def confusion_matrix(label: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
     """(H, W) uint8 twice -> (C, C) int64, pixels with row = true class, column = predicted; 255 in
