@@ -562,23 +562,58 @@ def plan(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, dic
     return model, facts, find_pairs(root, args.split), classes
 
 
-def open_outputs(args: argparse.Namespace) -> None:
-    """Make the folders and try to write the results: an error comes now, not after an hour."""
+def destination(folder: str, path: str) -> str:
+    """Where the result for the picture in path goes."""
+    return os.path.join(folder, os.path.splitext(os.path.basename(path))[0] + ".png")
+
+
+def file_id(path: str) -> tuple | str:
+    """Equal for all paths of one file, however they are written, links among them."""
+    if os.path.exists(path):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    return os.path.normcase(os.path.realpath(path))
+
+
+def refuse_overwriting(args: argparse.Namespace, pairs: list) -> None:
+    """UsageError where an output would replace a file that is read, or another output."""
+    inputs = [args.checkpoint, os.path.join(args.data, "classes.txt")]
+    inputs += [path for pair in pairs for path in pair if path]
+    read = {file_id(path): path for path in inputs}
+
+    folders = [folder for folder in (args.save_labels, args.show) if folder]
+    outputs = [(destination(folder, path), path) for folder in folders for path, _ in pairs]
+    if args.json:
+        outputs.append((args.json, "the scores"))
+    written = {}
+    for output, source in outputs:
+        key = file_id(output)
+        if key in read:
+            raise UsageError(f"{output} would replace {read[key]}, which is read: write elsewhere")
+        if key in written:
+            raise UsageError(
+                f"{output} would hold both what is made of {written[key]} and of {source}: "
+                "write to another folder, or rename one of them"
+            )
+        written[key] = source
+
+
+def open_outputs(args: argparse.Namespace, rank: int) -> None:
+    """Make the folders and try to write the scores: an error comes now, not after an hour."""
     for folder in (args.show, args.save_labels, os.path.dirname(args.json or "")):
         os.makedirs(folder or ".", exist_ok=True)
-    if args.json:
+    if args.json and rank == 0:
         open(args.json, "a").close()  # what is in it stays until there is more to write
 
 
 def write(args: argparse.Namespace, classes: Classes, path: str, image, label, prediction) -> None:
     """Save what is asked for of one picture, as evaluate() gives it."""
-    name = os.path.splitext(os.path.basename(path))[0] + ".png"
     if args.save_labels:
         values = prediction + 1 if classes.zero_ignored else prediction
-        Image.fromarray(values).save(os.path.join(args.save_labels, name))
+        Image.fromarray(values).save(destination(args.save_labels, path))
     if args.show:
         drawn = sheet([(image, label, prediction)], classes, args.opacity)
-        drawn.save(os.path.join(args.show, name))
+        drawn.save(destination(args.show, path))
 
 
 def report(args: argparse.Namespace, classes: Classes, matrix: np.ndarray, images: int) -> None:
@@ -610,6 +645,7 @@ def run(args: argparse.Namespace) -> None:
             return
 
     model, facts, pairs, classes = plan(args, device)
+    refuse_overwriting(args, pairs)
     if rank == 0:
         scales = ",".join(f"{scale:g}" for scale in args.scales)
         flip = " with flip" if args.flip else ""
@@ -622,9 +658,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
 
-    if rank == 0:
-        open_outputs(args)
-
+    open_outputs(args, rank)
     dtype = DTYPES[args.dtype]
     model = prepare(model, device, dtype, args.compile)
     matrix = np.zeros((len(classes.names), len(classes.names)), np.int64)

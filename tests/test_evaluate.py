@@ -275,6 +275,40 @@ def test_results_that_cannot_be_written_are_refused_before_the_first_picture(
     assert os.path.exists(run.folder / "new/folder/out.json")
 
 
+def test_no_output_replaces_what_was_read_or_another_output(run, main, monkeypatch, capsys):
+    monkeypatch.chdir(run.folder)
+    os.makedirs("own/deep")
+    for name in ("x.png", "y.jpg"):
+        Image.fromarray(formulas.picture(40, 60)).save(f"own/{name}")
+    os.symlink("own", "link")
+    os.link("own/x.png", "own/deep/x.png")
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    absolute, truth = str(run.folder / "own"), "set/annotations/validation"
+    for arguments, words in (
+        (("--image", "own", "--save-labels", "own"), "own/x.png would replace own/x.png"),
+        (("--image", "own", "--show", absolute), f"{absolute}/x.png would replace own/x.png"),
+        (("--image", "own", "--show", "own/../own"), "own/../own/x.png would replace own/x.png"),
+        (("--image", "own", "--show", "link"), "link/x.png would replace own/x.png"),
+        (("--image", "link/x.png", "--show", "own"), "own/x.png would replace link/x.png"),
+        (("--image", "own", "--show", "own/deep"), "own/deep/x.png would replace own/x.png"),
+        (("--save-labels", truth), f"{truth}/p0.png would replace {truth}/p0.png"),
+        (("--json", f"{truth}/p1.png"), "p1.png would replace"),
+        (("--json", "runs/a/checkpoint_5.pt"), "would replace runs/a/checkpoint_5.pt"),
+        (("--save-labels", "new", "--show", "./new"), "new/p0.png would hold both"),
+        (("--save-labels", "new", "--json", "new/p1.png"), "new/p1.png would hold both"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(evaluate, *arguments)
+        assert end.value.code == 2 and words in capsys.readouterr().err
+    Image.fromarray(formulas.picture(40, 60)).save("own/x.jpg")
+    for dry in ((), ("--dry-run",)):
+        with pytest.raises(SystemExit) as end:
+            main(evaluate, "--image", "own", "--show", "new", *dry)
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and "made of own/x.jpg and of own/x.png" in error
+    assert not os.path.exists("new") and all(p.read_bytes() == b for p, b in before.items())
+
+
 def test_two_and_three_processes_give_the_same_result_as_one(run):
     results = []
     for n in (1, 2, 3):
