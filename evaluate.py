@@ -205,6 +205,14 @@ def scores(matrix: np.ndarray) -> dict:
     return result
 
 
+def load_or_fault(pair: tuple[str, str | None], classes: Classes) -> tuple:
+    """load_pair, or (path, DataError, None) where the picture or its label cannot be used."""
+    try:
+        return load_pair(pair, classes)
+    except DataError as fault:
+        return pair[0], fault, None
+
+
 def evaluate(
     model: nn.Module,
     pairs: list[tuple[str, str | None]],
@@ -213,6 +221,7 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     workers: int = 2,
+    faults: list[str] | None = None,
     **how,
 ) -> Iterator[tuple]:
     """Label pictures, every world-th of all for this process: yields (index in pairs, path, image
@@ -220,13 +229,14 @@ def evaluate(
 
     pairs: (image path, label path or None). matrix (C, C) int64: the pixels are counted into it,
     and when the loop has ended it holds the sum over all processes; so all of them go to the end,
-    or none. how: predict's scales, flip, short and dtype."""
+    or none. A file that cannot be used ends the loop with a DataError; given a list of faults, its
+    sentence is added to the list instead. how: predict's scales, flip, short and dtype."""
     mine = list(range(rank, len(pairs), world))  # without padding: no picture is counted twice
     loader = torch.utils.data.DataLoader(
         pairs,
         batch_size=None,
         sampler=mine,
-        collate_fn=partial(load_pair, classes=classes),
+        collate_fn=partial(load_or_fault, classes=classes),
         num_workers=workers,
         worker_init_fn=start_worker,
     )
@@ -235,6 +245,12 @@ def evaluate(
 
     try:
         for n, (i, (path, image, label)) in enumerate(zip(mine, loader, strict=True), start=1):
+            if isinstance(image, DataError):
+                if faults is None:
+                    raise image
+                faults.append(str(image))
+                continue
+
             prediction = predict(model, image, **how)
             if label is not None:
                 matrix += confusion_matrix(label, prediction, len(classes.names))
@@ -532,14 +548,15 @@ def check_classes(path: str, facts: dict, root: str, there: tuple[str, ...]) -> 
 
 
 def find_pictures(path: str) -> list[tuple[str, None]]:
-    """(path, no label) of one picture or of those in a folder."""
+    """(path, no label) of one picture, or of all files in a folder but hidden ones."""
     if not os.path.isdir(path):
         return [(path, None)]
-    suffixes = tuple(Image.registered_extensions())
-    names = sorted(name for name in os.listdir(path) if name.lower().endswith(suffixes))
-    if not names:
-        raise DataError(f"{path}: holds no pictures")
-    return [(os.path.join(path, name), None) for name in names]
+    names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    files = [os.path.join(path, name) for name in names]
+    pairs = [(file, None) for file in files if os.path.isfile(file)]
+    if not pairs:
+        raise DataError(f"{path}: holds no files")
+    return pairs
 
 
 def plan(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, dict, list, Classes]:
@@ -665,16 +682,28 @@ def run(args: argparse.Namespace) -> None:
     how = dict(scales=args.scales, flip=args.flip, short=args.short_side, dtype=dtype)
 
     started = time.monotonic()
-    for _, *picture in evaluate(model, pairs, classes, matrix, rank, world, args.workers, **how):
+    faults = [] if os.path.isdir(args.image or "") else None  # one bad picture ends no folder
+    parts = (model, pairs, classes, matrix, rank, world, args.workers, faults)
+    for _, *picture in evaluate(*parts, **how):
         write(args, classes, *picture)
 
-    if rank == 0:
-        rate = len(pairs) / (time.monotonic() - started)
-        progress(f"{len(pairs)} pictures, {rate:.2f} a second", started, done=True)
-        report(args, classes, matrix, len(pairs))
+    everyones = [faults]
     if world > 1:
+        everyones = [None] * world
+        dist.all_gather_object(everyones, faults)
         dist.barrier()  # nobody leaves while another may still be talking to it
         dist.destroy_process_group()
+    faults = [fault for part in everyones for fault in part or ()]
+
+    if rank == 0:
+        images = len(pairs) - len(faults)
+        rate = images / (time.monotonic() - started)
+        progress(f"{images} pictures, {rate:.2f} a second", started, done=True)
+        report(args, classes, matrix, images)
+        for fault in faults:
+            print(f"not labelled: {fault}", file=sys.stderr)
+    if faults:
+        sys.exit(1)
 
 
 @contextmanager

@@ -331,6 +331,28 @@ def test_any_folder_of_pictures_is_labelled_without_truth(run):
     assert done.returncode == 0 and os.listdir(run.folder / "one") == ["p3.png"]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_unreadable_files_of_a_folder_are_named_at_the_end_and_the_others_labelled(processes, run):
+    folder = run.folder / "set/images/validation"
+    (folder / "notes.txt").write_text("no picture")
+    (folder / ".hidden").write_text("no picture")
+    (folder / "below").mkdir()
+    Image.fromarray(formulas.picture(40, 60)).save(folder / "z.WEBP", format="webp")
+    with open(folder / "p2.jpg", "r+b") as file:
+        file.truncate(700)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    arguments = ("--image", "set/images/validation", "--save-labels", "out")
+    done = run(*arguments, launch=launch if processes > 1 else ())
+    assert done.returncode == 1 and "out: 5 files written" in done.stdout, done.stderr
+    names = [f"{name}.png" for name in ("p0", "p1", "p3", "p4", "z")]
+    assert sorted(os.listdir(run.folder / "out")) == names
+    for name in ("notes.txt", "p2.jpg"):
+        path = os.path.join("set/images/validation", name)
+        assert done.stderr.count(f"not labelled: {path}: cannot be read as a picture") == 1
+    assert "hidden" not in done.stderr and "below" not in done.stderr
+    assert processes > 1 or "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
