@@ -16,6 +16,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -367,7 +368,8 @@ def sheet(
 
     for image, truth, prediction in rows:
         width = max(160, min(limit, image.shape[1]))
-        size = (width, round(width * image.shape[0] / image.shape[1]))
+        height = round(width * image.shape[0] / image.shape[1])
+        size = (width, min(max(1, height), 100 * width))  # a strip becomes less narrow than it is
         picture = Image.fromarray(image).resize(size, Image.LANCZOS)
         labels = {"truth": truth, "prediction": prediction}
         for title, column in columns.items():
@@ -485,6 +487,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
 
     args = parser.parse_args(argv)
+    for name, least in (("short_side", 1), ("workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} {value} must be {least} or more")
     if not 0 <= args.opacity <= 1:
         parser.error(f"--opacity {args.opacity} must be 0 to 1")
     if args.image and not (args.show or args.save_labels):
@@ -716,6 +723,15 @@ def errors_in_one_sentence() -> Iterator[None]:
         # A loader's process wraps the sentence in its traceback: keep the sentence.
         print(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not re.search("Bus error|shared memory|</torch_", str(error)):
+            raise
+        print(
+            "error: the loader's processes have too little shared memory (/dev/shm) to hand their "
+            "pictures over: use --workers 0, or start the container with --shm-size 8g",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def main() -> None:
@@ -739,6 +755,11 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
     GPUs, gloo on CPUs; RuntimeError in all of them when one has not answered for `timeout`
     seconds."""
     keep_memory()
+    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        raise UsageError(
+            "of RANK and WORLD_SIZE the environment sets one alone: start with torchrun, which sets "
+            "both, or unset it"
+        )
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")

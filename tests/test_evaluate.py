@@ -361,6 +361,10 @@ def test_unreadable_files_of_a_folder_are_named_at_the_end_and_the_others_labell
         (("--scales", "-1"), "above 0"),
         (("--dry-run", "--scales", "0"), "above 0"),
         (("--opacity", "1.5"), "--opacity 1.5 must be 0 to 1"),
+        (("--opacity", "nan"), "--opacity nan must be 0 to 1"),
+        (("--short-side", "-5"), "--short-side -5 must be 1 or more"),
+        (("--short-side", "0"), "--short-side 0 must be 1 or more"),
+        (("--workers", "-1"), "--workers -1 must be 0 or more"),
         (("--checkpoint", "none.pt"), "none.pt: no such file"),
         (("--data", "nowhere"), "nowhere/images/validation: no such folder"),
         (("--image", "set/images/validation/none.jpg", "--show", "x"), "none.jpg: cannot be read"),
@@ -372,6 +376,34 @@ def test_wrong_inputs_end_with_one_sentence(run, main, arguments, message, monke
     with pytest.raises(SystemExit) as end:
         main(evaluate, *arguments)
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_stray_variable_of_torchrun_ends_with_one_sentence(
+    name, run, main, monkeypatch, capsys
+):
+    monkeypatch.chdir(run.folder)
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(SystemExit) as end:
+        main(evaluate)
+    assert end.value.code == 2 and "start with torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that dataloader's "
+        "workers are out of shared memory. Please try to raise your shared memory limit.",
+        "Caught RuntimeError in DataLoader worker process 0.\nTraceback (most recent call last):\n"
+        "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2>: No space left",
+    ],
+)
+def test_little_shared_memory_ends_with_one_sentence(words, capsys):
+    with pytest.raises(SystemExit) as end, evaluate.errors_in_one_sentence():
+        raise RuntimeError(words)
+    assert end.value.code == 2 and "use --workers 0" in capsys.readouterr().err
+    with pytest.raises(RuntimeError), evaluate.errors_in_one_sentence():
+        raise RuntimeError("CUDA out of memory")  # another matter
 
 
 def test_damage_met_on_the_way_is_named_too(run):
@@ -414,6 +446,16 @@ def test_curves_draw_every_value_where_the_axes_say():
     left, right = rows[rows[:, 1].argmin()], rows[rows[:, 1].argmax()]
     assert abs(left[1] - (90 + 690 * 0.5)) <= 4 and abs(right[1] - 780) <= 4
     assert abs(left[0] - (610 - 140 * 0.5)) <= 4 and abs(right[0] - 470) <= 4
+
+
+@pytest.mark.parametrize("height,width", [(1, 1), (1, 10000), (10000, 1), (2600, 2), (7, 300)])
+def test_any_strip_is_labelled_and_drawn(height, width, small):
+    (net, classes), image = small, np.full((height, width, 3), 99, np.uint8)
+    label = evaluate.predict(net.eval(), image, short=32)
+    assert label.shape == (height, width)
+    for truth in (label, None):
+        drawn = evaluate.sheet([(image, truth, label)], classes)
+        assert 160 < drawn.width < 4100 and 20 < drawn.height < 41000
 
 
 def test_sheet_has_room_for_every_name_and_colour():
