@@ -52,6 +52,7 @@ from upernet import (
     IGNORE_INDEX,
     Segmenter,
     build_model,
+    resize,
     resize_matrix,
     rows_at_once,
     source_rows,
@@ -115,6 +116,7 @@ def predict(
     flip: bool = False,
     short: int = 512,
     dtype: torch.dtype = torch.float32,
+    slide: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Label a whole picture. model in eval mode; image (H, W, 3) uint8 RGB -> (H, W) uint8, class
     0..C-1 of each pixel.
@@ -128,7 +130,7 @@ def predict(
         return total.argmax(dim=1)
 
     The mean is over probabilities, not logits: a view that is sure of nothing should not outvote
-    one that is sure."""
+    one that is sure. slide: (window, stride), see slide_logits."""
     (H, W), device, views = image.shape[:2], next(model.parameters()).device, []
     for scale in sorted(scales, reverse=True):  # the memory that the largest leaves holds the others
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
@@ -136,7 +138,10 @@ def predict(
         x = normalise(x)
         if flip:
             x = torch.cat([x, x.flip(3)])  # (2, 3, h, w)
-        logits = view_logits(model, x, dtype)  # (1 or 2, h', w', C)
+        if slide:
+            logits = slide_logits(model, x, dtype, *slide)  # (1 or 2, h, w, C)
+        else:
+            logits = view_logits(model, x, dtype)  # (1 or 2, h', w', C)
 
         # The two bilinear steps of the protocol, h' to h to H, are one matrix for each axis. Read
         # backwards, the columns mirror the mirrored picture back.
@@ -173,6 +178,33 @@ def view_logits(model: Segmenter, x: Tensor, dtype: torch.dtype) -> Tensor:
         parts = x.split(1 if x.device.type == "cpu" else len(x))
         logits = torch.cat([model.decode_head(model.features(part)) for part in parts])
     return logits.float().permute(0, 2, 3, 1).contiguous()
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along an axis: every stride pixels, and the last one ends with it."""
+    last = max(length - window, 0)
+    return [*range(0, last, stride), last]
+
+
+def slide_logits(
+    model: Segmenter, x: Tensor, dtype: torch.dtype, window: int, stride: int
+) -> Tensor:
+    """Logits by windows of the training crops' size, where positions are as they were learned:
+    (B, 3, h, w) -> (B, h, w, C), for each pixel the mean over the windows that see it. The protocol
+    of Segmenter (Strudel et al. 2021, arXiv:2105.05633) and BEiT, mmsegmentation's mode slide."""
+    B, _, h, w = x.shape
+    total = x.new_zeros(B, h, w, model.decode_head.classifier.out_channels)
+    seen = x.new_zeros(h, w, 1)
+    for top in window_starts(h, window, stride):
+        for left in window_starts(w, window, stride):
+            rows, columns = slice(top, top + window), slice(left, left + window)
+            part = x[:, :, rows, columns]
+            logits = view_logits(model, part, dtype).permute(0, 3, 1, 2)  # (B, C, h', w')
+            logits = resize(logits, part.shape[2:])
+            total[:, rows, columns] += logits.permute(0, 2, 3, 1)
+            seen[rows, columns] += 1
+    return total / seen
+
 
 def confusion_matrix(label: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
     """(H, W) uint8 twice -> (C, C) int64, pixels with row = true class, column = predicted; 255 in
@@ -231,7 +263,8 @@ def evaluate(
     pairs: (image path, label path or None). matrix (C, C) int64: the pixels are counted into it,
     and when the loop has ended it holds the sum over all processes; so all of them go to the end,
     or none. A file that cannot be used ends the loop with a DataError; given a list of faults, its
-    sentence is added to the list instead. how: predict's scales, flip, short and dtype."""
+    sentence is added to the list instead. how: predict's scales, flip, short,
+    dtype and slide."""
     mine = list(range(rank, len(pairs), world))  # without padding: no picture is counted twice
     loader = torch.utils.data.DataLoader(
         pairs,
@@ -442,6 +475,17 @@ def parse_scales(text: str) -> tuple[float, ...]:
     return scales
 
 
+def at_least(least: int) -> Callable:
+    """A whole number on the command line."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} must be {least} or more")
+        return int(text)
+
+    return number
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; what cannot be met together is refused here."""
     parser = argparse.ArgumentParser(
@@ -451,8 +495,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("what").add_argument
     add("--checkpoint", metavar="FILE", default="runs",
-        help="any file convert_weights.py reads, a URL, or a work directory, of which the newest "
-        "is taken (default: runs)")
+        help="any file convert_weights.py reads, a URL, a work directory (the checkpoint with the "
+        "best validation), or a folder of these (the newest; default: runs)")
     add("--data", metavar="DIR",
         help=f"data set, or toy (default: what the checkpoint was trained on, else {DEFAULT_ROOT})")
     add("--split", default="validation",
@@ -465,11 +509,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="sizes relative to (2048, 512); 0.5,...,1.75 means steps of 0.25 (default: 1)")
     add("--flip", action="store_true",
         help="add the mirrored picture at every scale")
-    add("--short-side", type=int, metavar="PIXELS",
+    add("--short-side", type=at_least(1), metavar="PIXELS",
         help="of pictures at scale 1 (default: as trained, else 512)")
+    add("--slide", type=at_least(1), metavar="PIXELS",
+        help="label square windows of this side instead of whole pictures, e.g. 512")
+    add("--stride", type=at_least(1), metavar="PIXELS",
+        help="from one window to the next, e.g. 341")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="auto (default): bfloat16 if in hardware, else float32")
-    add("--workers", type=int, default=2,
+    add("--workers", type=at_least(0), default=2,
         help="processes that read pictures (default: 2)")
     add("--compile", action="store_true",
         help="torch.compile the model: a minute at each new size of pictures, then faster")
@@ -487,11 +535,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
 
     args = parser.parse_args(argv)
-    for name, least in (("short_side", 1), ("workers", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            option = name.replace("_", "-")
-            parser.error(f"--{option} {value} must be {least} or more")
+    if (args.slide or 0) < (args.stride or 0) or (args.slide and not args.stride):
+        parser.error("--slide needs a --stride, of as many pixels or fewer")
     if not 0 <= args.opacity <= 1:
         parser.error(f"--opacity {args.opacity} must be 0 to 1")
     if args.image and not (args.show or args.save_labels):
@@ -512,6 +557,24 @@ def checkpoints(folder: str) -> list[str]:
             "name a file with --checkpoint"
         )
     return sorted(found, key=os.path.getmtime, reverse=True)
+
+
+def choose_checkpoint(folder: str) -> tuple[str, str]:
+    """-> (path, why). Of a work directory the checkpoint with the best validation, as the log beside
+    it says; where there was none, and of a folder of work directories, the newest."""
+    found, scored = checkpoints(folder), {}
+    log = os.path.join(folder, "log.jsonl")
+    if os.path.exists(log):
+        with open(log) as file:
+            for entry in map(json.loads, file):
+                path = os.path.join(folder, f"checkpoint_{entry['iteration']}.pt")
+                if path in found and entry.get("mIoU") is not None:
+                    scored[path] = entry["mIoU"]
+    if not scored:
+        return found[0], "the newest"
+
+    best = max(scored, key=scored.get)
+    return best, f"the best of its run, mIoU {scored[best]:.2f}"
 
 
 def load_model(path: str) -> tuple[nn.Module, dict]:
@@ -566,11 +629,12 @@ def find_pictures(path: str) -> list[tuple[str, None]]:
     return pairs
 
 
-def plan(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, dict, list, Classes]:
+def plan(args: argparse.Namespace, device: torch.device) -> tuple:
     """Fill in what the command line leaves to the checkpoint and the machine. -> (model on the
-    CPU, facts, pairs, classes)"""
+    CPU, pairs, classes, what will be done in words)"""
+    why = "as named"
     if os.path.isdir(args.checkpoint) or args.checkpoint == "runs":
-        args.checkpoint = checkpoints(args.checkpoint)[0]
+        args.checkpoint, why = choose_checkpoint(args.checkpoint)
     model, facts = load_model(args.checkpoint)
 
     trained = facts.get("args", {})  # of our own checkpoints
@@ -578,12 +642,22 @@ def plan(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, dic
     args.short_side = args.short_side or trained.get("short_side", 512)
     args.dtype = str(choose_dtype(args.dtype, device)).removeprefix("torch.")
     if args.image:
-        return model, facts, find_pictures(args.image), known_classes(facts)
+        pairs, classes = find_pictures(args.image), known_classes(facts)
+    else:
+        root = data_root(args.data)
+        classes = read_classes(root)
+        check_classes(args.checkpoint, facts, root, classes.names)
+        pairs = find_pairs(root, args.split)
 
-    root = data_root(args.data)
-    classes = read_classes(root)
-    check_classes(args.checkpoint, facts, root, classes.names)
-    return model, facts, find_pairs(root, args.split), classes
+    text = (
+        f"{args.checkpoint} ({why}): {describe(facts)}\n{args.image or args.data}: {len(pairs)} "
+        f"pictures, short side {args.short_side}, scales {','.join(f'{s:g}' for s in args.scales)}"
+    )
+    if args.flip:
+        text += " with flip"
+    if args.slide:
+        text += f", windows of {args.slide} every {args.stride}"
+    return model, pairs, classes, text
 
 
 def destination(folder: str, path: str) -> str:
@@ -651,57 +725,54 @@ def report(args: argparse.Namespace, classes: Classes, matrix: np.ndarray, image
     result = scores(matrix)
     print(table(result, classes.names))
     if args.json:
-        names = ("checkpoint", "data", "split", "scales", "flip", "short_side", "dtype")
-        protocol = {name: getattr(args, name) for name in names} | {"images": images}
+        names = ["checkpoint", "data", "split", "scales", "flip", "short_side", "dtype"]
+        names += ["slide", "stride"]
+        result["classes"] = classes.names
+        result["confusion"] = matrix.tolist()  # row: the true class, column: the predicted one
+        result["protocol"] = {name: getattr(args, name) for name in names} | {"images": images}
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
         with open(args.json, "w") as file:
-            content = result | {"classes": classes.names, "protocol": protocol}
-            json.dump(content, file, indent=1)
+            file.write("{" + ",\n ".join(lines) + "}\n")
 
 
-def run(args: argparse.Namespace) -> None:
-    rank, world, device = setup_processes()
-    if args.dry_run:
-        paths = {args.checkpoint, args.image or args.data} - {None, "toy"}
-        missing = sorted(path for path in paths if not os.path.exists(path))
-        if missing:
-            if rank == 0:
-                print(f"{missing[0]}: not there yet, the rest of the command is in order")
-            return
-
-    model, facts, pairs, classes = plan(args, device)
-    refuse_overwriting(args, pairs)
-    if rank == 0:
-        scales = ",".join(f"{scale:g}" for scale in args.scales)
-        flip = " with flip" if args.flip else ""
-        print(f"{args.checkpoint}: {describe(facts)}")
-        print(
-            f"{args.image or args.data}: {len(pairs)} pictures, short side {args.short_side}, "
-            f"scales {scales}{flip}, {args.dtype}, {world} x {device.type}",
-            flush=True,
-        )
-    if args.dry_run:
-        return
-
-    open_outputs(args, rank)
-    dtype = DTYPES[args.dtype]
-    model = prepare(model, device, dtype, args.compile)
+def label_all(
+    args: argparse.Namespace, model: nn.Module, pairs: list, classes: Classes, rank: int, world: int
+) -> tuple[np.ndarray, list[str]]:
+    """-> (confusion matrix, what could not be read), both of all processes."""
+    slide = (args.slide, args.stride) if args.slide else None
+    how = dict(scales=args.scales, flip=args.flip, short=args.short_side, slide=slide)
+    how["dtype"] = DTYPES[args.dtype]
     matrix = np.zeros((len(classes.names), len(classes.names)), np.int64)
-    how = dict(scales=args.scales, flip=args.flip, short=args.short_side, dtype=dtype)
-
-    started = time.monotonic()
     faults = [] if os.path.isdir(args.image or "") else None  # one bad picture ends no folder
     parts = (model, pairs, classes, matrix, rank, world, args.workers, faults)
     for _, *picture in evaluate(*parts, **how):
         write(args, classes, *picture)
 
-    everyones = [faults]
+    everyones = [faults] * world
     if world > 1:
-        everyones = [None] * world
         dist.all_gather_object(everyones, faults)
-        dist.barrier()  # nobody leaves while another may still be talking to it
-        dist.destroy_process_group()
-    faults = [fault for part in everyones for fault in part or ()]
+    return matrix, [fault for part in everyones for fault in part or ()]
 
+
+def run(args: argparse.Namespace) -> None:
+    rank, world, device = setup_processes()
+    paths = {args.checkpoint, args.image or args.data} - {None, "toy"}
+    missing = sorted(path for path in paths if not os.path.exists(path))
+    if args.dry_run and missing:
+        if rank == 0:
+            print(f"{missing[0]}: not there yet, the rest of the command is in order")
+        return
+
+    model, pairs, classes, text = plan(args, device)
+    refuse_overwriting(args, pairs)
+    if rank == 0:
+        print(f"{text}, {args.dtype}, {world} x {device.type}", flush=True)
+    if args.dry_run:
+        return
+
+    open_outputs(args, rank)
+    model, started = prepare(model, device, DTYPES[args.dtype], args.compile), time.monotonic()
+    matrix, faults = label_all(args, model, pairs, classes, rank, world)
     if rank == 0:
         images = len(pairs) - len(faults)
         rate = images / (time.monotonic() - started)
@@ -709,6 +780,9 @@ def run(args: argparse.Namespace) -> None:
         report(args, classes, matrix, images)
         for fault in faults:
             print(f"not labelled: {fault}", file=sys.stderr)
+    if world > 1:
+        dist.barrier()  # nobody leaves while another may still be talking to it
+        dist.destroy_process_group()
     if faults:
         sys.exit(1)
 
@@ -719,18 +793,17 @@ def errors_in_one_sentence() -> Iterator[None]:
     traceback."""
     try:
         yield
-    except (DataError, WeightsError, UsageError, OSError) as error:
+    except (DataError, WeightsError, UsageError, OSError, RuntimeError) as error:
         # A loader's process wraps the sentence in its traceback: keep the sentence.
-        print(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if not re.search("Bus error|shared memory|</torch_", str(error)):
+        sentence = str(error).rsplit("DataError: ", 1)[-1].strip()
+        if re.search("Bus error|shared memory|</torch_", sentence):
+            sentence = (
+                "too little shared memory (/dev/shm) for the loader's processes to hand over their "
+                "pictures: use --workers 0, or start the container with --shm-size 8g"
+            )
+        elif isinstance(error, RuntimeError):
             raise
-        print(
-            "error: the loader's processes have too little shared memory (/dev/shm) to hand their "
-            "pictures over: use --workers 0, or start the container with --shm-size 8g",
-            file=sys.stderr,
-        )
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -39,6 +39,35 @@ def test_label_maps_equal_the_references_on_real_pictures(mode, sample, golden, 
     assert len(shares) == 6
 
 
+@pytest.mark.parametrize("mode", ["single", "multi"])
+def test_label_maps_by_windows_equal_the_references_on_real_pictures(mode, sample, golden, filled):
+    gold, net = golden("slide"), filled("small", "mln").eval()
+    how = {} if mode == "single" else dict(scales=(0.75, 1.25), flip=True)
+    for image_path, _ in ade20k.find_pairs(sample, "validation"):
+        image, key = ade20k.load_image(image_path), os.path.basename(image_path)[:-4]
+        prediction = evaluate.predict(net, image, slide=(512, 341), **how)
+        same = (prediction[::3, ::3] == gold[f"{key}_{mode}"]).mean()
+        assert same >= (0.99 if mode == "single" else 0.98), (key, same)
+        if mode == "single" and min(image.shape[:2]) == 512:  # nothing is resized
+            assert same == 1, (key, same)
+
+
+@pytest.mark.parametrize("h,w,windows", [(70, 95, 6), (40, 200, 6), (20, 30, 1)])
+def test_windows_are_summed_and_divided_by_how_often_each_pixel_was_seen(h, w, windows, small):
+    net, x = small[0].eval(), torch.from_numpy(formulas.image(h, w, batch=2))
+    total, seen, count = torch.zeros(2, 6, h, w), torch.zeros(h, w), 0
+    with torch.no_grad():
+        for i in range(max(h - 48 + 31, 0) // 32 + 1):
+            for k in range(max(w - 48 + 31, 0) // 32 + 1):
+                y, z = max(min(32 * i, h - 48), 0), max(min(32 * k, w - 48), 0)
+                total[:, :, y : y + 48, z : z + 48] += net(x[:, :, y : y + 48, z : z + 48])
+                seen[y : y + 48, z : z + 48] += 1
+                count += 1
+        got = evaluate.slide_logits(net, x, torch.float32, 48, 32)
+    assert count == windows and seen.min() == 1
+    torch.testing.assert_close(got, (total / seen).permute(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
+
+
 def test_metric_equals_the_references(sample, golden):
     gold, matrix = golden("evaluation"), 0
     for pair in ade20k.find_pairs(sample, "validation"):
@@ -183,6 +212,8 @@ def test_command_line_writes_table_json_labels_and_pictures(run):
     assert out["protocol"]["data"] == "set"
     assert out["protocol"]["checkpoint"] == os.path.join("runs", "a", "checkpoint_5.pt")
     assert len(out["IoU"]) == 150 and None in out["IoU"]
+    confusion = np.array(out["confusion"])
+    assert confusion.shape == (150, 150) and evaluate.scores(confusion)["IoU"] == out["IoU"]
     matrix = 0
     for i in range(5):  # the files alone give the same score
         written = np.asarray(Image.open(run.folder / f"labels/p{i}.png"))
@@ -362,9 +393,13 @@ def test_unreadable_files_of_a_folder_are_named_at_the_end_and_the_others_labell
         (("--dry-run", "--scales", "0"), "above 0"),
         (("--opacity", "1.5"), "--opacity 1.5 must be 0 to 1"),
         (("--opacity", "nan"), "--opacity nan must be 0 to 1"),
-        (("--short-side", "-5"), "--short-side -5 must be 1 or more"),
-        (("--short-side", "0"), "--short-side 0 must be 1 or more"),
-        (("--workers", "-1"), "--workers -1 must be 0 or more"),
+        (("--short-side", "-5"), "--short-side: -5 must be 1 or more"),
+        (("--short-side", "0"), "--short-side: 0 must be 1 or more"),
+        (("--workers", "-1"), "--workers: -1 must be 0 or more"),
+        (("--slide", "0", "--stride", "1"), "--slide: 0 must be 1 or more"),
+        (("--slide", "64"), "--slide needs a --stride"),
+        (("--stride", "64"), "--slide needs a --stride"),
+        (("--slide", "64", "--stride", "65"), "as many pixels or fewer"),
         (("--checkpoint", "none.pt"), "none.pt: no such file"),
         (("--data", "nowhere"), "nowhere/images/validation: no such folder"),
         (("--image", "set/images/validation/none.jpg", "--show", "x"), "none.jpg: cannot be read"),
@@ -404,6 +439,30 @@ def test_little_shared_memory_ends_with_one_sentence(words, capsys):
     assert end.value.code == 2 and "use --workers 0" in capsys.readouterr().err
     with pytest.raises(RuntimeError), evaluate.errors_in_one_sentence():
         raise RuntimeError("CUDA out of memory")  # another matter
+
+
+def test_of_a_work_directory_the_best_checkpoint_is_taken_of_many_the_newest(
+    run, main, monkeypatch, capsys
+):
+    monkeypatch.chdir(run.folder)
+    content = torch.load("runs/a/checkpoint_5.pt", weights_only=True)
+    for n in (10, 15):
+        torch.save(content | {"iteration": n}, f"runs/a/checkpoint_{n}.pt")
+        os.utime(f"runs/a/checkpoint_{n}.pt", (2e9 + n, 2e9 + n))
+    newest = os.path.join("runs", "a", "checkpoint_15.pt")
+    main(evaluate, "--checkpoint", "runs/a", "--dry-run")
+    assert f"{newest} (the newest)" in capsys.readouterr().out
+    entries = [dict(iteration=0, args={}), dict(iteration=5, mIoU=12.5), dict(iteration=10, loss=1)]
+    entries += [dict(iteration=10, mIoU=12.25), dict(iteration=15, mIoU=None)]
+    entries += [dict(iteration=20, mIoU=50.0)]  # its file is gone
+    with open("runs/a/log.jsonl", "w") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
+    main(evaluate, "--checkpoint", "runs/a", "--dry-run")
+    assert "checkpoint_5.pt (the best of its run, mIoU 12.50)" in capsys.readouterr().out
+    main(evaluate, "--dry-run")
+    assert f"{newest} (the newest)" in capsys.readouterr().out
+    main(evaluate, "--checkpoint", newest, "--dry-run")
+    assert f"{newest} (as named)" in capsys.readouterr().out
 
 
 def test_damage_met_on_the_way_is_named_too(run):
