@@ -1,8 +1,9 @@
 """Evaluation: one label per pixel for whole pictures, at one scale or several, flipped or not; the
 metric; the pictures.
 
-    picture --resize to (2048, 512) x scale--> model --> logits --bilinear--> the picture's own size --> softmax
-            --mean over scales and flips--> argmax --> label --> confusion matrix (C, C) --> IoU per class --> mIoU
+    picture --resize to (2048, 512) x scale--> model --> logits --bilinear--> the picture's own size
+            --softmax--> mean over scales and flips --argmax--> label
+            --> confusion matrix (C, C) --> IoU per class --> mIoU
 
 The metric is that of FCN (Long et al. 2015, arXiv:1411.4038, section 5): intersection over union,
 from one confusion matrix of the whole data set (not a mean over pictures). A class that is neither
@@ -124,15 +125,15 @@ def predict(
     Each scale s resizes into (4 short, short) * s, keeping the aspect; flip adds the mirrored
     picture to every scale. The plain form, of which this holds some rows of pixels at a time:
 
-        for x in views:                                      # the picture at each scale, and mirrored
-            logits = resize(resize(head(x), x.shape[2:]), (H, W))    # mirrored back where x was
+        for x in views:                                    # the picture at each scale, and mirrored
+            logits = resize(resize(head(x), x.shape[2:]), (H, W))  # mirrored back where x was
             total = total + logits.softmax(dim=1)
         return total.argmax(dim=1)
 
     The mean is over probabilities, not logits: a view that is sure of nothing should not outvote
     one that is sure. slide: (window, stride), see slide_logits."""
     (H, W), device, views = image.shape[:2], next(model.parameters()).device, []
-    for scale in sorted(scales, reverse=True):  # the memory that the largest leaves holds the others
+    for scale in sorted(scales, reverse=True):  # the largest leaves memory for the others
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
         x = torch.tensor(resize_bilinear(image, h, w)[None], device=device)  # (1, 3, h, w)
         x = normalise(x)
@@ -368,14 +369,10 @@ def legend(labels: list[np.ndarray], classes: Classes, width: int) -> np.ndarray
     """Colour and name of every class in labels, the largest first, down the columns, of which as
     many as fit into width pixels stand side by side. -> (h, w, 3) uint8"""
     counts = sum(np.bincount(label.ravel(), minlength=256) for label in labels)
-    names = dict(enumerate(classes.names))
-    names[IGNORE_INDEX] = "not labelled"
+    names = dict(enumerate(classes.names)) | {IGNORE_INDEX: "not labelled"}
     colours = palette(classes).tolist()
-
-    entries = []
-    for k in np.argsort(-counts):
-        if counts[k]:
-            entries.append(caption(names[k], tuple(colours[k])))
+    shown = [k for k in np.argsort(-counts) if counts[k]]
+    entries = [caption(names[k], tuple(colours[k])) for k in shown]
 
     widest = max(entry.shape[1] for entry in entries)
     columns = max(1, width // (8 + widest))
@@ -390,32 +387,32 @@ def sheet(
     opacity: float = 1,
 ) -> Image.Image:
     """One row of panels for each (picture (H, W, 3), truth or None, prediction (H, W), all uint8),
-    a legend below. With truth: picture, truth, prediction, 160 to 400 pixels wide. Without: the
-    prediction alone, at the picture's own size. Colours lie over the picture with an opacity of 0
-    to 1."""
+    a legend below. With truth: picture, truth, prediction, each at most 400 pixels wide. Without:
+    the prediction alone, at the picture's own size up to 4000. Colours lie over the picture with an
+    opacity of 0 to 1."""
     columns = {"picture": [], "truth": [], "prediction": []}
     limit = 400
     if rows[0][1] is None:
         columns = {"prediction": []}
         limit = 4000
 
+    labels = []
     for image, truth, prediction in rows:
-        width = max(160, min(limit, image.shape[1]))
-        height = round(width * image.shape[0] / image.shape[1])
-        size = (width, min(max(1, height), 100 * width))  # a strip becomes less narrow than it is
-        picture = Image.fromarray(image).resize(size, Image.LANCZOS)
-        labels = {"truth": truth, "prediction": prediction}
+        step = math.ceil(image.shape[1] / limit)  # every step-th pixel is shown
+        picture = np.asarray(Image.fromarray(image).reduce(step))
         for title, column in columns.items():
             panel = picture
-            if title in labels:
-                layer = Image.fromarray(palette(classes)[labels[title]])
-                panel = Image.blend(picture, layer.resize(size, Image.NEAREST), opacity)
-            column.append(np.asarray(panel))
+            if title != "picture":
+                labels.append(truth if title == "truth" else prediction)
+                colours = palette(classes)[labels[-1][::step, ::step]]
+                mixed = opacity * colours + (1 - opacity) * picture
+                panel = mixed.round().astype(np.uint8)
+            column.append(panel)
 
-    shown = [label for row in rows for label in row[1:] if label is not None]
     columns = [stack([caption(title), *column], 0) for title, column in columns.items()]
     panels = stack(columns, 1)
-    return Image.fromarray(stack([panels, legend(shown, classes, panels.shape[1])], 0))
+    below = legend(labels, classes, panels.shape[1])
+    return Image.fromarray(stack([panels, below], 0))
 
 
 def plot(title: str, points: list[tuple[int, float]], last: int) -> np.ndarray:
@@ -560,9 +557,10 @@ def checkpoints(folder: str) -> list[str]:
 
 
 def choose_checkpoint(folder: str) -> tuple[str, str]:
-    """-> (path, why). Of a work directory the checkpoint with the best validation, as the log beside
-    it says; where there was none, and of a folder of work directories, the newest."""
-    found, scored = checkpoints(folder), {}
+    """-> (path, why). Of a work directory the checkpoint with the best validation, as its log says;
+    where there was none, and of a folder of work directories, the newest."""
+    found = checkpoints(folder)
+    scored = {}
     log = os.path.join(folder, "log.jsonl")
     if os.path.exists(log):
         with open(log) as file:
@@ -570,9 +568,9 @@ def choose_checkpoint(folder: str) -> tuple[str, str]:
                 path = os.path.join(folder, f"checkpoint_{entry['iteration']}.pt")
                 if path in found and entry.get("mIoU") is not None:
                     scored[path] = entry["mIoU"]
+
     if not scored:
         return found[0], "the newest"
-
     best = max(scored, key=scored.get)
     return best, f"the best of its run, mIoU {scored[best]:.2f}"
 
@@ -629,40 +627,44 @@ def find_pictures(path: str) -> list[tuple[str, None]]:
     return pairs
 
 
-def plan(args: argparse.Namespace, device: torch.device) -> tuple:
-    """Fill in what the command line leaves to the checkpoint and the machine. -> (model on the
-    CPU, pairs, classes, what will be done in words)"""
-    why = "as named"
+def protocol(args: argparse.Namespace) -> dict:
+    """What scores depend on."""
+    names = ("checkpoint", "data", "split", "scales", "flip", "short_side")
+    return {name: getattr(args, name) for name in (*names, "slide", "stride", "dtype")}
+
+
+def plan(args: argparse.Namespace, device: torch.device, say: Callable) -> tuple:
+    """Fill in what the command line leaves to the checkpoint and the machine, and say it. -> (model
+    on the CPU, pairs, classes)"""
     if os.path.isdir(args.checkpoint) or args.checkpoint == "runs":
         args.checkpoint, why = choose_checkpoint(args.checkpoint)
+        say(f"{args.checkpoint}: {why}")
     model, facts = load_model(args.checkpoint)
+    say(f"{args.checkpoint}: {describe(facts)}")
 
     trained = facts.get("args", {})  # of our own checkpoints
     args.data = args.data or trained.get("data", DEFAULT_ROOT)
     args.short_side = args.short_side or trained.get("short_side", 512)
     args.dtype = str(choose_dtype(args.dtype, device)).removeprefix("torch.")
+
     if args.image:
-        pairs, classes = find_pictures(args.image), known_classes(facts)
+        pairs = find_pictures(args.image)
+        classes = known_classes(facts)
     else:
         root = data_root(args.data)
         classes = read_classes(root)
         check_classes(args.checkpoint, facts, root, classes.names)
         pairs = find_pairs(root, args.split)
 
-    text = (
-        f"{args.checkpoint} ({why}): {describe(facts)}\n{args.image or args.data}: {len(pairs)} "
-        f"pictures, short side {args.short_side}, scales {','.join(f'{s:g}' for s in args.scales)}"
-    )
-    if args.flip:
-        text += " with flip"
-    if args.slide:
-        text += f", windows of {args.slide} every {args.stride}"
-    return model, pairs, classes, text
+    how = ", ".join(f"{name} {value}" for name, value in protocol(args).items())
+    say(f"{args.image or args.data}: {len(pairs)} pictures on {device.type}; {how}")
+    return model, pairs, classes
 
 
 def destination(folder: str, path: str) -> str:
     """Where the result for the picture in path goes."""
-    return os.path.join(folder, os.path.splitext(os.path.basename(path))[0] + ".png")
+    stem = os.path.splitext(os.path.basename(path))[0]
+    return os.path.join(folder, stem + ".png")
 
 
 def file_id(path: str) -> tuple | str:
@@ -683,6 +685,7 @@ def refuse_overwriting(args: argparse.Namespace, pairs: list) -> None:
     outputs = [(destination(folder, path), path) for folder in folders for path, _ in pairs]
     if args.json:
         outputs.append((args.json, "the scores"))
+
     written = {}
     for output, source in outputs:
         key = file_id(output)
@@ -725,54 +728,53 @@ def report(args: argparse.Namespace, classes: Classes, matrix: np.ndarray, image
     result = scores(matrix)
     print(table(result, classes.names))
     if args.json:
-        names = ["checkpoint", "data", "split", "scales", "flip", "short_side", "dtype"]
-        names += ["slide", "stride"]
         result["classes"] = classes.names
         result["confusion"] = matrix.tolist()  # row: the true class, column: the predicted one
-        result["protocol"] = {name: getattr(args, name) for name in names} | {"images": images}
+        result["protocol"] = protocol(args) | {"images": images}
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
         with open(args.json, "w") as file:
             file.write("{" + ",\n ".join(lines) + "}\n")
 
 
-def label_all(
-    args: argparse.Namespace, model: nn.Module, pairs: list, classes: Classes, rank: int, world: int
-) -> tuple[np.ndarray, list[str]]:
-    """-> (confusion matrix, what could not be read), both of all processes."""
-    slide = (args.slide, args.stride) if args.slide else None
-    how = dict(scales=args.scales, flip=args.flip, short=args.short_side, slide=slide)
-    how["dtype"] = DTYPES[args.dtype]
-    matrix = np.zeros((len(classes.names), len(classes.names)), np.int64)
-    faults = [] if os.path.isdir(args.image or "") else None  # one bad picture ends no folder
-    parts = (model, pairs, classes, matrix, rank, world, args.workers, faults)
-    for _, *picture in evaluate(*parts, **how):
-        write(args, classes, *picture)
-
-    everyones = [faults] * world
-    if world > 1:
-        dist.all_gather_object(everyones, faults)
-    return matrix, [fault for part in everyones for fault in part or ()]
+def silent(*words) -> None:
+    """What processes but the first say."""
 
 
 def run(args: argparse.Namespace) -> None:
+    """Plan, label, report; what the command line says, on every process."""
     rank, world, device = setup_processes()
+    say = partial(print, flush=True) if rank == 0 else silent
     paths = {args.checkpoint, args.image or args.data} - {None, "toy"}
     missing = sorted(path for path in paths if not os.path.exists(path))
     if args.dry_run and missing:
-        if rank == 0:
-            print(f"{missing[0]}: not there yet, the rest of the command is in order")
+        say(f"{missing[0]}: not there yet, the rest of the command is in order")
         return
 
-    model, pairs, classes, text = plan(args, device)
+    model, pairs, classes = plan(args, device, say)
     refuse_overwriting(args, pairs)
-    if rank == 0:
-        print(f"{text}, {args.dtype}, {world} x {device.type}", flush=True)
     if args.dry_run:
         return
 
     open_outputs(args, rank)
-    model, started = prepare(model, device, DTYPES[args.dtype], args.compile), time.monotonic()
-    matrix, faults = label_all(args, model, pairs, classes, rank, world)
+    slide = (args.slide, args.stride) if args.slide else None
+    dtype = DTYPES[args.dtype]
+    how = dict(scales=args.scales, flip=args.flip, short=args.short_side, dtype=dtype, slide=slide)
+    model = prepare(model, device, dtype, args.compile)
+    matrix = np.zeros((len(classes.names), len(classes.names)), np.int64)
+    faults = [] if os.path.isdir(args.image or "") else None  # one bad picture ends no folder
+
+    started = time.monotonic()
+    parts = (model, pairs, classes, matrix, rank, world, args.workers, faults)
+    for _, *picture in evaluate(*parts, **how):
+        write(args, classes, *picture)
+
+    gathered = [faults] * world
+    if world > 1:
+        dist.all_gather_object(gathered, faults)
+        dist.barrier()  # nobody leaves while another may still be talking to it
+        dist.destroy_process_group()
+    faults = [fault for part in gathered for fault in part or ()]
+
     if rank == 0:
         images = len(pairs) - len(faults)
         rate = images / (time.monotonic() - started)
@@ -780,9 +782,6 @@ def run(args: argparse.Namespace) -> None:
         report(args, classes, matrix, images)
         for fault in faults:
             print(f"not labelled: {fault}", file=sys.stderr)
-    if world > 1:
-        dist.barrier()  # nobody leaves while another may still be talking to it
-        dist.destroy_process_group()
     if faults:
         sys.exit(1)
 
@@ -830,8 +829,8 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
     keep_memory()
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
         raise UsageError(
-            "of RANK and WORLD_SIZE the environment sets one alone: start with torchrun, which sets "
-            "both, or unset it"
+            "of RANK and WORLD_SIZE the environment sets one alone: start with torchrun, which "
+            "sets both, or unset it"
         )
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
