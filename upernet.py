@@ -21,8 +21,6 @@ Names of dimensions: B batch, C channels or classes, h w the size of a map, H W 
 brought to, O output channels.
 """
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -87,48 +85,52 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
-def conv3x3_of_resized(maps: Iterable[Tensor], weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """A 3x3 convolution over maps that are brought to one size and laid side by side. The plain form:
+def conv3x3_of_resized(maps: list[Tensor], weight: Tensor) -> Tensor:
+    """A 3x3 convolution over maps that are brought to the size of the first one and laid side by side.
+    The plain form:
 
-        F.conv2d(torch.cat([resize(x, size) for x in maps], dim=1), weight, padding=1)
+        F.conv2d(torch.cat([resize(x, maps[0].shape[2:]) for x in maps], dim=1), weight, padding=1)
 
-    maps: (B, C_i, h_i, w_i), the C_i in sum C; weight (O, C, 3, 3); -> (B, O, *size). A convolution
-    is a sum over its input channels, so each map is convolved by itself, those that are smaller
-    than size before they are resized. No map is held at the large size but the sum."""
-    total, done = 0, 0
-    for x in maps:
-        part = weight[:, done : done + x.shape[1]]
-        done += x.shape[1]
-        if x.shape[2:] == tuple(size):
-            total += F.conv2d(x, part, padding=1)
+    maps: (B, C_i, h_i, w_i), the C_i in sum C; weight (O, C, 3, 3); -> (B, O, h_1, w_1). A convolution
+    is a sum over its input channels, so each map adds its own share, from its own size. The list is
+    emptied on the way: what is in the sum need not be kept."""
+    widths, size = [x.shape[1] for x in maps], maps[0].shape[2:]
+    total = None
+    for part in weight.split(widths, dim=1):
+        x = maps.pop(0)
+        if x.shape[2:] == size:
+            x = F.conv2d(x, part, padding=1)
+            total = x if total is None else total + x
         else:
-            total += upsample_conv3x3(x, part, size)
+            total = add_upsampled_conv3x3(total, x, part)
     return total
 
 
-def upsample_conv3x3(x: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, C, h, w), (O, C, 3, 3) -> (B, O, H, W), size = (H, W). Exact. The plain form:
+def add_upsampled_conv3x3(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """total (B, O, H, W) plus a convolution with weight (O, C, 3, 3) of x (B, C, h, w) brought to
+    (H, W). Exact. The plain form:
 
-        F.conv2d(resize(x, size), weight, padding=1)
+        total + F.conv2d(resize(x, (H, W)), weight, padding=1)
 
     A 3x3 convolution adds up nine taps: the map, shifted by a pixel or not along y and x, times a
     (C, O) matrix each. Shifting, resizing and that product are linear and act on different axes, so
     they may be done in any order. Here the product comes first, on the small map; then the row of M
     that a pixel reads is the one above, its own, or the one below: M shifted, with zeros beyond the
-    edge for the zero padding. With 2x upsampling that is a third of the operations, with 8x 3%."""
-    (B, C, h, w), (H, W), O = x.shape, size, weight.shape[0]
-    # Zeros above and below M, then three windows of it.
+    edge for the zero padding. With 2x upsampling that is a third of the operations, with 8x 3%.
+    """
+    (B, C, h, w), (_, O, H, W) = x.shape, total.shape  # noqa: E741
+    # Zeros above and below M, and then three windows of it.
     rows = F.pad(resize_matrix(h, H, x), (0, 0, 1, 1)).unfold(0, H, 1).mT  # (3, H, h)
     columns = F.pad(resize_matrix(w, W, x), (0, 0, 1, 1)).unfold(0, W, 1)  # (3, w, W)
     columns = columns.permute(2, 1, 0).reshape(W, w * 3)
-    weight = weight.permute(2, 1, 3, 0).reshape(3, C, 3 * O)  # by ky: from C to kx and O
+    weight = weight.permute(2, 1, 3, 0).reshape(3, C, 3 * O)  # for each ky from C to kx and O
 
     x = x.permute(0, 2, 3, 1).reshape(B, h * w, C)
-    total = 0
-    for ky in range(3):  # one after the other: a third of the memory of all three
-        taps = (x @ weight[ky]).view(B, h, w * 3, O)
-        wide = (columns @ taps).view(B, h, W * O)
-        total += rows[ky] @ wide  # (B, H, W O)
+    total = total.permute(0, 2, 3, 1).reshape(B, H, W * O)
+    for ky in range(3):  # one after the other, in place: a fraction of the memory
+        wide = columns @ (x @ weight[ky]).view(B, h, w * 3, O)  # (B, h, W, O)
+        wide = wide.view(B, h, W * O)
+        total.baddbmm_(rows[ky].to(wide.dtype).expand(B, H, h), wide)
     return total.view(B, H, W, O).permute(0, 3, 1, 2)
 
 
@@ -159,8 +161,9 @@ class MultiLevelNeck(nn.Module):
         for x, scale, lateral, conv in zip(maps, self.scales, self.lateral_convs, self.convs):
             x = lateral(x)
             if scale > 1:
-                size = (x.shape[2] * scale, x.shape[3] * scale)
-                x = upsample_conv3x3(x, conv.weight, size) + conv.bias[:, None, None]
+                B, _, h, w = x.shape
+                bias = conv.bias.to(x.dtype)[:, None, None].expand(B, -1, scale * h, scale * w)
+                x = add_upsampled_conv3x3(bias, x, conv.weight)
             else:
                 # Halving goes by the factor: at an odd size (7 to 3) the points lie elsewhere than
                 # those of a resize to the size.
@@ -186,9 +189,9 @@ class ConvBNReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
-    def of_resized(self, maps: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
-        """The same of maps resized to size and concatenated: (B, i_k, h_k, w_k) -> (B, o, *size)"""
-        return F.relu(self.bn(conv3x3_of_resized(maps, self.conv.weight, size)), inplace=True)
+    def of_resized(self, maps: list[Tensor]) -> Tensor:
+        """The same of maps that are resized to the first one's size and laid side by side."""
+        return F.relu(self.bn(conv3x3_of_resized(maps, self.conv.weight)), inplace=True)
 
 
 def classifier(channels: int, num_classes: int) -> nn.Conv2d:
@@ -224,7 +227,7 @@ class UPerHead(nn.Module):
         for conv, n in zip(self.ppm, self.pool_sizes):
             pooled = pool_matrix(h, n, top) @ top @ pool_matrix(w, n, top).mT  # (B, width, n, n)
             pyramid.append(conv(pooled))
-        top = self.bottleneck.of_resized(pyramid, (h, w))  # (B, channels, h_4, w_4)
+        top = self.bottleneck.of_resized(pyramid)  # (B, channels, h_4, w_4)
 
         # Laterals: all levels get the same number of channels.
         levels = [conv(x) for conv, x in zip(self.lateral_convs, maps)]  # (B, channels, h_i, w_i)
@@ -235,10 +238,9 @@ class UPerHead(nn.Module):
             levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[2:])
 
         # Fusion: a 3x3 convolution over the four levels side by side, at the size of the finest.
-        size = levels[0].shape[2:]
         for i, conv in enumerate(self.fpn_convs):
             levels[i] = conv(levels[i])
-        x = self.fpn_bottleneck.of_resized(levels, size)  # (B, channels, h_1, w_1)
+        x = self.fpn_bottleneck.of_resized(levels)  # (B, channels, h_1, w_1)
         return self.classifier(self.dropout(x))  # (B, C, h_1, w_1)
 
 
