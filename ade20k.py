@@ -15,6 +15,7 @@ As a program:  python ade20k.py {download,toy,check} DIR
 """
 
 import argparse
+import codecs
 import colorsys
 import hashlib
 import http.client
@@ -23,18 +24,20 @@ import os
 import re
 import sys
 import time
+import unicodedata
 import urllib.request
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from os.path import dirname, exists, isdir, join
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy import ndarray
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from upernet import IGNORE_INDEX
@@ -42,6 +45,20 @@ from upernet import IGNORE_INDEX
 DEFAULT_ROOT = "data/ade/ADEChallengeData2016"
 
 Pair = tuple[str, str]  # the paths of a picture and of its label file
+
+# What EXIF's orientation says must be done to see the picture upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Text in a png is nobody's reason to refuse it: Pillow does so above 1 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
 
 # Of ImageNet, RGB. The reference uses them for ViT-B too, although its weights were pretrained with
 # 127.5 / 127.5.
@@ -86,42 +103,74 @@ class DataError(Exception):
 
 class Classes(NamedTuple):
     """What the labels of a data set mean. In its files 0 is "not labelled" and k class k - 1
-    (zero_ignored, as in ADE20K), or k is class k and 255 "not labelled"."""
+    (zero_ignored, as in ADE20K), or k is class k and 255 "not labelled". Or (ignored_colours is a
+    list) they hold the colours of the palette, and those of the list mean "not labelled"."""
 
     names: tuple[str, ...] = CLASSES
     palette: list[list[int]] = PALETTE.tolist()  # [R, G, B] of each, 0..255
     zero_ignored: bool = True
+    ignored_colours: list[list[int]] | None = None
 
 
 def read_classes(root: str) -> Classes:
-    """Those of ROOT/classes.txt: one name a line, `R G B` behind it or none; a first line `ignore
-    0` sets zero_ignored. Without that file ADE20K's. DataError with the line that cannot be
-    used."""
+    """Those of ROOT/classes.txt, or ADE20K's where there is none.
+
+    One name a line, `R G B` behind it or none; # begins a comment. Above the first name may stand
+    `ignore 0` (see zero_ignored) or `ignore 255`; or `colours`, and below it `ignore R G B` for
+    colours that mean "not labelled". DataError with the line that cannot be used."""
     path = join(root, "classes.txt")
     if not exists(path):
         return Classes()
 
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        lines = [(n, line.strip()) for n, line in enumerate(file, start=1) if line.strip()]
-    zero_ignored = bool(lines) and lines[0][1].split() == ["ignore", "0"]
-
     names, palette = [], []
-    for n, line in lines[zero_ignored:]:
-        name, *rgb = re.fullmatch(r"(.*?\S)(?:\s+(\d+)\s+(\d+)\s+(\d+))?", line).groups()
-        colour = free_colour(len(names)) if rgb[0] is None else [int(x) for x in rgb]
-        if name in names or max(colour) > 255:
+    zero_ignored, ignored_colours = False, None
+    for line, where in text_lines(path):
+        setting = re.fullmatch(r"(colou?rs|ignore)((?:\s+\d+)*)", line.lower())
+        name, rgb = re.fullmatch(r"(.*?\S)((?:\s+\d+){3})?", line).groups()
+        numbers = [int(x) for x in (setting[2] if setting else rgb or "").split()]
+
+        if max(numbers, default=0) > 255 or (name in names and not setting):
+            raise DataError(f"{where} has a colour above 255 or a name that another line has")
+        elif setting and not names and setting[1] != "ignore":
+            ignored_colours = []
+        elif setting and not names and numbers in ([0], [255]) and ignored_colours is None:
+            zero_ignored = numbers == [0]
+        elif setting and not names and len(numbers) == 3 and ignored_colours is not None:
+            ignored_colours.append(numbers)
+        elif setting:
             raise DataError(
-                f"{path}, line {n}: {line!r} has a colour above 255 or a name that another line has"
+                f"{where} must be `ignore 0`, `ignore 255` or `colours` or, below `colours`, "
+                "`ignore R G B`, and stand above the first class"
             )
-        names.append(name)
-        palette.append(colour)
+        elif ignored_colours is not None and numbers in [[], *palette, *ignored_colours]:
+            raise DataError(f"{where} has no colour of its own, which `colours` asks for")
+        else:
+            palette.append(numbers or free_colour(len(names)))
+            names.append(name)
 
     if not 0 < len(names) < 256:
         raise DataError(
             f"{path}: {len(names)} classes, it must be 1 to 255 "
             "(8 bits, and one value for unlabelled pixels)"
         )
-    return Classes(tuple(names), palette, zero_ignored)
+    return Classes(tuple(names), palette, zero_ignored, ignored_colours)
+
+
+def text_lines(path: str) -> Iterator[tuple[str, str]]:
+    """Each line of a text file without its comment, if anything is left of it, and what an error
+    calls it. UTF-8, or UTF-16 with its mark; DataError with the line that is neither."""
+    with open(path, "rb") as file:
+        content = file.read()
+    is_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if is_16 else "utf-8-sig", errors="replace")
+
+    for n, line in enumerate(text.splitlines(), start=1):
+        where = f"{path}, line {n}: {line.strip()!r}"
+        if "\0" in line or "\ufffd" in line:  # as UTF-16 without a mark reads, or Latin-1
+            raise DataError(f"{where} is not text in UTF-8, save the file as UTF-8")
+        line = re.sub(r"(^|\s)#.*", "", line).strip()
+        if line:
+            yield line, where
 
 
 def free_colour(k: int) -> list[int]:
@@ -140,6 +189,8 @@ def opened(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as file:
             yield file
+    except DataError:
+        raise
     except Exception as error:  # Pillow's decoders raise a dozen different types on damaged files
         raise DataError(
             f"{path}: cannot be read as a picture ({error}), replace the file"
@@ -152,38 +203,94 @@ def load_image(path: str) -> ndarray:
     Grey is repeated, alpha dropped, 16 bits are cut to the upper 8, EXIF rotation is applied: as
     cv2.imread does it."""
     with opened(path) as picture:
-        ImageOps.exif_transpose(picture, in_place=True)
+        picture.load()
+        turn = TURNS.get(orientation(picture))
         if picture.mode == "F":
             raise ValueError("its pixels are floating-point numbers of unknown range")
         if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip instead of scale
             upper = (np.asarray(picture) >> 8).clip(0, 255)
             picture = Image.fromarray(upper.astype(np.uint8))
-        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+        if picture.mode != "RGB":
+            picture = picture.convert("RGB")
+        return np.asarray(picture if turn is None else picture.transpose(turn))
+
+
+def orientation(picture: Image.Image) -> int:
+    """EXIF's tag 274: how the camera was held. A block that cannot be read says nothing about the
+    pixels, which are good, and does not stop anybody."""
+    try:
+        return picture.getexif().get(274, 1)
+    except Exception:
+        return 1
 
 
 def load_label(path: str, classes: Classes = Classes()) -> ndarray:
-    """A label file (8 bits, grey or palette png) -> (H, W) uint8, 0..C-1, or 255 where nobody
-    labelled. DataError if it is none or holds a value that is no class."""
+    """A label file of one channel (of a palette file, the indices), or of the classes' colours ->
+    (H, W) uint8, 0..C-1, or 255 where nobody labelled.
+
+    DataError if the file's format may have changed labels, or it holds a value or a colour that is
+    no class."""
     with opened(path) as file:
-        values = np.asarray(file)  # of a palette file, the indices
-    if values.ndim != 2 or values.dtype != np.uint8:
+        check_lossless(file, path)
+        if classes.ignored_colours is not None:
+            return label_of_colours(np.asarray(file.convert("RGB")), path, classes)
+        few_bits = re.search(r"L;([24])", str(file.tile))
+        values = np.asarray(file)
+    if values.ndim != 2 or values.dtype.kind not in "biu":
         raise DataError(
-            f"{path}: labels must be one channel of 8 bits, "
-            f"this is {values.dtype} of shape {values.shape}"
+            f"{path}: labels must be one channel of integers, this is {values.dtype} of shape "
+            f"{values.shape}; for colours, begin classes.txt with a line `colours`"
         )
+    if few_bits:  # Pillow stretches what 2 or 4 bits hold to 0..255
+        values = values // (255 // (2 ** int(few_bits[1]) - 1))
 
     count = len(classes.names)
     largest, ignored = (count, 0) if classes.zero_ignored else (count - 1, IGNORE_INDEX)
-    wrong = values[(values > largest) & (values != ignored)]
-    if len(wrong):
+    wrong = ((values > largest) | (values < 0)) & (values != ignored)
+    if wrong.any():
         raise DataError(
-            f"{path}: label {wrong.max()} is above the {count} classes, "
+            f"{path}: label {values[wrong].max()} is above the {count} classes, "
             f"{ignored} is for unlabelled pixels"
         )
 
     if classes.zero_ignored:  # the one place where labels are shifted
-        return np.where(values == 0, IGNORE_INDEX, values - 1)
-    return values
+        values = np.where(values == 0, IGNORE_INDEX, values - 1)
+    return values.astype(np.uint8, copy=False)
+
+
+def check_lossless(file: Image.Image, path: str) -> None:
+    """DataError if an opened label file is in a format that may change values, whatever its name:
+    one that loses, or that may number its palette anew (GIF)."""
+    kind = file.format
+    good = kind in ("PNG", "TIFF", "BMP", "TGA", "WEBP", "PPM", "PCX", "SGI", "QOI")
+    if kind == "TIFF":
+        good = file.info["compression"] not in ("jpeg", "tiff_jpeg", "webp")
+    if kind == "WEBP":
+        with open(path, "rb") as content:
+            good = re.search(rb"VP8[ L]", content.read())[0] == b"VP8L"
+    if kind == "PPM":  # with another maximum than 255 Pillow stretches it
+        good = "ppm" not in str(file.tile)
+    if not good:
+        raise DataError(f"{path}: is a {kind} file that may change labels, save them as png")
+
+
+def label_of_colours(rgb: ndarray, path: str, classes: Classes) -> ndarray:
+    """(H, W, 3) uint8, colours of classes -> (H, W) uint8, 0..C-1 or 255."""
+    meaning = [*enumerate(classes.palette), *((IGNORE_INDEX, c) for c in classes.ignored_colours)]
+    table = np.full(1 << 24, -1, np.int16)  # of all colours there are, R << 16 | G << 8 | B
+    for value, (r, g, b) in meaning:
+        table[r << 16 | g << 8 | b] = value
+
+    label = table[rgb @ np.array([1 << 16, 1 << 8, 1])]  # (H, W)
+    wrong = label < 0
+    if wrong.any():
+        y, x = np.argwhere(wrong)[0]
+        r, g, b = rgb[y, x]
+        raise DataError(
+            f"{path}: the pixel at x = {x}, y = {y} has the colour {r} {g} {b}, "
+            "which is in no line of classes.txt"
+        )
+    return label.astype(np.uint8)
 
 
 def load(
@@ -474,55 +581,74 @@ def load_pair(
 # ---- finding the files, and their faults ---------------------------------------------------------
 
 
-def find_pairs(root: str, split: str) -> list[Pair]:
+def find_pairs(root: str, split: str, optional: bool = False) -> list[Pair]:
     """The (image, label) paths of ROOT/images/SPLIT and ROOT/annotations/SPLIT, sorted by name.
 
-    Looks at every file's header too. DataError with the first fault, or if there are no
-    pictures."""
+    Looks at every file's header too. DataError with the first fault, or if there are no pictures.
+    optional: [] where neither folder exists."""
+    if optional and not has_split(root, split):
+        return []
+
     pairs, faults = scan(root, split)
-    with ThreadPoolExecutor(16) as threads:  # they wait for a (network) disk, and compute nothing
-        faults += [fault for fault in threads.map(header_fault, pairs) if fault]
+    with ThreadPool(16) as threads:  # they wait for a (network) disk, and compute nothing
+        faults += filter(None, threads.map(header_fault, pairs))
 
     if faults:
         first, *others = faults
         more = f"; and {len(others)} faults more" if others else ""
         raise DataError(f"{first}{more}; `python ade20k.py check {root}` lists all")
     if not pairs:
-        raise DataError(f"{join(root, 'images', split)}: holds no .jpg or .png pictures")
+        raise DataError(f"{root}/images/{split}: holds no pictures")
     return pairs
 
 
+def has_split(root: str, split: str) -> bool:
+    return isdir(f"{root}/images/{split}") or isdir(f"{root}/annotations/{split}")
+
+
 def scan(root: str, split: str) -> tuple[list[Pair], list[str]]:
-    """-> the (image, label) paths, sorted by name, and a sentence for each file that is alone"""
+    """-> the (image, label) paths, sorted by name, and a sentence for each file that is alone or of
+    a name that another has"""
     image_folder = join(root, "images", split)
     label_folder = join(root, "annotations", split)
     for folder in (image_folder, label_folder):
         if not isdir(folder):
             raise DataError(missing_folder(root, folder))
-    images = files_by_stem(image_folder, (".jpg", ".jpeg", ".png"))
-    labels = files_by_stem(label_folder, (".png",))
 
-    pairs, faults = [], []
+    faults = []
+    images = files_by_stem(image_folder, faults)
+    labels = files_by_stem(label_folder, faults)
     for stem, image in images.items():
-        if stem in labels:
-            pairs.append((image, labels[stem]))
-        else:
+        if stem not in labels:
             wanted = join(label_folder, stem)
             faults.append(f"{image}: its label file {wanted}.png is missing")
     for stem, label in labels.items():
         if stem not in images:
             faults.append(f"{label}: its picture in {image_folder} is missing")
-    return pairs, faults
+    return [(images[stem], labels[stem]) for stem in images if stem in labels], faults
 
 
-def files_by_stem(folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """-> {name without suffix: path} of the files with these suffixes, sorted by name"""
-    paths = {}
+def files_by_stem(folder: str, faults: list[str]) -> dict[str, str]:
+    """-> {name without suffix: path} of the pictures in a folder, sorted by name; a name that comes
+    twice is added to faults"""
+    suffixes, paths = picture_suffixes(), {}
     for name in sorted(os.listdir(folder)):
         stem, suffix = os.path.splitext(name)
-        if suffix.lower() in suffixes:
-            paths[stem] = join(folder, name)
+        stem = unicodedata.normalize("NFC", stem)  # "é" may be one letter, or "e" and its accent
+        if suffix.lower() not in suffixes:
+            continue
+        path = join(folder, name)
+        if stem in paths:
+            faults.append(f"{path}: has the name of {paths[stem]}, remove or rename one of them")
+        else:
+            paths[stem] = path
     return paths
+
+
+def picture_suffixes() -> set[str]:
+    """Of all formats that Pillow reads: .jpg, .png, .tif, ..., in small letters."""
+    formats = Image.registered_extensions()
+    return {suffix for suffix, kind in formats.items() if kind in Image.OPEN}
 
 
 def missing_folder(root: str, folder: str) -> str:
@@ -541,9 +667,15 @@ def missing_folder(root: str, folder: str) -> str:
         if isdir(f"{near}/images/training") and isdir(f"{near}/annotations/training"):
             return f"{root}: holds no data set itself, but {near} does: use --data {near}"
 
+    if root == DEFAULT_ROOT:
+        return (
+            f"{folder}: no such folder; `python ade20k.py download data/ade` fetches ADE20K "
+            "(1 GB), --data DIR names another data set, --data toy draws a small one"
+        )
     return (
-        f"{folder}: no such folder; `python ade20k.py download data/ade` fetches ADE20K (1 GB), "
-        "--data DIR names another data set, --data toy draws a small one"
+        f"{folder}: no such folder; a data set holds its pictures in images/training and "
+        "images/validation, and label files of the same names in annotations/training and "
+        "annotations/validation"
     )
 
 
@@ -552,12 +684,42 @@ def header_fault(pair: Pair) -> str | None:
     or not)."""
     try:
         with opened(pair[0]) as image, opened(pair[1]) as label:
+            check_lossless(label, pair[1])
             (w, h), (label_w, label_h) = image.size, label.size
     except DataError as fault:
         return str(fault)
     if sorted((w, h)) != sorted((label_w, label_h)):
         return f"{pair[0]}: the picture is {w}x{h}, its label file {pair[1]} {label_w}x{label_h}"
     return None
+
+
+def label_warnings(pairs: list[Pair], classes: Classes, most: int = 300) -> list[str]:
+    """class_warnings of the label files, or of `most` spread evenly over them (a second's work)."""
+    step = max(1, len(pairs) // most)
+    some = [label_path for _, label_path in pairs[::step][:most]]
+    pixels = np.zeros(256, np.int64)
+    with ThreadPool() as threads:
+        for label in threads.imap(partial(load_label, classes=classes), some):
+            pixels += np.bincount(label.ravel(), minlength=256)
+    return class_warnings(pixels, classes, len(some), len(pairs))
+
+
+def class_warnings(pixels: ndarray, classes: Classes, seen: int, total: int) -> list[str]:
+    """What no training can learn from these labels, in sentences. pixels: (256,), how many have
+    each label, in `seen` of `total` label files."""
+    count = len(classes.names)
+    missing = [name for name, n in zip(classes.names, pixels) if n == 0]
+    warnings = []
+
+    # Rare classes may well be absent from a part of a large set; many of them is another matter.
+    if missing and (seen == total or len(missing) > count / 3):
+        warnings.append(
+            f"{len(missing)} of {count} classes are in none of the training labels "
+            f"({seen} of {total} files were looked at): {', '.join(missing)}"
+        )
+    if len(missing) > count - 2:
+        warnings.append("with fewer than two classes in the labels there is nothing to learn")
+    return warnings
 
 
 def data_root(name: str) -> str:
@@ -690,16 +852,20 @@ def check(root: str) -> int:
     """Read every file of a data set, print what is in it and every fault by file. -> the number of
     faults"""
     classes = read_classes(root)
-    return sum(check_split(root, split, classes) for split in ("training", "validation"))
+    faults = check_split(root, "training", classes)
+    if not has_split(root, "validation"):
+        print("validation: none, training goes without")
+        return faults
+    return faults + check_split(root, "validation", classes)
 
 
 def check_split(root: str, split: str, classes: Classes) -> int:
     """-> the number of faults"""
     pairs, faults = scan(root, split)
     good, started = [], time.monotonic()
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # while one decodes, others run
-        samples = threads.map(lambda pair: read_sample(pair, classes), pairs)
-        for n, (fault, *sample) in enumerate(samples, start=1):
+    read = partial(read_sample, classes=classes)
+    with ThreadPool() as threads:  # while one decodes, others run
+        for n, (fault, *sample) in enumerate(threads.imap(read, pairs), start=1):
             progress(f"{split}: {n} of {len(pairs)} pictures", started, done=n == len(pairs))
             if fault:
                 faults.append(fault)
@@ -708,7 +874,7 @@ def check_split(root: str, split: str, classes: Classes) -> int:
 
     print(f"{split}: {len(good)} good pictures, {len(faults)} faults")
     if good:
-        print_contents(good, classes)
+        print_contents(good, split, classes)
     for fault in faults:
         print(f"  FAULT {fault}")
     return len(faults)
@@ -723,7 +889,7 @@ def read_sample(pair: Pair, classes: Classes) -> tuple:
         return (str(fault),)
 
 
-def print_contents(samples: list[tuple], classes: Classes) -> None:
+def print_contents(samples: list[tuple], split: str, classes: Classes) -> None:
     """samples: [(H, W), (256,) pixels of each label] of each picture."""
     sizes, counts = (np.array(x) for x in zip(*samples))
     h0, w0 = sizes.min(axis=0)
@@ -740,6 +906,10 @@ def print_contents(samples: list[tuple], classes: Classes) -> None:
     for k in present:
         name = classes.names[k]
         print(f"    {name:20s} {share[k]:7.2%} of the pixels, {pictures[k]:6d} pictures")
+
+    if split == "training":
+        for warning in class_warnings(pixels, classes, len(samples), len(samples)):
+            print(f"  WARNING {warning}")
 
 
 def main() -> None:
@@ -763,6 +933,8 @@ def main() -> None:
         print(make(args.dir))
     except (DataError, OSError, ValueError, zipfile.BadZipFile) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

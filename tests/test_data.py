@@ -17,6 +17,7 @@ import toy
 import torch
 from conftest import ROOT, ReplayedRng
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import ade20k
 from ade20k import DataError
@@ -165,6 +166,141 @@ def test_every_kind_of_picture_is_read_as_rgb(tmp_path):
     assert (ade20k.load_image(str(tmp_path / "turned.png")) == np.rot90(rgb, -1)).all()
 
 
+def exif_block(orientation):
+    """An EXIF block with two entries: how the camera was held, and a resolution that is text, which
+    nobody can write again."""
+    entries = struct.pack("<HHIHH", 274, 3, 1, orientation, 0)
+    entries += struct.pack("<HHI4s", 282, 2, 3, b"72")
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+
+
+def test_orientation_is_read_whatever_else_the_exif_block_holds(tmp_path):
+    y, x = np.mgrid[:200:10, :210:7]
+    rgb = np.stack([y, x, (x + y) // 2], axis=2).astype(np.uint8)  # smooth, for jpeg
+    upright = {
+        1: rgb,
+        2: rgb[:, ::-1],
+        3: rgb[::-1, ::-1],
+        4: rgb[::-1],
+        5: rgb.transpose(1, 0, 2),
+        6: np.rot90(rgb, -1),
+        7: rgb[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(rgb),
+        9: rgb,  # there is no such orientation
+    }
+    for orientation, want in upright.items():
+        for name, options in (("x.png", {}), ("x.webp", {"lossless": True}), ("x.jpg", {})):
+            path = str(tmp_path / name)
+            Image.fromarray(rgb).save(path, exif=exif_block(orientation), **options)
+            got = ade20k.load_image(path).astype(int)
+            assert got.shape == want.shape, (name, orientation)
+            allowed = 3 if name == "x.jpg" else 0
+            assert np.abs(got - want).mean() <= allowed, (name, orientation)
+
+    # A TIFF has its orientation among its own tags.
+    Image.fromarray(rgb).save(tmp_path / "x.tif", tiffinfo={274: 6})
+    assert (ade20k.load_image(str(tmp_path / "x.tif")) == upright[6]).all()
+
+
+def test_bad_metadata_is_no_reason_to_refuse_good_pixels_and_cut_pixels_are(tmp_path):
+    rgb = formulas.picture(20, 30)
+    text = PngInfo()
+    text.add_text("prompt", "y" * 3_000_000, zip=True)
+    text.add_itxt("more", "y" * 3_000_000, zip=True)
+    Image.fromarray(rgb).save(tmp_path / "text.png", pnginfo=text)
+    Image.fromarray(rgb).save(tmp_path / "exif.png", exif=b"Exif\0\0garbage")
+    for name in ("text.png", "exif.png"):
+        assert (ade20k.load_image(str(tmp_path / name)) == rgb).all(), name
+
+    Image.fromarray(rgb).save(tmp_path / "cut.jpg", exif=exif_block(6))
+    content = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) - 200])
+    with pytest.raises(DataError, match="cut.jpg: cannot be read as a picture .*truncated"):
+        ade20k.load_image(str(tmp_path / "cut.jpg"))
+
+
+def png(bits, rows, colour_type=0):
+    """A grey png of 1, 2, 4, 8 or 16 bits, byte by byte, since Pillow writes no 2 and 4."""
+    height, per_row = len(rows), len(rows[0])
+    row_bits = ["".join(f"{value:0{bits}b}" for value in row) for row in rows]
+    padded = [row + "0" * (-len(row) % 8) for row in row_bits]
+    lines = [bytes(int(row[i : i + 8], 2) for i in range(0, len(row), 8)) for row in padded]
+    header = struct.pack(">IIBBBBB", per_row, height, bits, colour_type, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + line for line in lines))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND")
+
+
+def chunk(kind, data=b""):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc32(kind + data))
+
+
+def test_labels_of_every_depth_are_read_by_their_values(tmp_path):
+    classes = ade20k.Classes(tuple("abc"), [[k, k, k] for k in range(3)], zero_ignored=False)
+    shifted = classes._replace(zero_ignored=True)
+    path = str(tmp_path / "x.png")
+    for bits in (1, 2, 4, 8, 16):
+        rows = [[0, 1, 1], [1, 0, 0]] if bits == 1 else [[0, 1, 2], [2, 1, 0]]
+        with open(path, "wb") as file:
+            file.write(png(bits, rows))
+        got = ade20k.load_label(path, classes)
+        assert got.dtype == np.uint8 and got.tolist() == rows, bits
+        want = [[255 if value == 0 else value - 1 for value in row] for row in rows]
+        got = ade20k.load_label(path, shifted)
+        assert got.dtype == np.uint8 and got.tolist() == want, bits
+
+    # 256 would become 255, "not labelled", if it were shifted or cut to 8 bits before it is judged.
+    for value in (3, 200, 256, 511, 65535):
+        with open(path, "wb") as file:
+            file.write(png(16, [[0, value]]))
+        for each in (classes, shifted._replace(names=("a", "b"))):
+            with pytest.raises(DataError, match=f"x.png: label {value} is above the"):
+                ade20k.load_label(path, each)
+    with open(path, "wb") as file:
+        file.write(png(16, [[255, 2]]))
+    assert ade20k.load_label(path, classes).tolist() == [[255, 2]]
+
+
+def test_labels_in_a_format_that_loses_are_refused_by_what_the_file_is(small_set):
+    label = small_set + "/annotations/training/p0.png"
+    grey = Image.fromarray(np.ones((40, 60), np.uint8))
+    for kind, options in (
+        ("JPEG", {"quality": 100}),
+        ("WEBP", {}),
+        ("TIFF", {"compression": "jpeg"}),
+        ("JPEG2000", {"irreversible": True}),
+        ("GIF", {}),
+    ):
+        grey.save(label, kind, **options)
+        for read in (
+            lambda: ade20k.load_label(label),
+            lambda: ade20k.find_pairs(small_set, "training"),
+        ):
+            with pytest.raises(DataError, match=f"p0.png: is a {kind} file that may change labels"):
+                read()
+
+
+def test_labels_in_every_format_that_loses_nothing_are_read(tmp_path):
+    values = np.arange(40 * 60, dtype=np.uint8).reshape(40, 60) % 5
+    for name, options in (
+        ("a.png", {}),
+        ("a.tif", {}),
+        ("b.tif", {"compression": "tiff_lzw"}),
+        ("a.bmp", {}),
+        ("a.tga", {}),
+        ("a.pgm", {}),
+        ("a.pcx", {}),
+    ):
+        Image.fromarray(values).save(tmp_path / name, **options)
+        classes = ade20k.Classes(tuple("abcde"), [[k, k, k] for k in range(5)], False)
+        assert (ade20k.load_label(str(tmp_path / name), classes) == values).all(), name
+
+    colours = classes._replace(ignored_colours=[])
+    rgb = np.repeat(values[:, :, None], 3, axis=2)
+    for name, options in (("a.webp", {"lossless": True, "exact": True}), ("a.png", {})):
+        Image.fromarray(rgb).save(tmp_path / name, **options)
+        assert (ade20k.load_label(str(tmp_path / name), colours) == values).all(), name
+
+
 @pytest.fixture
 def small_set(tmp_path):
     """Two good pictures in ADE20K's layout. -> its root"""
@@ -207,8 +343,10 @@ def test_faults_are_named_with_file_and_value(small_set):
         ade20k.find_pairs(small_set, "training")
     with pytest.raises(DataError, match="holds no"):
         ade20k.find_pairs(small_set, "validation")
-    with pytest.raises(DataError, match="no such folder.*ade20k.py download"):
+    with pytest.raises(DataError, match="nowhere.*training: no such folder; a data set holds"):
         ade20k.find_pairs(small_set + "/nowhere", "training")
+    with pytest.raises(DataError, match="no such folder; `python ade20k.py download data/ade`"):
+        ade20k.find_pairs(ade20k.DEFAULT_ROOT, "training")
 
 
 def test_classes_of_ones_own_are_read_with_and_without_colours_and_ignore(small_set):
@@ -245,6 +383,69 @@ def test_classes_of_ones_own_are_read_with_and_without_colours_and_ignore(small_
             assert ade20k.load_label(label, classes).tolist() == [[255, 0, 1]]
 
 
+def write_classes(root, text, encoding="utf-8"):
+    with open(root + "/classes.txt", "w", encoding=encoding, newline="") as file:
+        file.write(text)
+
+
+def test_comments_and_settings_in_any_case_are_no_classes(small_set):
+    plain = ade20k.Classes(("sky", "road"), [[1, 2, 3], [4, 5, 6]], False)
+    for head, want in (
+        ("# my data\n\n  # more\n", plain),
+        ("Ignore 0\n", plain._replace(zero_ignored=True)),
+        ("# ADE20K's way\nIGNORE  0\r\n", plain._replace(zero_ignored=True)),
+        ("ignore 255\n", plain),
+        ("Colours\n", plain._replace(ignored_colours=[])),
+        ("colors\nignore 9 9 9\nIgnore 8 8 8\n",
+         plain._replace(ignored_colours=[[9, 9, 9], [8, 8, 8]])),
+    ):
+        write_classes(small_set, head + "sky 1 2 3  # blue\n# in between\nroad 4 5 6\n")
+        assert ade20k.read_classes(small_set) == want, head
+
+
+def test_class_lists_in_utf_16_are_read_and_other_codes_refused_by_line(small_set):
+    text = "ciel\nmur \u00e0 gauche\n"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        write_classes(small_set, text, encoding)
+        assert ade20k.read_classes(small_set).names == ("ciel", "mur \u00e0 gauche"), encoding
+    write_classes(small_set, "\ufeff" + text, "utf-16-be")
+    assert ade20k.read_classes(small_set).names == ("ciel", "mur \u00e0 gauche")
+    for encoding, line in (("utf-16-le", 1), ("latin-1", 2)):
+        write_classes(small_set, text, encoding)
+        with pytest.raises(DataError, match=f"classes.txt, line {line}: .*not text in UTF-8"):
+            ade20k.read_classes(small_set)
+
+
+def test_labels_in_colours_are_read_through_the_class_list(small_set):
+    label = small_set + "/annotations/training/p0.png"
+    write_classes(small_set, "colours\nignore 255 255 255\nsky 0 0 200\nroad 128 64 128\n")
+    classes = ade20k.read_classes(small_set)
+    want = np.array([[0, 1, 255, 0], [1, 1, 0, 255]], np.uint8)
+    colours = np.zeros((256, 3), np.uint8)
+    colours[[0, 1, 255]] = [0, 0, 200], [128, 64, 128], [255, 255, 255]
+    picture = Image.fromarray(colours[want])
+    for written in (picture, picture.quantize(8), picture.convert("RGBA")):
+        written.save(label)
+        got = ade20k.load_label(label, classes)
+        assert got.dtype == np.uint8 and (got == want).all(), written.mode
+
+    wrong = colours[want]
+    wrong[1, 2] = 0, 0, 201
+    Image.fromarray(wrong).save(label)
+    with pytest.raises(DataError, match="p0.png: the pixel at x = 2, y = 1 has the colour 0 0 201,"):
+        ade20k.load_label(label, classes)
+
+
+def test_a_mask_of_black_and_white_is_read_through_the_class_list(small_set):
+    label = small_set + "/annotations/training/p0.png"
+    write_classes(small_set, "colours\nbackground 0 0 0\nlesion 255 255 255\n")
+    classes = ade20k.read_classes(small_set)
+    mask = Image.fromarray(np.array([[0, 255, 255], [255, 0, 0]], np.uint8))
+    for written in (mask, mask.convert("1"), mask.convert("RGB")):
+        written.save(label)
+        assert ade20k.load_label(label, classes).tolist() == [[0, 1, 1], [1, 0, 0]], written.mode
+
+
 @pytest.mark.parametrize(
     "text,message",
     [
@@ -253,11 +454,21 @@ def test_classes_of_ones_own_are_read_with_and_without_colours_and_ignore(small_
         ("sky\nroad\nsky 1 2 3\n", "line 3: 'sky 1 2 3'"),
         ("sky 1 2 256", "line 1: 'sky 1 2 256' has a colour above 255"),
         ("\n".join(map(str, range(256))), "256 classes"),
+        ("# only this\n", "0 classes"),
+        ("ignore 7\nsky", "line 1: 'ignore 7' must be `ignore 0`, `ignore 255` or"),
+        ("ignore\nsky", "line 1: 'ignore' must be"),
+        ("sky\nignore 0\nroad", "line 2: 'ignore 0' must .* stand above the first class"),
+        ("sky\ncolours\nroad", "line 2: 'colours' must .* stand above the first class"),
+        ("ignore 1 2 3\nsky", "line 1: 'ignore 1 2 3' must .* below `colours`"),
+        ("colours\nignore 0\nsky 1 2 3", "line 2: 'ignore 0' must"),
+        ("colours\nignore 1 2 256\nsky 1 2 3", "line 2: 'ignore 1 2 256' "),
+        ("colours\nsky 1 2 3\nroad", "line 3: 'road' has no colour of its own"),
+        ("colours\nsky 1 2 3\nroad 1 2 3", "line 3: 'road 1 2 3' has no colour of its own"),
+        ("colours\nignore 1 2 3\nsky 1 2 3", "line 3: 'sky 1 2 3' has no colour of its own"),
     ],
 )
 def test_class_lists_that_cannot_be_used_are_refused_by_line(text, message, small_set):
-    with open(small_set + "/classes.txt", "w") as file:
-        file.write(text)
+    write_classes(small_set, text)
     with pytest.raises(DataError, match=r"classes.txt.*" + message):
         ade20k.read_classes(small_set)
 
@@ -285,21 +496,107 @@ def test_a_folder_near_a_data_set_or_of_the_wrong_release_is_recognised(small_se
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(small_set):
     """A few kilobytes of png that say they are 60000 x 60000 pixels."""
-    chunk = (
-        lambda kind, data: struct.pack(">I", len(data))
-        + kind
-        + data
-        + struct.pack(">I", crc32(kind + data))
-    )  # noqa: E731
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(1 << 20))
     with open(small_set + "/images/training/p0.jpg", "wb") as file:
-        file.write(
-            b"\x89PNG\r\n\x1a\n"
-            + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(bytes(1 << 20)))
-            + chunk(b"IEND", b"")
-        )
+        file.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header))
+        file.write(chunk(b"IDAT", data) + chunk(b"IEND"))
     with pytest.raises(DataError, match="p0.jpg: cannot be read .*decompression bomb"):
         ade20k.find_pairs(small_set, "training")
+
+
+def test_pictures_of_every_format_and_any_case_of_suffix_are_found(small_set):
+    images, labels = small_set + "/images/validation/", small_set + "/annotations/validation/"
+    names = ["a.tif", "b.WEBP", "c.bmp", "d.JPG", "e.Jpeg", "f.PNG", "g.ppm", "h.jfif"]
+    for name in names:
+        Image.fromarray(formulas.picture(8, 9)).save(images + name)
+    for stem, suffix in zip("abcdefgh", [".png", ".PNG", ".tif", ".bmp"] * 2):
+        Image.fromarray(np.ones((8, 9), np.uint8)).save(labels + stem + suffix)
+    for name in ("notes.txt", "Thumbs.db", "a.json"):
+        with open(images + name, "w") as file:
+            file.write("no picture")
+
+    pairs = ade20k.find_pairs(small_set, "validation")
+    assert [os.path.basename(image) for image, _ in pairs] == names
+    assert all(ade20k.load(*pair)[0].shape == (8, 9, 3) for pair in pairs)
+
+
+def test_two_files_of_one_name_are_a_fault_by_name(small_set, capsys):
+    for folder, twin in (("images", "p0.png"), ("annotations", "p1.tif")):
+        path = f"{small_set}/{folder}/training/{twin}"
+        Image.fromarray(np.ones((40, 60), np.uint8)).save(path)
+        with pytest.raises(DataError, match=f"{twin}: has the name of .*{twin[:2]}"):
+            ade20k.find_pairs(small_set, "training")
+        shutil.rmtree(small_set + "/images/validation", ignore_errors=True)
+        shutil.rmtree(small_set + "/annotations/validation", ignore_errors=True)
+        assert ade20k.check(small_set) == 1 and "FAULT " in capsys.readouterr().out
+        os.remove(path)
+
+
+def test_two_spellings_of_an_accent_are_one_name(small_set):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    Image.fromarray(formulas.picture(8, 9)).save(f"{small_set}/images/validation/{composed}.jpg")
+    label = f"{small_set}/annotations/validation/{decomposed}.png"
+    Image.fromarray(np.ones((8, 9), np.uint8)).save(label)
+    (pair,) = ade20k.find_pairs(small_set, "validation")
+    assert composed in pair[0] and decomposed in pair[1]
+
+
+def test_a_set_without_validation_is_legal_where_that_is_asked_for(small_set, capsys):
+    with pytest.raises(DataError, match="validation: holds no pictures"):
+        ade20k.find_pairs(small_set, "validation", optional=True)
+    os.rmdir(small_set + "/images/validation")
+    with pytest.raises(DataError, match="images/validation: no such folder; a data set holds"):
+        ade20k.find_pairs(small_set, "validation", optional=True)
+    os.rmdir(small_set + "/annotations/validation")
+    assert ade20k.find_pairs(small_set, "validation", optional=True) == []
+    with pytest.raises(DataError, match="images/validation: no such folder"):
+        ade20k.find_pairs(small_set, "validation")
+    assert ade20k.check(small_set) == 0
+    assert "validation: none, training goes without" in capsys.readouterr().out
+
+
+def test_labels_that_teach_nothing_are_warned_of(small_set, capsys):
+    pairs = ade20k.find_pairs(small_set, "training")
+    classes = ade20k.Classes(("back", "front"), [[0, 0, 0], [255, 255, 255]], False)
+    warnings = lambda: ade20k.label_warnings(pairs, classes)  # noqa: E731
+    put = lambda i, value: Image.fromarray(np.full((40, 60), value, np.uint8)).save(pairs[i][1])  # noqa: E731
+
+    put(0, 0), put(1, 1)
+    assert warnings() == []
+    put(1, 255)  # a mask of 0 and 255, read as numbers: 255 is "not labelled"
+    assert warnings() == [
+        "1 of 2 classes are in none of the training labels (2 of 2 files were looked at): front",
+        "with fewer than two classes in the labels there is nothing to learn",
+    ]
+    put(0, 255)
+    assert "2 of 2 classes are in none" in warnings()[0] and "nothing to learn" in warnings()[1]
+
+    with open(small_set + "/classes.txt", "w") as file:
+        file.write("back\nfront\n")
+    assert ade20k.check(small_set) == 0  # no faults: every file can be used
+    assert capsys.readouterr().out.count("WARNING ") == 2
+
+
+def test_many_labels_are_looked_at_evenly_and_rare_classes_are_not_missed():
+    seen = []
+    classes = ade20k.Classes(tuple("abcdefgh"), [[k, k, k] for k in range(8)], False)
+    pairs = [("", str(i)) for i in range(1000)]
+
+    def read(path, classes):
+        seen.append(int(path))
+        return np.arange(7 if int(path) % 2 else 3, dtype=np.uint8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ade20k, "load_label", read)
+        assert ade20k.label_warnings(pairs, classes, most=90) == []  # h alone is not there
+        assert len(seen) == 90 and max(np.diff(sorted(seen))) <= 12 and max(seen) >= 970
+        patch.setattr(ade20k, "load_label", lambda path, classes: np.arange(3, dtype=np.uint8))
+        (warning,) = ade20k.label_warnings(pairs, classes, most=90)
+    assert warning == (
+        "5 of 8 classes are in none of the training labels (90 of 1000 files were looked at): "
+        "d, e, f, g, h"
+    )
 
 
 def test_check_reports_every_fault_by_file_in_one_pass(small_set):
@@ -321,6 +618,33 @@ def test_check_reports_every_fault_by_file_in_one_pass(small_set):
         any(name in f for f in faults) for name in ("bad.jpg", "p0.png", "alone.png")
     )
     assert "1 good pictures, 3 faults" in done.stdout and "building" in done.stdout
+
+
+def test_an_interrupted_check_ends_at_once_and_quietly(small_set):
+    image, label = (f"{small_set}/{kind}/training/p0" for kind in ("images", "annotations"))
+    for i in range(3000):
+        os.link(image + ".jpg", f"{small_set}/images/training/q{i}.jpg")
+        os.link(label + ".png", f"{small_set}/annotations/training/q{i}.png")
+    code = """if True:
+        import os, signal, ade20k
+
+        read, calls = ade20k.read_sample, []
+
+        def interrupt(*pair, **more):
+            calls.append(pair)
+            if len(calls) == 50:
+                os.kill(os.getpid(), signal.SIGINT)
+            return read(*pair, **more)
+
+        ade20k.read_sample = interrupt
+        try:
+            ade20k.main()
+        finally:
+            print(len(calls))
+    """
+    command = [sys.executable, "-c", code, "check", small_set]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "" and int(done.stdout) < 1000
 
 
 # ---- samples ----
@@ -350,6 +674,34 @@ def test_every_pass_over_the_data_sees_every_picture_once():
     data = ade20k.TrainSet([(str(i), "") for i in range(7)], seed=0)
     passes = [[data.paths(7 * e + i)[0] for i in range(7)] for e in range(3)]
     assert all(sorted(p) == [str(i) for i in range(7)] for p in passes) and passes[0] != passes[1]
+
+
+@pytest.mark.parametrize("seed", [0, 2**24, 20240101, 2**63 - 1])
+def test_every_seed_gives_samples_of_its_own(seed, small_set):
+    pairs = ade20k.find_pairs(small_set, "training")
+    one, again, other = (
+        [ade20k.TrainSet(pairs, s, 32, 48)[p][0] for p in (0, 10**9)]
+        for s in (seed, seed, (seed + 1) % 2**63)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one, again))
+    assert not all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("height,width", [(1, 1), (1, 10000), (10000, 1), (2, 2600), (3, 5)])
+def test_pictures_of_any_size_are_read_and_cut(height, width, tmp_path):
+    rgb = np.tile(formulas.picture(3, 5), (height // 3 + 1, width // 5 + 1, 1))[:height, :width]
+    paths = str(tmp_path / "x.png"), str(tmp_path / "y.png")
+    Image.fromarray(rgb).save(paths[0])
+    Image.fromarray(np.ones((height, width), np.uint8)).save(paths[1])
+    assert ade20k.header_fault(paths) is None
+    image, label = ade20k.load(*paths)
+    assert (image == rgb).all() and label.shape == (height, width)
+
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        x, y, (h, w) = ade20k.train_transform(image, label, rng, crop=64, short=64)
+        assert x.shape == (3, 64, 64) and y.shape == (64, 64) and 1 <= h <= 64 and 1 <= w <= 64
+        assert (y[:h, :w] == 0).all() and (y == 0).sum() == h * w
 
 
 # ---- the toy data set and the facts ----
