@@ -15,7 +15,6 @@ As a program:  python ade20k.py {download,toy,check} DIR
 """
 
 import argparse
-import codecs
 import colorsys
 import hashlib
 import http.client
@@ -29,6 +28,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from os.path import dirname, exists, isdir, join
@@ -131,7 +131,7 @@ def read_classes(root: str) -> Classes:
 
         if max(numbers, default=0) > 255 or (name in names and not setting):
             raise DataError(f"{where} has a colour above 255 or a name that another line has")
-        elif setting and not names and setting[1] != "ignore":
+        elif setting and not names and setting[1] != "ignore" and not zero_ignored:
             ignored_colours = []
         elif setting and not names and numbers in ([0], [255]) and ignored_colours is None:
             zero_ignored = numbers == [0]
@@ -157,20 +157,16 @@ def read_classes(root: str) -> Classes:
 
 
 def text_lines(path: str) -> Iterator[tuple[str, str]]:
-    """Each line of a text file without its comment, if anything is left of it, and what an error
-    calls it. UTF-8, or UTF-16 with its mark; DataError with the line that is neither."""
-    with open(path, "rb") as file:
-        content = file.read()
-    is_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = content.decode("utf-16" if is_16 else "utf-8-sig", errors="replace")
+    """Each line without its comment, if anything is left of it, and what an error calls it."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        for n, line in enumerate(file, start=1):
+            where = f"{path}, line {n}: {line.strip()!r}"
+            if "\ufffd" in line or "\0" in line:  # as Latin-1 or UTF-16 read
+                raise DataError(f"{where} is not text in UTF-8, save the file as UTF-8")
 
-    for n, line in enumerate(text.splitlines(), start=1):
-        where = f"{path}, line {n}: {line.strip()!r}"
-        if "\0" in line or "\ufffd" in line:  # as UTF-16 without a mark reads, or Latin-1
-            raise DataError(f"{where} is not text in UTF-8, save the file as UTF-8")
-        line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if line:
-            yield line, where
+            line = re.sub(r"(^|\s)#.*", "", line).strip()
+            if line:
+                yield line, where
 
 
 def free_colour(k: int) -> list[int]:
@@ -236,26 +232,33 @@ def load_label(path: str, classes: Classes = Classes()) -> ndarray:
             return label_of_colours(np.asarray(file.convert("RGB")), path, classes)
         few_bits = re.search(r"L;([24])", str(file.tile))
         values = np.asarray(file)
-    if values.ndim != 2 or values.dtype.kind not in "biu":
+    if values.ndim != 2 or values.dtype.kind not in "biu" or values.min() < 0:
         raise DataError(
-            f"{path}: labels must be one channel of integers, this is {values.dtype} of shape "
-            f"{values.shape}; for colours, begin classes.txt with a line `colours`"
+            f"{path}: labels must be one channel of integers from 0 on, this is {values.dtype} of "
+            f"shape {values.shape}; for colours, begin classes.txt with a line `colours`"
         )
     if few_bits:  # Pillow stretches what 2 or 4 bits hold to 0..255
-        values = values // (255 // (2 ** int(few_bits[1]) - 1))
+        stored = 2 ** int(few_bits[1]) - 1
+        values = values // (255 // stored)
 
     count = len(classes.names)
-    largest, ignored = (count, 0) if classes.zero_ignored else (count - 1, IGNORE_INDEX)
-    wrong = ((values > largest) | (values < 0)) & (values != ignored)
-    if wrong.any():
-        raise DataError(
-            f"{path}: label {values[wrong].max()} is above the {count} classes, "
-            f"{ignored} is for unlabelled pixels"
-        )
+    if classes.zero_ignored:
+        largest, ignored = count, 0
+    else:
+        largest, ignored = count - 1, IGNORE_INDEX
+    if values.max() > largest:
+        above = values[(values > largest) & (values != ignored)]
+        if len(above):
+            raise DataError(
+                f"{path}: label {above.max()} is above the {count} classes, "
+                f"{ignored} is for unlabelled pixels"
+            )
 
+    label = values.astype(np.uint8)  # a copy, which may be written
     if classes.zero_ignored:  # the one place where labels are shifted
-        values = np.where(values == 0, IGNORE_INDEX, values - 1)
-    return values.astype(np.uint8, copy=False)
+        label = label - 1
+        label[values == 0] = IGNORE_INDEX
+    return label
 
 
 def check_lossless(file: Image.Image, path: str) -> None:
@@ -276,12 +279,13 @@ def check_lossless(file: Image.Image, path: str) -> None:
 
 def label_of_colours(rgb: ndarray, path: str, classes: Classes) -> ndarray:
     """(H, W, 3) uint8, colours of classes -> (H, W) uint8, 0..C-1 or 255."""
-    meaning = [*enumerate(classes.palette), *((IGNORE_INDEX, c) for c in classes.ignored_colours)]
-    table = np.full(1 << 24, -1, np.int16)  # of all colours there are, R << 16 | G << 8 | B
-    for value, (r, g, b) in meaning:
-        table[r << 16 | g << 8 | b] = value
+    place = np.array([1 << 16, 1 << 8, 1])
+    colours = np.array(classes.palette + classes.ignored_colours) @ place
+    table = np.full(1 << 24, -1, np.int16)  # of all colours there are
+    table[colours] = IGNORE_INDEX
+    table[colours[: len(classes.names)]] = range(len(classes.names))
 
-    label = table[rgb @ np.array([1 << 16, 1 << 8, 1])]  # (H, W)
+    label = table[rgb @ place]  # (H, W)
     wrong = label < 0
     if wrong.any():
         y, x = np.argwhere(wrong)[0]
@@ -326,9 +330,10 @@ def train_transform(
     *after* normalisation, which no uint8 can say: normalise(images, sizes) does it. Random numbers
     are drawn in the reference's order, so that a test can replay its stream."""
     ratio = rng.random() * 1.5 + 0.5  # U(0.5, 2)
-    h, w = scaled_size(*label.shape, int(4 * short * ratio), int(short * ratio))
-    rows = nearest_indices(label.shape[0], h)
-    columns = nearest_indices(label.shape[1], w)
+    H, W = label.shape
+    h, w = scaled_size(H, W, int(4 * short * ratio), int(short * ratio))
+    rows = nearest_indices(H, h)
+    columns = nearest_indices(W, w)
 
     # A crop of hardly anything but one class teaches little: it is drawn again, up to ten times,
     # while one class fills 75% or more of its labelled pixels. The eleventh is taken as it comes.
@@ -339,7 +344,8 @@ def train_transform(
         x1 = min(x0 + crop, w)
         cropped = label[rows[y0:y1]][:, columns[x0:x1]]  # (y1 - y0, x1 - x0)
 
-        counts = np.array(Image.fromarray(cropped).histogram()[:IGNORE_INDEX])
+        pixels = Image.fromarray(cropped).histogram()  # of each label
+        counts = np.array(pixels[:IGNORE_INDEX])
         if np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < 0.75:
             break
 
@@ -388,8 +394,12 @@ def resize_bilinear(
     columns, left, right, weight_x = neighbours(x0, x1, W, w)
     x = image[rows, columns].transpose(2, 0, 1).astype(np.float32, order="C")
 
-    # take(..., mode="clip") is x[:, :, left] without a check of each index.
-    x = mix(x.take(left, 2, mode="clip"), x.take(right, 2, mode="clip"), weight_x)
+    # Along x: take(..., mode="clip") is x[:, :, left] without a check of each index.
+    before = x.take(left, 2, mode="clip")
+    after = x.take(right, 2, mode="clip")
+    x = mix(before, after, weight_x)  # (3, rows, x1 - x0)
+
+    # Along y.
     x = mix(x[:, top], x[:, bottom], weight_y[:, None])  # (3, y1 - y0, x1 - x0)
     x += 0.5
     return x.astype(np.uint8)
@@ -409,7 +419,8 @@ def neighbours(
     before = index.clip(0, old - 1)
     after = (index + 1).clip(0, old - 1)
     start = before[0]
-    return slice(start, after[-1] + 1), before - start, after - start, weight
+    used = slice(start, after[-1] + 1)
+    return used, before - start, after - start, weight
 
 
 def mix(first: ndarray, second: ndarray, weight: ndarray) -> ndarray:
@@ -453,13 +464,14 @@ def scale_levels(x: ndarray, factor: float = 1, offset: float = 0) -> ndarray:
 def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
     """(B, 3, H, W) uint8 -> (x - mean) / std, float32, on the images' device; 0 outside each
     picture's (h, w) in sizes (B, 2), where the picture was padded."""
-    x = (images.float() - MEAN.to(images.device)) / STD.to(images.device)
+    device = images.device
+    x = (images.float() - MEAN.to(device)) / STD.to(device)
     if sizes is None:
         return x
 
-    rows, columns = (torch.arange(side, device=x.device) for side in x.shape[2:])
-    inside_y = rows < sizes[:, :1]  # (B, H)
-    inside_x = columns < sizes[:, 1:]  # (B, W)
+    H, W = x.shape[2:]
+    inside_y = torch.arange(H, device=device) < sizes[:, :1]  # (B, H)
+    inside_x = torch.arange(W, device=device) < sizes[:, 1:]  # (B, W)
     inside = inside_y[:, None, :, None] & inside_x[:, None, None, :]  # (B, 1, H, W)
     return x * inside
 
@@ -523,24 +535,17 @@ def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
 # ---- samples -------------------------------------------------------------------------------------
 
 
+@dataclass
 class TrainSet(torch.utils.data.Dataset):
     """Sample number `position` of the run: which picture, and how it is cut and distorted, follow
     from (seed, position) alone. So neither the number of workers nor of processes changes a run,
     and one resumed at iteration i goes on with the samples it would have seen, at once."""
 
-    def __init__(
-        self,
-        pairs: list[Pair],
-        seed: int,
-        crop: int = 512,
-        short: int = 512,
-        classes: Classes = Classes(),
-    ):
-        self.pairs = pairs
-        self.seed = seed
-        self.crop = crop
-        self.short = short
-        self.classes = classes
+    pairs: list[Pair]
+    seed: int
+    crop: int = 512
+    short: int = 512
+    classes: Classes = Classes()
 
     def paths(self, position: int) -> Pair:
         """Of the picture and its label. Every pass over the data has an order of its own."""
@@ -603,6 +608,7 @@ def find_pairs(root: str, split: str, optional: bool = False) -> list[Pair]:
 
 
 def has_split(root: str, split: str) -> bool:
+    """Is there any folder of a split? One alone is a fault, none may be meant so."""
     return isdir(f"{root}/images/{split}") or isdir(f"{root}/annotations/{split}")
 
 
@@ -625,7 +631,9 @@ def scan(root: str, split: str) -> tuple[list[Pair], list[str]]:
     for stem, label in labels.items():
         if stem not in images:
             faults.append(f"{label}: its picture in {image_folder} is missing")
-    return [(images[stem], labels[stem]) for stem in images if stem in labels], faults
+
+    pairs = [(images[stem], labels[stem]) for stem in images if stem in labels]
+    return pairs, faults
 
 
 def files_by_stem(folder: str, faults: list[str]) -> dict[str, str]:
@@ -798,8 +806,7 @@ def fetch_rest(url: str, part: str, timeout: float) -> str | None:
             while block := answer.read1(1 << 20):  # (read would lose what came before a break)
                 file.write(block)
                 have += len(block)
-                done = f"{part}: {have / 1e6:.0f} of {total / 1e6:.0f} MB"
-                progress(done, started)
+                progress(f"{part}: {have // 10**6} of {total // 10**6} MB", started)
 
         if length and have != total:
             return f"the server broke off after {have} of {total} bytes"
@@ -932,7 +939,8 @@ def main() -> None:
         make = {"download": download, "toy": make_toy}[args.action]
         print(make(args.dir))
     except (DataError, OSError, ValueError, zipfile.BadZipFile) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
