@@ -46,20 +46,6 @@ DEFAULT_ROOT = "data/ade/ADEChallengeData2016"
 
 Pair = tuple[str, str]  # the paths of a picture and of its label file
 
-# What EXIF's orientation says must be done to see the picture upright.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-# Text in a png is nobody's reason to refuse it: Pillow does so above 1 MB.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
-
 # Of ImageNet, RGB. The reference uses them for ViT-B too, although its weights were pretrained with
 # 127.5 / 127.5.
 MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
@@ -127,7 +113,8 @@ def read_classes(root: str) -> Classes:
     for line, where in text_lines(path):
         setting = re.fullmatch(r"(colou?rs|ignore)((?:\s+\d+)*)", line.lower())
         name, rgb = re.fullmatch(r"(.*?\S)((?:\s+\d+){3})?", line).groups()
-        numbers = [int(x) for x in (setting[2] if setting else rgb or "").split()]
+        digits = setting[2] if setting else rgb or ""
+        numbers = [int(x) for x in digits.split()]
 
         if max(numbers, default=0) > 255 or (name in names and not setting):
             raise DataError(f"{where} has a colour above 255 or a name that another line has")
@@ -179,6 +166,21 @@ def free_colour(k: int) -> list[int]:
 # ---- reading -------------------------------------------------------------------------------------
 
 
+# What EXIF's orientation says must be done to see the picture upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Text in a png is nobody's reason to refuse it: Pillow does so above 1 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
+
+
 @contextmanager
 def opened(path: str) -> Iterator[Image.Image]:
     """A picture file; whatever goes wrong while it is open and read is a DataError."""
@@ -221,11 +223,11 @@ def orientation(picture: Image.Image) -> int:
 
 
 def load_label(path: str, classes: Classes = Classes()) -> ndarray:
-    """A label file of one channel (of a palette file, the indices), or of the classes' colours ->
-    (H, W) uint8, 0..C-1, or 255 where nobody labelled.
+    """A label file -> (H, W) uint8, 0..C-1, or 255 where nobody labelled.
 
-    DataError if the file's format may have changed labels, or it holds a value or a colour that is
-    no class."""
+    The file has one channel of 1 to 16 bits (of a palette, the indices), or the classes' colours.
+    DataError if its format may have changed labels, or it holds a value or a colour that is no
+    class."""
     with opened(path) as file:
         check_lossless(file, path)
         if classes.ignored_colours is not None:
@@ -251,7 +253,7 @@ def load_label(path: str, classes: Classes = Classes()) -> ndarray:
         if len(above):
             raise DataError(
                 f"{path}: label {above.max()} is above the {count} classes, "
-                f"{ignored} is for unlabelled pixels"
+                f"{ignored} is for unlabelled pixels; classes.txt says what labels mean"
             )
 
     label = values.astype(np.uint8)  # a copy, which may be written
@@ -329,7 +331,8 @@ def train_transform(
     before padding. Padding, on the right and below, is 255 in the label. In the image it is 0
     *after* normalisation, which no uint8 can say: normalise(images, sizes) does it. Random numbers
     are drawn in the reference's order, so that a test can replay its stream."""
-    ratio = rng.random() * 1.5 + 0.5  # U(0.5, 2)
+    # Scale the picture into (4 short, short) * U(0.5, 2).
+    ratio = rng.random() * 1.5 + 0.5
     H, W = label.shape
     h, w = scaled_size(H, W, int(4 * short * ratio), int(short * ratio))
     rows = nearest_indices(H, h)
@@ -337,12 +340,13 @@ def train_transform(
 
     # A crop of hardly anything but one class teaches little: it is drawn again, up to ten times,
     # while one class fills 75% or more of its labelled pixels. The eleventh is taken as it comes.
-    for attempt in range(11):
+    for _ in range(11):
         y0 = rng.integers(0, max(h - crop, 0) + 1)
         x0 = rng.integers(0, max(w - crop, 0) + 1)
         y1 = min(y0 + crop, h)
         x1 = min(x0 + crop, w)
-        cropped = label[rows[y0:y1]][:, columns[x0:x1]]  # (y1 - y0, x1 - x0)
+        cropped = label[rows[y0:y1]]
+        cropped = cropped[:, columns[x0:x1]]  # (y1 - y0, x1 - x0)
 
         pixels = Image.fromarray(cropped).histogram()  # of each label
         counts = np.array(pixels[:IGNORE_INDEX])
@@ -394,12 +398,12 @@ def resize_bilinear(
     columns, left, right, weight_x = neighbours(x0, x1, W, w)
     x = image[rows, columns].transpose(2, 0, 1).astype(np.float32, order="C")
 
-    # Along x: take(..., mode="clip") is x[:, :, left] without a check of each index.
-    before = x.take(left, 2, mode="clip")
-    after = x.take(right, 2, mode="clip")
-    x = mix(before, after, weight_x)  # (3, rows, x1 - x0)
-
-    # Along y.
+    # take(..., mode="clip") is x[:, :, left] without a check of each index.
+    x = mix(
+        x.take(left, 2, mode="clip"),
+        x.take(right, 2, mode="clip"),
+        weight_x,
+    )  # (3, rows, x1 - x0)
     x = mix(x[:, top], x[:, bottom], weight_y[:, None])  # (3, y1 - y0, x1 - x0)
     x += 0.5
     return x.astype(np.uint8)
@@ -479,10 +483,17 @@ def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
 # ---- HSV, as the reference's cv2 rounds it -------------------------------------------------------
 
 # cv2 has HSV in uint8: hue 0..179 (2 degrees a step), saturation and value 0..255. The rounding is
-# part of the recipe, since hue and saturation distortion see the picture through it. cv2 divides by
-# table, in 20.12 fixed point: 180 / (6 spread) for the hue, 255 / value for the saturation.
-HUE_STEP = np.rint(np.append(0, (180 << 12) / (6 * np.arange(1.0, 256)))).astype(np.int32)
-SATURATION_STEP = np.rint(np.append(0, (255 << 12) / np.arange(1.0, 256))).astype(np.int32)
+# part of the recipe, since hue and saturation distortion see the picture through it.
+
+
+def fixed_point(numerator: int) -> ndarray:
+    """numerator / n for n = 0..255 (0 for n = 0) in 20.12 fixed point: cv2 divides by table."""
+    quotients = (numerator << 12) / np.arange(1.0, 256)
+    return np.rint(np.append(0, quotients)).astype(np.int32)
+
+
+HUE_STEP = fixed_point(30)  # 30 / spread: a sixth of the circle is 30 steps
+SATURATION_STEP = fixed_point(255)  # 255 / value
 
 # Back to RGB (Smith 1978, "Color gamut transform pairs"): channel = value * (1 - saturation *
 # fade(hue)). fade is 0 over the two of six sectors where the channel dominates (R around hue 0, G
@@ -609,7 +620,8 @@ def find_pairs(root: str, split: str, optional: bool = False) -> list[Pair]:
 
 def has_split(root: str, split: str) -> bool:
     """Is there any folder of a split? One alone is a fault, none may be meant so."""
-    return isdir(f"{root}/images/{split}") or isdir(f"{root}/annotations/{split}")
+    folders = [join(root, kind, split) for kind in ("images", "annotations")]
+    return any(map(isdir, folders))
 
 
 def scan(root: str, split: str) -> tuple[list[Pair], list[str]]:
@@ -693,7 +705,8 @@ def header_fault(pair: Pair) -> str | None:
     try:
         with opened(pair[0]) as image, opened(pair[1]) as label:
             check_lossless(label, pair[1])
-            (w, h), (label_w, label_h) = image.size, label.size
+            w, h = image.size
+            label_w, label_h = label.size
     except DataError as fault:
         return str(fault)
     if sorted((w, h)) != sorted((label_w, label_h)):
@@ -730,6 +743,9 @@ def class_warnings(pixels: ndarray, classes: Classes, seen: int, total: int) -> 
     return warnings
 
 
+# ---- the toy data set ----------------------------------------------------------------------------
+
+
 def data_root(name: str) -> str:
     """The folder that --data means: `toy` is drawn where it is missing, everything else is a
     path."""
@@ -756,7 +772,13 @@ URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"  # as it stands in public scripts; 922 MB
 
 
-def fetch(url: str, path: str, sha: str = "", attempts: int = 5, timeout: float = 60) -> None:
+def fetch(
+    url: str,
+    path: str,
+    sha: str = "",
+    attempts: int = 5,
+    timeout: float = 60,
+) -> None:
     """Download url to path: to path.part first, resumed after a break, moved into place once it is
     whole.
 
@@ -873,7 +895,8 @@ def check_split(root: str, split: str, classes: Classes) -> int:
     read = partial(read_sample, classes=classes)
     with ThreadPool() as threads:  # while one decodes, others run
         for n, (fault, *sample) in enumerate(threads.imap(read, pairs), start=1):
-            progress(f"{split}: {n} of {len(pairs)} pictures", started, done=n == len(pairs))
+            so_far = f"{split}: {n} of {len(pairs)} pictures"
+            progress(so_far, started, done=n == len(pairs))
             if fault:
                 faults.append(fault)
             else:
