@@ -39,13 +39,15 @@ def load_weights(path_or_url: str, bicubic: bool = False) -> tuple[Tensors, dict
     """Read any known format. -> (state_dict in our names, facts). WeightsError otherwise.
 
     facts: kind, arch (the first one in ARCHS of these shapes, so vit_b16 for a bare deit_b16: they
-    differ in drop path alone), neck and num_classes (None for a backbone), resolution, tensors (how
-    many are used), left_out and added (list of str, each with its reason), and of our own
-    checkpoints args and classes (the fields of ade20k.Classes).
+    differ in drop path alone), neck and num_classes (None for a backbone), grid (of pos_embed, as
+    it is given), resolution (in the file), tensors (how many are used), left_out and added (list of
+    str, each with its reason), and of our own checkpoints args and classes (the fields of
+    ade20k.Classes).
 
-    pos_embed is resized to the architecture's grid: with torch's bicubic, as mmsegmentation and
-    timm do; that of a JAX file bilinearly, as Google does, unless bicubic is set.
-    A tensor may be a view of the file: copy it before the file is overwritten."""
+    A whole model keeps its pos_embed to the bit. That of a backbone, which starts a new model, is
+    resized to the architecture's grid: with torch's bicubic, as mmsegmentation and timm do; that of
+    a JAX file bilinearly, as Google does, unless bicubic is set. A tensor may be a view of the
+    file: copy it before the file is overwritten."""
     path, content = path_or_url, read_checkpoint(path_or_url)
     facts = {"left_out": [], "added": []}
 
@@ -58,7 +60,7 @@ def load_weights(path_or_url: str, bicubic: bool = False) -> tuple[Tensors, dict
     with torch.device("meta"):  # shapes without memory
         neck = facts["neck"] or ("ln" if "backbone.norm.weight" in tensors else "none")
         model = build_model(facts["arch"], neck, facts["num_classes"] or 150)
-    fit_positions(tensors, facts, model.backbone.grid, bicubic)
+    fit_positions(tensors, facts, model.backbone, bicubic)
     compare(path, tensors, tensors_to_set(model, tensors, facts), facts)
     facts["tensors"] = len(tensors)
     return tensors, facts
@@ -68,7 +70,8 @@ def load_into(
     model: nn.Module, state_dict: Tensors, facts: dict, new_classes: bool = False
 ) -> None:
     """Copy what load_weights gave into a model. Every tensor of the file is used and every one of
-    the model set, or WeightsError, with these exceptions, each added to facts["left_out"]:
+    the model set, or WeightsError. The grid of the model's positions becomes that of a whole model
+    in the file. The exceptions, each added to facts["left_out"]:
 
     - a backbone leaves neck and heads as they are, and its final norm is left out where the
       model's neck has none;
@@ -86,7 +89,11 @@ def load_into(
     facts["left_out"] = facts["left_out"] + [f"{k} ({why})" for k, why in reasons.items()]
     used = {k: v for k, v in state_dict.items() if k not in reasons}
     own = {k: v for k, v in own.items() if k not in reasons}
+    if facts["neck"] is not None:
+        own["backbone.pos_embed"] = used["backbone.pos_embed"]
     compare("the weights", used, own, facts)
+
+    model.backbone.set_grid(facts["grid"])
     model.load_state_dict(used, strict=False)  # compare() was the strict part
 
 
@@ -243,8 +250,9 @@ def tensors_to_set(model: nn.Module, tensors: Tensors, facts: dict) -> Tensors:
     return {k: v for k, v in model.state_dict().items() if k.split(".")[0] in must}
 
 
-def fit_positions(tensors: Tensors, facts: dict, grid: tuple[int, int], bicubic: bool) -> None:
-    """Bring backbone.pos_embed to the grid. One of an impossible shape is left to compare()."""
+def fit_positions(tensors: Tensors, facts: dict, backbone: nn.Module, bicubic: bool) -> None:
+    """Bring a backbone's positions to the grid of ours, or the grid of ours to those of a whole
+    model. A table of an impossible shape is left to compare()."""
     name, arch = "backbone.pos_embed", ARCHS[facts["arch"]]
     pos_embed = tensors.get(name, torch.empty(0))
     distilled = any(DISTILLATION in text for text in facts["left_out"])
@@ -256,10 +264,15 @@ def fit_positions(tensors: Tensors, facts: dict, grid: tuple[int, int], bicubic:
     size = side * arch["patch"]
     facts["resolution"] = f"{size}x{size}"
 
-    pos_embed = torch.cat([pos_embed[:, :1], pos_embed[:, extra:]], dim=1)  # (1, 1 + side^2, D)
-    google = facts["kind"] == "JAX" and not bicubic
-    mode = "bilinear" if google else "bicubic"
-    tensors[name] = resize_pos_embed(pos_embed.float(), (side, side), grid, mode)
+    if distilled:
+        pos_embed = torch.cat([pos_embed[:, :1], pos_embed[:, 2:]], dim=1)  # (1, 1 + side^2, D)
+    if facts["neck"] is not None:
+        backbone.set_grid((side, side))
+    elif (side, side) != backbone.grid:
+        google = facts["kind"] == "JAX" and not bicubic
+        mode = "bilinear" if google else "bicubic"
+        pos_embed = resize_pos_embed(pos_embed.float(), (side, side), backbone.grid, mode)
+    tensors[name], facts["grid"] = pos_embed, backbone.grid
 
 
 def compare(path: str, tensors: Tensors, expected: Tensors, facts: dict) -> None:
