@@ -22,6 +22,8 @@ import re
 import sys
 import warnings
 import zipfile
+from collections.abc import Iterator
+from typing import BinaryIO
 from urllib.parse import urlparse
 
 import numpy as np
@@ -36,23 +38,26 @@ Tensors = dict[str, Tensor]  # by name
 
 
 def load_weights(path_or_url: str, bicubic: bool = False) -> tuple[Tensors, dict]:
-    """Read any known format. -> (state_dict in our names, facts). WeightsError otherwise.
+    """Read any known format. -> (state_dict in our names, facts). WeightsError otherwise. Behind a
+    colon, as in x.pth:teacher, stands which model is meant where a file holds several.
 
     facts: kind, arch (the first one in ARCHS of these shapes, so vit_b16 for a bare deit_b16: they
     differ in drop path alone), neck and num_classes (None for a backbone), grid (of pos_embed, as
     it is given), resolution (in the file), tensors (how many are used), left_out and added (list of
-    str, each with its reason), and of our own checkpoints args and classes (the fields of
-    ade20k.Classes).
+    str, each with its reason), dtype (of the floating point numbers in the file), classes (the
+    fields of ade20k.Classes) where the file names them, and args of our own checkpoints.
 
     A whole model keeps its pos_embed to the bit. That of a backbone, which starts a new model, is
     resized to the architecture's grid: with torch's bicubic, as mmsegmentation and timm do; that of
     a JAX file bilinearly, as Google does, unless bicubic is set. A tensor may be a view of the
     file: copy it before the file is overwritten."""
-    path, content = path_or_url, read_checkpoint(path_or_url)
+    path, choice = split_choice(path_or_url)
+    content = read_checkpoint(path)
     facts = {"left_out": [], "added": []}
 
-    weights = unwrap(content, facts)
+    weights = unwrap(path, content, choice, facts)
     tensors = translate(path, weights, facts)
+    check_values(path, tensors, facts)
     identify(path, tensors, facts)
     recall(content, facts)
     add_known_missing(tensors, facts)
@@ -104,24 +109,89 @@ class WeightsError(Exception):
 # ---- The steps of load_weights -------------------------------------------------------------------
 
 
-def unwrap(content: dict, facts: dict) -> Tensors:
-    """The tensors in a file's content, by name."""
-    key = next((k for k in ("state_dict", "model") if isinstance(content.get(k), dict)), None)
-    tensors = content[key] if key else content
-    beside = [str(k) for k in content if k not in (key, "meta", "args", "classes")]
-    if key and beside:
-        facts["left_out"].append(f"{', '.join(beside)} (beside the weights)")
-    return {k: v for k, v in tensors.items() if isinstance(v, Tensor) and isinstance(k, str)}
+def split_choice(source: str) -> tuple[str, str]:
+    """ "x.pth:state.model" -> ("x.pth", "state.model"). What follows the colon of a drive, a URL or
+    a file's own name is no choice: it is "" then."""
+    path, _, choice = source.rpartition(":")
+    if len(path) < 2 or os.path.exists(source) or not re.fullmatch(r"[A-Za-z_][\w.-]*", choice):
+        return source, ""
+    return path, choice
+
+
+def unwrap(path: str, content: dict, choice: str, facts: dict) -> Tensors:
+    """The tensors of the one model in a file's content, wherever it stands and without what
+    wrappers put before its names. WeightsError where there is none, or several."""
+    found = flatten(content)
+    models = {}  # what stands before the names of a model: its kind
+    for name in [name for name, value in found.items() if isinstance(value, Tensor)]:
+        for kind, (mark, _, _) in KINDS.items():
+            wrapper = name.removesuffix(mark)
+            if wrapper != name and wrapper[-1:] in ("", ".", ":"):
+                models[wrapper] = kind
+                break
+    if not models:
+        raise WeightsError(
+            f"{path}: no known kind of checkpoint, its {len(found)} entries start with "
+            + (", ".join(list(found)[:3]) or "nothing")
+        )
+
+    called = {wrapper: wrapper.replace(":", ".").strip(".") or "top" for wrapper in models}
+    meant = [w for w in models if called[w] == choice] if choice else list(models)
+    if len(meant) != 1:
+        raise WeightsError(
+            f"{path}: holds {len(models)} models, called {listed(list(called.values()))}: choose "
+            f"one, as {path}:{max(called.values())}"
+        )
+
+    wrapper = meant[0]
+    facts["kind"] = models[wrapper]
+    holder = wrapper[: wrapper.rfind(":") + 1]  # the dictionary, in which all else must be known
+    weights, beside = {}, {}
+    for name, value in found.items():
+        owner = max([w for w in models if name.startswith(w)], key=len, default=wrapper)
+        inner = name.removeprefix(holder)
+        here = name.startswith(holder) and owner == wrapper and ":" not in inner
+        if here and isinstance(value, Tensor):
+            weights[name.removeprefix(wrapper).removeprefix(holder)] = value
+        else:
+            beside[re.split("[.:]", inner)[0]] = True
+    said = [name for name in beside if name not in ("meta", "args", "classes")]
+    if said:
+        facts["left_out"].append(f"{listed(said)} (beside the weights)")
+    return weights
+
+
+def flatten(content: dict) -> dict:
+    """Nested dictionaries as one: {"state:model:module.cls_token": value}. A dictionary that stands
+    in several places comes once."""
+    flat, seen, todo = {}, set(), [("", content)]
+    for where, holder in todo:  # which grows meanwhile
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        for key, value in holder.items():
+            name = where + INSIDE.sub("", str(key))
+            if isinstance(value, dict) and value:
+                todo.append((name + ":", value))
+            else:
+                flat[name] = value
+    return flat
+
+
+def listed(texts: list[str], separator: str = ", ") -> str:
+    """All of them, or the first twenty and how many more there are."""
+    more = [f"and {len(texts) - 20} more"] if len(texts) > 20 else []
+    return separator.join(texts[:20] + more)
 
 
 def translate(path: str, weights: Tensors, facts: dict) -> Tensors:
     """The tensors in our names and shapes. WeightsError for an unknown kind of file."""
-    facts["kind"], wrapper, prefix, rules = recognise(path, weights)
+    _, prefix, rules = KINDS[facts["kind"]]
     tensors = {}
     try:
         for name, value in sorted(weights.items()):
-            name = name.removeprefix(wrapper)
-            reasons = [why for what, why in LEFT_OUT.items() if re.match(what, name)]
+            part = name.removeprefix("backbone.")
+            reasons = [why for what, why in LEFT_OUT.items() if re.match(what, part)]
             if reasons:
                 facts["left_out"].append(f"{name} ({reasons[0]})")
                 continue
@@ -136,26 +206,6 @@ def translate(path: str, weights: Tensors, facts: dict) -> Tensors:
     except (RuntimeError, IndexError) as error:  # a matrix that is none
         raise WeightsError(f"{path}: damaged, {first_line(error)}") from error
     return tensors
-
-
-def recognise(path: str, weights: Tensors) -> tuple[str, str, str, dict[str, str]]:
-    """-> (kind, what stands before its names, what we put there, its table of names)."""
-    for kind, mark, prefix, rules in KINDS:
-        before = [name.removesuffix(mark) for name in weights if name.endswith(mark)]
-        wrappers = [x for x in before if x == "" or x.endswith(".")]
-        if len(wrappers) > 1:
-            called = ", ".join(x or "nothing" for x in wrappers)
-            raise WeightsError(
-                f"{path}: holds {len(wrappers)} models, called {called}: "
-                "save the one you mean to a file of its own"
-            )
-        if wrappers:
-            return kind, wrappers[0], prefix, rules
-
-    first = ", ".join(list(weights)[:3]) or "nothing"
-    raise WeightsError(
-        f"{path}: no known kind of checkpoint, its {len(weights)} tensors start with {first}"
-    )
 
 
 def from_jax(name: str, value: Tensor) -> tuple[str, Tensor]:
@@ -190,6 +240,26 @@ def join_qkv(tensors: Tensors) -> None:
             tensors[q.replace(".q.", ".qkv.")] = torch.cat([tensors.pop(name) for name in three])
 
 
+def check_values(path: str, tensors: Tensors, facts: dict) -> None:
+    """WeightsError for numbers that no training would survive."""
+    dtypes = set()
+    for name, value in tensors.items():
+        if name.endswith(".num_batches_tracked"):  # BatchNorm counts
+            continue
+        if not value.is_floating_point():
+            raise WeightsError(
+                f"{path}: {name} holds {value.dtype}, no floating point numbers: quantised, or "
+                "damaged; take the file it was made from"
+            )
+        if not value.isfinite().all():
+            raise WeightsError(
+                f"{path}: {name} has values that are NaN or infinite: the run that wrote it "
+                "diverged, or it is damaged; take an earlier checkpoint"
+            )
+        dtypes.add(str(value.dtype).removeprefix("torch."))
+    facts["dtype"] = ", ".join(sorted(dtypes))
+
+
 def identify(path: str, tensors: Tensors, facts: dict) -> None:
     """arch, neck and num_classes from names and shapes. WeightsError if no architecture fits."""
     try:
@@ -219,14 +289,36 @@ def parts(tensors: Tensors) -> set[str]:
 
 def recall(content: dict, facts: dict) -> None:
     """What the file itself says about its training: our checkpoints their args and classes,
-    mmsegmentation's the config of the run, as text."""
-    args = content.get("args")
+    mmsegmentation's the config of the run, as text, and what the data set calls its classes."""
+    meta, args = content.get("meta"), content.get("args")
+    classes = content.get("classes")
     if facts["kind"] == "ours" and isinstance(args, dict) and args.get("arch") in ARCHS:
         facts |= {"args": args, "arch": args["arch"]}
-        if "classes" in content:
-            facts["classes"] = content["classes"]
-    elif facts["arch"] == "vit_b16" and "deit" in str(content.get("meta", "")):
-        facts["arch"] = "deit_b16"
+    elif isinstance(meta, dict):
+        said = meta.get("dataset_meta", meta)  # 1.x, 0.x
+        if facts["arch"] == "vit_b16" and "deit" in str(meta):
+            facts["arch"] = "deit_b16"
+        if isinstance(said, dict) and ("classes" in said or "CLASSES" in said):
+            ignored = said.get("reduce_zero_label") or "reduce_zero_label=True" in str(meta)
+            names, palette = (said.get(k, said.get(k.upper())) for k in ("classes", "palette"))
+            classes = (names, palette, bool(ignored))
+
+    if classes is not None and facts["num_classes"] is not None:
+        try:
+            facts["classes"] = checked_classes(*classes, facts["num_classes"])
+        except (TypeError, ValueError, AttributeError, OverflowError):
+            facts["left_out"].append("the names of its classes (no name and colour for each)")
+
+
+def checked_classes(names, palette, zero_ignored: bool, num_classes: int) -> tuple:
+    """The fields of ade20k.Classes, out of a file that may hold anything: one of the four
+    exceptions above where they are not a printable name and a colour for each class."""
+    names = tuple(name.strip() for name in names)  # mmsegmentation says "bed "
+    palette = np.array(palette, np.uint8).tolist()  # which refuses other numbers than 0 to 255
+    fit = len(names) == len(palette) == num_classes and all(len(rgb) == 3 for rgb in palette)
+    if not fit or not all(name.isprintable() and 0 < len(name) <= 100 for name in names):
+        raise ValueError
+    return names, palette, zero_ignored
 
 
 def add_known_missing(tensors: Tensors, facts: dict) -> None:
@@ -292,12 +384,10 @@ def compare(path: str, tensors: Tensors, expected: Tensors, facts: dict) -> None
         return
 
     cause = likely_cause(faults, [name for name in faults if name in file and name in model])
-    texts = list(faults.values())
-    if len(texts) > 20:
-        texts[20:] = [f"and {len(texts) - 20} more"]
     raise WeightsError(
         f"{path}: a {facts['kind']} file for {facts['arch']}, neck {facts['neck']}, "
-        f"{facts['num_classes']} classes does not fit ({cause}?): {'; '.join(texts)}"
+        f"{facts['num_classes']} classes does not fit ({cause}?): "
+        + listed(list(faults.values()), "; ")
     )
 
 
@@ -315,7 +405,7 @@ def likely_cause(faults: dict[str, str], reshaped: list[str]) -> str:
 
 def describe(facts: dict) -> str:
     """facts in one line."""
-    shown = ("kind", "arch", "neck", "num_classes", "resolution", "tensors")
+    shown = ("kind", "arch", "neck", "num_classes", "resolution", "tensors", "dtype")
     text = ", ".join(f"{k} {facts[k]}" for k in shown if facts.get(k) is not None)
     for key in ("added", "left_out"):
         if facts[key]:
@@ -356,6 +446,11 @@ HUGGING_FACE = {
     "encoder.layer.{}.output.dense.":                           "backbone.blocks.{}.mlp.fc2.",
     "layernorm.":                                               "backbone.norm.",
 }
+# mmpretrain's (and mmcls's) backbone is mmsegmentation's, but for its attention.
+MMPRETRAIN = MMSEG | {
+    "backbone.layers.{}.attn.qkv.":                            "backbone.blocks.{}.attn.qkv.",
+    "backbone.layers.{}.attn.proj.":                           "backbone.blocks.{}.attn.proj.",
+}
 TORCHVISION = {
     "class_token":                                              "backbone.cls_token",
     "encoder.pos_embedding":                                    "backbone.pos_embed",
@@ -365,6 +460,8 @@ TORCHVISION = {
     "encoder.layers.encoder_layer_{}.self_attention.out_proj.": "backbone.blocks.{}.attn.proj.",
     "encoder.layers.encoder_layer_{}.mlp.0.":                   "backbone.blocks.{}.mlp.fc1.",
     "encoder.layers.encoder_layer_{}.mlp.3.":                   "backbone.blocks.{}.mlp.fc2.",
+    "encoder.layers.encoder_layer_{}.mlp.linear_1.":            "backbone.blocks.{}.mlp.fc1.",
+    "encoder.layers.encoder_layer_{}.mlp.linear_2.":            "backbone.blocks.{}.mlp.fc2.",
     "encoder.ln.":                                              "backbone.norm.",
 }
 ATTENTION = "Transformer/encoderblock_{}/MultiHeadDotProductAttention_1/"
@@ -386,15 +483,18 @@ JAX = {
 # Each kind by what it calls the patch embedding, then what we put before its names, then its table.
 # A longer patch embedding comes before the one it ends with. (mmsegmentation 0.x and 1.x; a
 # backbone alone is what its vit2mmseg.py writes. DeiT and MAE use timm's names, Google JAX's.)
-KINDS = [
-    ("ours",                    "backbone.patch_embed.proj.weight",              "", {}),
-    ("mmsegmentation",          "backbone.patch_embed.projection.weight",        "", MMSEG),
-    ("mmsegmentation backbone", "patch_embed.projection.weight",          "backbone.", MMSEG),
-    ("Hugging Face",            "embeddings.patch_embeddings.projection.weight", "", HUGGING_FACE),
-    ("timm",                    "patch_embed.proj.weight",                "backbone.", {}),
-    ("torchvision",             "conv_proj.weight",                              "", TORCHVISION),
-    ("JAX",                     "embedding/kernel",                              "", JAX),
-]
+KINDS = {
+    "ours":                    ("backbone.patch_embed.proj.weight", "", {}),
+    "mmsegmentation":          ("backbone.patch_embed.projection.weight", "", MMPRETRAIN),
+    "mmsegmentation backbone": ("patch_embed.projection.weight", "backbone.", MMPRETRAIN),
+    "Hugging Face":            ("embeddings.patch_embeddings.projection.weight", "", HUGGING_FACE),
+    "timm":                    ("patch_embed.proj.weight", "backbone.", {}),
+    "torchvision":             ("conv_proj.weight", "", TORCHVISION),
+    "JAX":                     ("embedding/kernel", "", JAX),
+}
+
+# What torch.compile, FSDP and activation checkpointing put inside names, wherever they wrap a part.
+INSIDE = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 
 # Tensors that are left out on purpose, by the start of their (unwrapped) name.
 DISTILLATION = "distillation, no part of the model"
@@ -403,8 +503,10 @@ LEFT_OUT = {
         "a classifier of whole images",
     r"dist_token|head_dist\.|embeddings\.distillation_token|distillation_classifier\.":
         DISTILLATION,
-    r"embeddings\.mask_token|mask_token|decoder_|decoder\.":
+    r"embeddings\.mask_token|(decoder\.)?(mask_token|decoder_)":
         "the decoder of MAE's pretraining",
+    r"decoder\.":
+        "the decoder of another kind of model",
     r"fc_norm\.":
         "the norm of pooled features",
     r"ema_":  # mmcv's EMAHook swaps the two before it saves
@@ -508,14 +610,9 @@ def read_file(path: str) -> dict:
     return read_torch(path, is_zip=True)
 
 
-# Python objects that checkpoints carry beside their weights (loss curves, arguments): each becomes
-# an empty Skipped.
-SKIPPED = ("mmengine.", "mmcv.", "mmseg.", "numpy.", "argparse.Namespace", "builtins.getattr")
-
-
 class Skipped:
-    """Stands in for an object of a foreign class: takes any arguments and state, does nothing with
-    them."""
+    """Stands in for an object of a foreign class (loss curves, paths, a trainer's own): takes any
+    arguments and state, does nothing with them."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -524,19 +621,19 @@ class Skipped:
         pass
 
 
+def plain_dict(*args) -> dict:
+    """Stands in for collections.defaultdict, whose argument would be called for missing keys."""
+    return {}
+
+
 def read_torch(path: str, is_zip: bool) -> dict:
     """torch.save's file, mapped where it is a zip (all since 2020), so that only the tensors that
-    are used take memory."""
+    are used take memory. Whatever else the pickle names becomes a stand-in of ours: torch then
+    calls that in its place, and neither imports nor looks up what the name says."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-    for name in names:
-        if not name.startswith(SKIPPED):
-            raise ValueError(
-                f"holds {name}, which would have to be executed to be read; only tensors and plain "
-                "containers are"
-            )
-
-    stand_ins = torch.serialization.safe_globals([(Skipped, name) for name in names])
-    with warnings.catch_warnings(action="ignore"), stand_ins:
+    stand_ins = [(Skipped, name) for name in names if name != "collections.defaultdict"]
+    allowed = [*stand_ins, (plain_dict, "collections.defaultdict")]
+    with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(allowed):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
@@ -568,14 +665,13 @@ def read_safetensors(path: str) -> Tensors:
 
     tensors, last = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        if begin != last:
-            raise ValueError(f"{name} begins at {begin}, the tensor before it ends at {last}")
-        raw = np.frombuffer(data, np.uint8, count=end - begin, offset=start + begin)
-        value = torch.from_numpy(raw).view(SAFETENSORS_DTYPES[entry["dtype"]])
-        tensors[name], last = value.reshape(entry["shape"]), end
-        if list(tensors[name].shape) != entry["shape"]:  # reshape takes a -1 for "the rest"
-            raise ValueError(f"{name} is of the shape {entry['shape']}")
+        shape, dtype = entry["shape"], SAFETENSORS_DTYPES[entry["dtype"]]
+        count = math.prod(shape)
+        value = torch.frombuffer(data, dtype=dtype, count=count, offset=start + last)
+        place = [last, last + value.nbytes]
+        if entry["data_offsets"] != place:
+            raise ValueError(f"{name} lies at {entry['data_offsets']}, {place} would be its place")
+        tensors[name], last = value.reshape(shape), place[1]
     if start + last != len(data):
         raise ValueError(f"{len(data) - start - last} bytes after the last tensor")
     return tensors
@@ -589,14 +685,33 @@ def read_npz(path: str) -> Tensors:
         return {name: torch.from_numpy(archive[name]) for name in archive.files}
 
 
+def write_safetensors(tensors: Tensors, file: BinaryIO) -> None:
+    """What read_safetensors reads. The header is filled up to a multiple of 8 bytes and the widest
+    numbers come first, so that all of them lie where a mapped file needs them."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+    header, last = {"__metadata__": {"format": "pt"}}, 0
+    for name, value in tensors.items():
+        place = [last, last + value.nbytes]
+        last, shape = place[1], list(value.shape)
+        header[name] = {"dtype": names[value.dtype], "shape": shape, "data_offsets": place}
+
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for value in tensors.values():
+        file.write(value.reshape(-1).view(torch.uint8).numpy())
+
+
 def write_checkpoint(content: dict, path: str) -> None:
-    """torch.save to path.part, then move it into place: a reader never sees half a file. OSError or
-    (torch) RuntimeError."""
+    """torch.save, or for x.safetensors a dictionary of tensors alone, to path.part, then move it
+    into place: a reader never sees half a file. OSError or (torch) RuntimeError."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     part = path + ".part"
+    write = write_safetensors if path.endswith(".safetensors") else torch.save
     try:
         with open(part, "wb") as file:
-            torch.save(content, file)
+            write(content, file)
             file.flush()
             os.fsync(file.fileno())  # on the disk before it has its name, should the power fail
         os.replace(part, path)
@@ -615,8 +730,8 @@ def options() -> argparse.ArgumentParser:
         epilog="example: python convert_weights.py upernet_deit-s16.pth deit_s.pt",
     )
     add = parser.add_argument
-    add("src", metavar="SRC", help="file or URL")
-    add("dst", metavar="DST", help="the file to write")
+    add("src", metavar="SRC", help="file or URL; SRC:path.to.it means one of several models in it")
+    add("dst", metavar="DST", help="the file to write, torch's or, so called, .safetensors")
     add("--to", choices=("ours", "mmseg", "timm"), default="ours",
         help="mmseg: {'state_dict': ...} in its names; timm: the backbone alone (default: ours)")
     add("--bicubic", action="store_true",
@@ -626,23 +741,27 @@ def options() -> argparse.ArgumentParser:
 
 def convert(src: str, dst: str, to: str, bicubic: bool) -> None:
     """Read src, write dst in the names of `to`, say what was done."""
+    file, _ = split_choice(src)
+    for written in (dst, dst + ".part"):
+        if os.path.exists(file) and os.path.exists(written) and os.path.samefile(file, written):
+            raise WeightsError(f"{dst}: writing it would overwrite {file}, give it another name")
+
     state_dict, facts = load_weights(src, bicubic)
     print(describe(facts))
-
     # JAX's kernels are transposed views, and would be written with strides.
     state_dict = {name: value.contiguous() for name, value in state_dict.items()}
-    note = ""
-    if to == "ours":
-        content = {"model": state_dict}
-    elif to == "timm":
-        content = backbone_alone(state_dict)
-    else:
-        content = to_mmseg(state_dict)
-        content = {"state_dict": content} if facts["neck"] else backbone_alone(content)
+
+    content, key, note = state_dict, "model", ""
+    if to == "mmseg":
+        content, key = to_mmseg(state_dict), "state_dict"
         note = (
             "; mmsegmentation 1.2 and later need patch_bias=True in the backbone's config, or they "
             "drop the bias of the patch embedding without a word"
         )
+    if to == "timm" or (to == "mmseg" and facts["neck"] is None):
+        content, key = backbone_alone(content), None
+    if key and not dst.endswith(".safetensors"):
+        content = {key: content}
     write_checkpoint(content, dst)
     print(f"{dst}: written, {to}{note}")
 

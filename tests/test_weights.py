@@ -1,8 +1,10 @@
 """convert_weights.py: exact both ways, or an error that lists the tensors; nothing in a file is
 ever executed."""
 
+import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 
@@ -233,3 +235,69 @@ def test_a_failed_load_leaves_the_grid_as_it_was(tmp_path):
     with pytest.raises(WeightsError, match="another class count"):
         load_into(other, *load_weights(str(tmp_path / "a.pt")))
     assert other.backbone.grid == (16, 16) and other.backbone.pos_embed.shape == (1, 257, 128)
+
+
+# ---- What is written ----
+
+
+def parse_safetensors(path):
+    """-> {name: numpy array}, by the format's specification; 16 bit numbers as uint16."""
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header, out, end = json.loads(data[8 : 8 + size]), {}, 0
+    assert size % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
+    dtypes = {"F64": "<f8", "F32": "<f4", "F16": "<u2", "BF16": "<u2", "I64": "<i8"}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        dtype = np.dtype(dtypes[entry["dtype"]])
+        assert begin == end and begin % dtype.itemsize == 0, "no holes, and all can be mapped"
+        raw = data[8 + size + begin : 8 + size + stop]
+        out[name], end = np.frombuffer(raw, dtype).reshape(entry["shape"]), stop
+    assert 8 + size + end == len(data)
+    return out
+
+
+@pytest.mark.parametrize("to", ["ours", "mmseg", "timm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_called_safetensors_is_one(net, to, dtype, tmp_path, main):
+    want = {k: v.to(dtype) if v.ndim > 1 else v for k, v in net.state_dict().items()}
+    torch.save({"model": want}, tmp_path / "a.pt")
+    main(convert_weights, tmp_path / "a.pt", tmp_path / "b.safetensors", "--to", to)
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.safetensors"]
+
+    back, facts = load_weights(str(tmp_path / "b.safetensors"))
+    assert all(torch.equal(v, want[k]) and v.dtype == want[k].dtype for k, v in back.items())
+    kept = [k for k in want if to != "timm" or k.startswith("backbone.")]
+    assert sorted(back) == sorted(kept)
+    parsed = parse_safetensors(tmp_path / "b.safetensors")
+    if to == "ours":
+        for name, value in parsed.items():
+            bits = want[name].view(torch.uint16) if dtype.itemsize == 2 and want[name].ndim > 1 else want[name]
+            assert np.array_equal(value, bits.numpy()), name
+
+    safetensors = pytest.importorskip("safetensors.torch")
+    theirs = safetensors.load_file(tmp_path / "b.safetensors")
+    assert theirs.keys() == parsed.keys()
+    if to == "ours":
+        assert all(torch.equal(v, want[k]) for k, v in theirs.items())
+
+
+@pytest.mark.parametrize("same", ["itself", "symbolic link", "hard link", "part"])
+def test_a_file_is_not_written_over_itself(net, same, tmp_path, main, capsys):
+    src, dst = tmp_path / "a.pt", tmp_path / "b.pt"
+    if same == "itself":
+        dst = tmp_path / "." / "a.pt"
+    if same == "part":
+        src = tmp_path / "b.pt.part"
+    torch.save({"model": net.state_dict()}, src)
+    before = src.read_bytes()
+    if same == "symbolic link":
+        dst.symlink_to(src)
+    if same == "hard link":
+        dst.hardlink_to(src)
+
+    for source in (src, f"{src}:model"):
+        with pytest.raises(SystemExit) as end:
+            main(convert_weights, source, dst, "--to", "mmseg")
+        assert end.value.code == 2 and "give it another name" in capsys.readouterr().err
+    assert src.read_bytes() == before
