@@ -122,25 +122,19 @@ def unwrap(path: str, content: dict, choice: str, facts: dict) -> Tensors:
     """The tensors of the one model in a file's content, wherever it stands and without what
     wrappers put before its names. WeightsError where there is none, or several."""
     found = flatten(content)
-    models = {}  # what stands before the names of a model: its kind
-    for name in [name for name, value in found.items() if isinstance(value, Tensor)]:
-        for kind, (mark, _, _) in KINDS.items():
-            wrapper = name.removesuffix(mark)
-            if wrapper != name and wrapper[-1:] in ("", ".", ":"):
-                models[wrapper] = kind
-                break
+    models = find_models(found)
     if not models:
+        first = ", ".join(list(found)[:3]) or "nothing"
         raise WeightsError(
-            f"{path}: no known kind of checkpoint, its {len(found)} entries start with "
-            + (", ".join(list(found)[:3]) or "nothing")
+            f"{path}: no known kind of checkpoint, its {len(found)} entries start with {first}"
         )
-
     called = {wrapper: wrapper.replace(":", ".").strip(".") or "top" for wrapper in models}
     meant = [w for w in models if called[w] == choice] if choice else list(models)
     if len(meant) != 1:
+        names = list(called.values())
         raise WeightsError(
-            f"{path}: holds {len(models)} models, called {listed(list(called.values()))}: choose "
-            f"one, as {path}:{max(called.values())}"
+            f"{path}: holds {len(models)} models, called {listed(names)}: choose one, as "
+            f"{path}:{names[-1]}"
         )
 
     wrapper = meant[0]
@@ -159,6 +153,18 @@ def unwrap(path: str, content: dict, choice: str, facts: dict) -> Tensors:
     if said:
         facts["left_out"].append(f"{listed(said)} (beside the weights)")
     return weights
+
+
+def find_models(found: dict) -> dict[str, str]:
+    """What stands before the names of each model, and its kind."""
+    models = {}
+    for name, value in found.items():
+        for kind, (mark, _, _) in KINDS.items():
+            wrapper = name.removesuffix(mark)
+            if isinstance(value, Tensor) and wrapper != name and wrapper[-1:] in ("", ".", ":"):
+                models[wrapper] = kind
+                break
+    return models
 
 
 def flatten(content: dict) -> dict:
@@ -306,19 +312,20 @@ def recall(content: dict, facts: dict) -> None:
     if classes is not None and facts["num_classes"] is not None:
         try:
             facts["classes"] = checked_classes(*classes, facts["num_classes"])
-        except (TypeError, ValueError, AttributeError, OverflowError):
+        except (TypeError, ValueError, AttributeError):
             facts["left_out"].append("the names of its classes (no name and colour for each)")
 
 
 def checked_classes(names, palette, zero_ignored: bool, num_classes: int) -> tuple:
-    """The fields of ade20k.Classes, out of a file that may hold anything: one of the four
-    exceptions above where they are not a printable name and a colour for each class."""
+    """The fields of ade20k.Classes, out of a file that may hold anything: one of the exceptions
+    above where they are not a printable name and a colour for each class."""
     names = tuple(name.strip() for name in names)  # mmsegmentation says "bed "
-    palette = np.array(palette, np.uint8).tolist()  # which refuses other numbers than 0 to 255
-    fit = len(names) == len(palette) == num_classes and all(len(rgb) == 3 for rgb in palette)
+    colours = np.array(palette)
+    fit = len(names) == num_classes and colours.shape == (num_classes, 3)
+    fit = fit and colours.dtype == int and bool(((colours >= 0) & (colours <= 255)).all())
     if not fit or not all(name.isprintable() and 0 < len(name) <= 100 for name in names):
         raise ValueError
-    return names, palette, zero_ignored
+    return names, colours.tolist(), zero_ignored
 
 
 def add_known_missing(tensors: Tensors, facts: dict) -> None:
