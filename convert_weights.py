@@ -28,6 +28,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ade20k import fetch
@@ -275,11 +276,18 @@ def identify(path: str, tensors: Tensors, facts: dict) -> None:
         raise WeightsError(f"{path}: damaged, {first_line(error)}") from error
     depth = len({k.split(".")[2] for k in tensors if k.startswith("backbone.blocks.")})
 
-    key = (width, depth, patch)
-    fits = [name for name, a in ARCHS.items() if (a["width"], a["depth"], a["patch"]) == key]
+    scaled = "backbone.blocks.0.ls1.gamma" in tensors
+    registers = tensors.get("backbone.reg_token", torch.empty(1, 0)).shape[1:2].numel()
+    key = (width, depth, patch, scaled, registers)
+    fits = []
+    for name, a in ARCHS.items():
+        more = (a.get("layer_scale", False), a.get("registers", 0))
+        if (a["width"], a["depth"], a["patch"], *more) == key:
+            fits.append(name)
     if not fits:
         raise WeightsError(
-            f"{path}: {depth} layers, {width} wide, patches of {patch}: none of {', '.join(ARCHS)}"
+            f"{path}: {depth} layers, {width} wide, patches of {patch}, layer scale {scaled}, "
+            f"{registers} registers: none of {', '.join(ARCHS)}"
         )
     facts |= {"arch": fits[0], "neck": None, "num_classes": None}
     if "decode_head" in parts(tensors):
@@ -354,6 +362,10 @@ def fit_positions(tensors: Tensors, facts: dict, backbone: nn.Module, bicubic: b
     model. A table of an impossible shape is left to compare()."""
     name, arch = "backbone.pos_embed", ARCHS[facts["arch"]]
     pos_embed = tensors.get(name, torch.empty(0))
+    rows = pos_embed.numel() // arch["width"]
+    if rows > 1 and math.isqrt(rows) ** 2 == rows and pos_embed.ndim == 3:  # patches alone
+        pos_embed = F.pad(pos_embed, (0, 0, 1, 0))
+        facts["added"].append("a position of zeros for the class token, which has none")
     distilled = any(DISTILLATION in text for text in facts["left_out"])
     extra = 2 if distilled else 1  # tokens without a place, the class token first
 
@@ -451,12 +463,22 @@ HUGGING_FACE = {
     "encoder.layer.{}.layernorm_after.":                        "backbone.blocks.{}.norm2.",
     "encoder.layer.{}.intermediate.dense.":                     "backbone.blocks.{}.mlp.fc1.",
     "encoder.layer.{}.output.dense.":                           "backbone.blocks.{}.mlp.fc2.",
+    # DINOv2, where it differs
+    "embeddings.register_tokens":                                "backbone.reg_token",
+    "encoder.layer.{}.norm{}.":                                  "backbone.blocks.{}.norm{}.",
+    "encoder.layer.{}.layer_scale{}.lambda1":                    "backbone.blocks.{}.ls{}.gamma",
+    "encoder.layer.{}.mlp.fc{}.":                                "backbone.blocks.{}.mlp.fc{}.",
     "layernorm.":                                               "backbone.norm.",
 }
 # mmpretrain's (and mmcls's) backbone is mmsegmentation's, but for its attention.
 MMPRETRAIN = MMSEG | {
     "backbone.layers.{}.attn.qkv.":                            "backbone.blocks.{}.attn.qkv.",
     "backbone.layers.{}.attn.proj.":                           "backbone.blocks.{}.attn.proj.",
+}
+# What the authors of DeiT-III and DINOv2 call otherwise than timm.
+TIMM = {
+    "backbone.blocks.{}.gamma_{}":                               "backbone.blocks.{}.ls{}.gamma",
+    "backbone.register_tokens":                                  "backbone.reg_token",
 }
 TORCHVISION = {
     "class_token":                                              "backbone.cls_token",
@@ -495,7 +517,7 @@ KINDS = {
     "mmsegmentation":          ("backbone.patch_embed.projection.weight", "", MMPRETRAIN),
     "mmsegmentation backbone": ("patch_embed.projection.weight", "backbone.", MMPRETRAIN),
     "Hugging Face":            ("embeddings.patch_embeddings.projection.weight", "", HUGGING_FACE),
-    "timm":                    ("patch_embed.proj.weight", "backbone.", {}),
+    "timm":                    ("patch_embed.proj.weight", "backbone.", TIMM),
     "torchvision":             ("conv_proj.weight", "", TORCHVISION),
     "JAX":                     ("embedding/kernel", "", JAX),
 }
@@ -510,7 +532,9 @@ LEFT_OUT = {
         "a classifier of whole images",
     r"dist_token|head_dist\.|embeddings\.distillation_token|distillation_classifier\.":
         DISTILLATION,
-    r"embeddings\.mask_token|(decoder\.)?(mask_token|decoder_)":
+    r"((embeddings|decoder)\.)?mask_token":
+        "stands for hidden patches in pretraining",
+    r"(decoder\.)?decoder_":
         "the decoder of MAE's pretraining",
     r"decoder\.":
         "the decoder of another kind of model",
@@ -521,10 +545,10 @@ LEFT_OUT = {
 }
 
 # The pretrained backbone of each architecture; its name ends with the start of the file's sha256.
-TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-vitjx/"
+TIMM_FILES = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-vitjx/"
 DEIT = "https://dl.fbaipublicfiles.com/deit/"
 PRETRAINED = {
-    "vit_b16":  TIMM + "jx_vit_base_p16_224-80ecf9dd.pth",
+    "vit_b16":  TIMM_FILES + "jx_vit_base_p16_224-80ecf9dd.pth",
     "deit_b16": DEIT + "deit_base_patch16_224-b5f2ef4d.pth",
     "deit_s16": DEIT + "deit_small_patch16_224-cd65a155.pth",
     "deit_t16": DEIT + "deit_tiny_patch16_224-a1311bcf.pth",
@@ -542,6 +566,16 @@ def backbone_alone(state_dict: Tensors) -> Tensors:
     place there."""
     names = [name for name in state_dict if name.startswith("backbone.")]
     return {name.removeprefix("backbone."): state_dict[name] for name in names}
+
+
+def to_timm(state_dict: Tensors, arch: str) -> Tensors:
+    """The backbone as timm has it: without a position of the class token in those of its models
+    that add it to the token once and for all."""
+    out = backbone_alone(state_dict)
+    if not ARCHS[arch].get("cls_position", True):
+        cls, patches = out["pos_embed"][:, :1], out["pos_embed"][:, 1:]
+        out |= {"cls_token": out["cls_token"] + cls, "pos_embed": patches.contiguous()}
+    return out
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -759,14 +793,18 @@ def convert(src: str, dst: str, to: str, bicubic: bool) -> None:
     state_dict = {name: value.contiguous() for name, value in state_dict.items()}
 
     content, key, note = state_dict, "model", ""
+    if to == "mmseg" and ARCHS[facts["arch"]].get("layer_scale"):
+        raise WeightsError(f"{src}: {facts['arch']} has layer scale, mmsegmentation's ViT has none")
     if to == "mmseg":
         content, key = to_mmseg(state_dict), "state_dict"
         note = (
             "; mmsegmentation 1.2 and later need patch_bias=True in the backbone's config, or they "
             "drop the bias of the patch embedding without a word"
         )
-    if to == "timm" or (to == "mmseg" and facts["neck"] is None):
-        content, key = backbone_alone(content), None
+        if facts["neck"] is None:
+            content, key = backbone_alone(content), None
+    if to == "timm":
+        content, key = to_timm(state_dict, facts["arch"]), None
     if key and not dst.endswith(".safetensors"):
         content = {key: content}
     write_checkpoint(content, dst)

@@ -36,15 +36,33 @@ from torch import Tensor
 # channels the width of the UPerNet head, drop_path the rate of the last layer, drop_path_ln the
 # same for necks with "ln". ViT-B and DeiT-B are one network: they differ in their pretrained
 # weights and in drop path (the released ViT-B has none, but for its recipe with LN).
-COMMON = dict(depth=12, patch=16, grid=32, channels=512)
+#
+# Below the line are networks without a published recipe. layer_scale: see LayerScale. registers:
+# so many tokens that belong to no patch. cls_position=False: the class token has no position of its
+# own in their files; here it has one, of zeros, which adds nothing.
+COMMON = dict(depth=12, patch=16, grid=32, channels=512, drop_path=0.1, drop_path_ln=0.1)
+DEIT_3 = dict(COMMON, layer_scale=True, cls_position=False)
+DINO_2 = dict(COMMON, layer_scale=True, patch=14, grid=37)  # 37 patches of 14: pictures of 518
+REGISTERS = dict(DINO_2, registers=4, cls_position=False)
 ARCHS = {
-    "vit_b16":  dict(COMMON, width=768, heads=12, drop_path=0.0, drop_path_ln=0.1),
-    "deit_b16": dict(COMMON, width=768, heads=12, drop_path=0.1, drop_path_ln=0.1),
-    "deit_s16": dict(COMMON, width=384, heads=6,  drop_path=0.1, drop_path_ln=0.1),
-    "deit_t16": dict(COMMON, width=192, heads=3,  drop_path=0.1, drop_path_ln=0.1),
+    "vit_b16":  dict(COMMON, width=768, heads=12, drop_path=0.0),
+    "deit_b16": dict(COMMON, width=768, heads=12),
+    "deit_s16": dict(COMMON, width=384, heads=6),
+    "deit_t16": dict(COMMON, width=192, heads=3),
     # A miniature for the toy data and the tests: the same code, small enough for a laptop's CPU.
     "toy_p8":   dict(depth=4, patch=8, grid=16, channels=64,
                      width=128, heads=2, drop_path=0.0, drop_path_ln=0.0),
+    # ---- ViT-L, DeiT-III (arXiv:2204.07118), DINOv2 (arXiv:2304.07193), it with registers
+    "vit_l16":        dict(COMMON, width=1024, heads=16, depth=24),
+    "deit3_s16":      dict(DEIT_3, width=384, heads=6),
+    "deit3_b16":      dict(DEIT_3, width=768, heads=12),
+    "deit3_l16":      dict(DEIT_3, width=1024, heads=16, depth=24),
+    "dinov2_s14":     dict(DINO_2, width=384, heads=6),
+    "dinov2_b14":     dict(DINO_2, width=768, heads=12),
+    "dinov2_l14":     dict(DINO_2, width=1024, heads=16, depth=24),
+    "dinov2_s14_reg": dict(REGISTERS, width=384, heads=6),
+    "dinov2_b14_reg": dict(REGISTERS, width=768, heads=12),
+    "dinov2_l14_reg": dict(REGISTERS, width=1024, heads=16, depth=24),
 }
 
 # What a neck's name means: (a LayerNorm after the last layer, the multi-level neck).
@@ -149,24 +167,38 @@ class DropPath(nn.Module):
         return x * ((draws < keep) / keep).to(x.dtype)
 
 
+class LayerScale(nn.Module):
+    """One learned factor for each channel of a branch, near 0 at first, so that deep networks start
+    as shallow ones (Touvron et al. 2021, arXiv:2103.17239). (B, N, D) -> (B, N, D)"""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), 1e-5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
 class Block(nn.Module):
     """One pre-norm encoder layer (ViT, eq. 2 and 3): x + attention(norm(x)), then x + mlp(norm(x)).
 
     The norms stand inside the branches, so that the sum x runs through all layers untouched. Their
     eps is 1e-6 as in JAX, not torch's 1e-5: the pretrained weights expect it."""
 
-    def __init__(self, width: int, heads: int, drop_path: float):
+    def __init__(self, width: int, heads: int, drop_path: float, layer_scale: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
+        self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
+        self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)"""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 class VisionTransformer(nn.Module):
@@ -177,7 +209,9 @@ class VisionTransformer(nn.Module):
     something else without it. It is dropped from the maps, as it lies nowhere in the picture.
 
     final_norm ("LN" in the names of the recipes): one LayerNorm after the last layer, so it changes
-    the last map alone."""
+    the last map alone. registers: so many learned tokens go through all layers beside it, where
+    the network puts what it would else write over patches of plain background (Darcet et al. 2023,
+    arXiv:2309.16588)."""
 
     def __init__(
         self,
@@ -188,6 +222,8 @@ class VisionTransformer(nn.Module):
         grid: int,
         drop_path: float,
         final_norm: bool,
+        layer_scale: bool = False,
+        registers: int = 0,
     ):
         super().__init__()
         self.grid = (grid, grid)
@@ -195,10 +231,12 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
+        self.extra = 1 + registers  # tokens that lie nowhere in the picture
 
         # Deeper layers are left out more often: the early ones are what all others build on.
         rates = [drop_path * i / (depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(width, heads, rate, layer_scale) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6) if final_norm else None
 
         # From scratch: timm's and the paper's initialisation. (The reference means to do the same,
@@ -232,16 +270,18 @@ class VisionTransformer(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # (B, h w, D)
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)  # (B, 1 + h w, D)
         x = x + resize_pos_embed(self.pos_embed, self.grid, (h, w))  # learned, and added (eq. 1)
+        if self.reg_token is not None:
+            x = torch.cat([x[:, :1], self.reg_token.expand(B, -1, -1), x[:, 1:]], dim=1)
 
         maps = []
         for i, block in enumerate(self.blocks, start=1):
-            x = block(x)  # (B, 1 + h w, D)
+            x = block(x)  # (B, extra + h w, D)
             if i % self.every != 0:
                 continue
 
             last = i == len(self.blocks)
             tokens = self.norm(x) if last and self.norm is not None else x
-            patches = tokens[:, 1:].transpose(1, 2)  # (B, D, h w)
+            patches = tokens[:, self.extra :].transpose(1, 2)  # (B, D, h w)
             maps.append(patches.reshape(B, D, h, w).contiguous(memory_format=layout))
         return maps
 
@@ -294,5 +334,7 @@ def build_backbone(arch: str, neck: str) -> tuple[VisionTransformer, MultiLevelN
         grid=a["grid"],
         drop_path=drop_path,
         final_norm=final_norm,
+        layer_scale=a.get("layer_scale", False),
+        registers=a.get("registers", 0),
     )
     return backbone, MultiLevelNeck(a["width"]) if multi_level else None

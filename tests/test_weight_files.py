@@ -23,6 +23,7 @@ import torch
 from conftest import ROOT, write_mmseg
 
 import ade20k
+import convert_weights
 from convert_weights import (
     WeightsError,
     describe,
@@ -988,3 +989,81 @@ def test_classes_that_are_not_well_formed_are_left_out_and_said(change, version,
     facts = load_with_meta(meta_of(version, **change), tmp_path / "x.pth")
     assert "classes" not in facts and facts["num_classes"] == 9
     assert any("names of its classes" in x for x in facts["left_out"])
+
+
+# ---- Architectures without a published recipe ----
+
+OTHERS = [
+    ("timm_deit3", "deit3_s16", 512),
+    ("timm_dinov2", "dinov2_s14", 518),
+    ("timm_dinov2_reg", "dinov2_s14_reg", 518),
+    ("transformers_dinov2", "dinov2_s14", 518),
+    ("transformers_dinov2_reg", "dinov2_s14_reg", 518),
+]
+
+
+@pytest.mark.parametrize("name,arch,size", OTHERS)
+def test_features_of_deit_3_and_dinov2_are_those_of_timm_and_transformers(
+    name, arch, size, golden, tmp_path
+):
+    gold = golden(name)
+    state_dict, facts = load_weights(write_torch(by_formula(gold), tmp_path / "x"))
+    assert facts["arch"] == arch and facts["resolution"] == f"{size}x{size}"
+    got = features(state_dict, facts, formulas.image(size, size), arch).flatten(2).transpose(1, 2)
+    np.testing.assert_allclose(formulas.samples(got), gold["features"], atol=1e-5 * gold["largest"])
+
+
+def test_the_authors_names_of_layer_scale_and_registers_are_read(golden, tmp_path):
+    timm = by_formula(golden("timm_dinov2_reg"))
+    want, _ = load_weights(write_torch(timm, tmp_path / "a"))
+
+    facebook = {k.replace("reg_token", "register_tokens"): v for k, v in timm.items()}
+    place = formulas.weight("pos_embed of the class", (1, 1, 384))
+    facebook["cls_token"] = timm["cls_token"] - place  # its class token has a position of its own
+    facebook["pos_embed"] = np.concatenate([place, timm["pos_embed"]], axis=1)
+    facebook["mask_token"] = np.zeros((1, 384))
+    got, facts = load_weights(write_torch(facebook, tmp_path / "b"))
+    assert facts["arch"] == "dinov2_s14_reg" and want.keys() == got.keys()
+    assert facts["left_out"] == ["mask_token (stands for hidden patches in pretraining)"]
+    sums = [x["backbone.cls_token"] + x["backbone.pos_embed"][:, :1] for x in (want, got)]
+    torch.testing.assert_close(*sums)
+
+    timm = by_formula(golden("timm_deit3"))
+    deit3 = {re.sub(r"\.ls(\d)\.gamma", r".gamma_\1", k): v for k, v in timm.items()}
+    assert sum("gamma_" in k for k in deit3) == 24
+    want, _ = load_weights(write_torch(timm, tmp_path / "a"))
+    got, _ = load_weights(write_torch(deit3, tmp_path / "b"))
+    assert want.keys() == got.keys() and all(torch.equal(got[k], v) for k, v in want.items())
+
+
+@pytest.mark.parametrize("name,arch,size", OTHERS[:3])
+def test_what_goes_to_timm_has_timms_names_and_shapes_again(
+    name, arch, size, golden, tmp_path, main, capsys
+):
+    gold = by_formula(golden(name))
+    write_torch(gold, tmp_path / "x")
+    main(convert_weights, tmp_path / "x", tmp_path / "y", "--to", "timm")
+    back = torch.load(tmp_path / "y", weights_only=True)
+    assert set(back) == {k for k in gold if not k.startswith("head.")}
+    assert all(np.array_equal(back[k], gold[k]) for k in back)
+    with pytest.raises(SystemExit):
+        main(convert_weights, tmp_path / "x", tmp_path / "z", "--to", "mmseg")
+    assert "mmsegmentation's ViT has none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch", ["vit_l16", "deit3_b16", "deit3_l16", "dinov2_b14", "dinov2_l14_reg"])
+def test_the_large_ones_are_told_apart_by_their_tensors(arch, tmp_path):
+    with torch.device("meta"):
+        shapes = build_model(arch, "ln").backbone.state_dict()
+    weights = {k: torch.zeros(()).expand(v.shape) for k, v in shapes.items()}
+    torch.save(weights, tmp_path / "x.pth")
+    assert load_weights(str(tmp_path / "x.pth"))[1]["arch"] == arch
+
+
+def test_a_model_with_layer_scale_and_registers_trains():
+    net = build_model("dinov2_s14_reg", "mln", 5)
+    loss, _ = net(torch.randn(2, 3, 65, 70), torch.randint(0, 5, (2, 65, 70)))
+    loss.backward()
+    named = dict(net.backbone.named_parameters())
+    for name in ("reg_token", "blocks.0.ls1.gamma", "blocks.11.ls2.gamma", "pos_embed"):
+        assert named[name].grad.abs().max() > 0, name
