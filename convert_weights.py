@@ -269,26 +269,24 @@ def check_values(path: str, tensors: Tensors, facts: dict) -> None:
 
 def identify(path: str, tensors: Tensors, facts: dict) -> None:
     """arch, neck and num_classes from names and shapes. WeightsError if no architecture fits."""
+    found = {"layer_scale": "backbone.blocks.0.ls1.gamma" in tensors}
     try:
-        width, _, patch, _ = tensors["backbone.patch_embed.proj.weight"].shape
+        found["width"], _, found["patch"], _ = tensors["backbone.patch_embed.proj.weight"].shape
+        found["registers"] = tensors.get("backbone.reg_token", torch.empty(1, 0)).shape[1]
         num_classes = len(tensors.get("decode_head.classifier.weight", ()))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, IndexError) as error:
         raise WeightsError(f"{path}: damaged, {first_line(error)}") from error
-    depth = len({k.split(".")[2] for k in tensors if k.startswith("backbone.blocks.")})
+    layers = {k.split(".")[2] for k in tensors if k.startswith("backbone.blocks.")}
+    found["depth"] = len(layers)
 
-    scaled = "backbone.blocks.0.ls1.gamma" in tensors
-    registers = tensors.get("backbone.reg_token", torch.empty(1, 0)).shape[1:2].numel()
-    key = (width, depth, patch, scaled, registers)
-    fits = []
-    for name, a in ARCHS.items():
-        more = (a.get("layer_scale", False), a.get("registers", 0))
-        if (a["width"], a["depth"], a["patch"], *more) == key:
-            fits.append(name)
+    fits = [n for n, a in ARCHS.items() if all(a.get(k, 0) == v for k, v in found.items())]
     if not fits:
+        more = ", with layer scale" if found["layer_scale"] else ""
         raise WeightsError(
-            f"{path}: {depth} layers, {width} wide, patches of {patch}, layer scale {scaled}, "
-            f"{registers} registers: none of {', '.join(ARCHS)}"
+            f"{path}: {len(layers)} layers, {found['width']} wide, patches of {found['patch']}, "
+            f"{found['registers']} registers{more}: none of {', '.join(ARCHS)}"
         )
+
     facts |= {"arch": fits[0], "neck": None, "num_classes": None}
     if "decode_head" in parts(tensors):
         has = ("backbone.norm.weight" in tensors, "neck" in parts(tensors))
@@ -304,17 +302,18 @@ def parts(tensors: Tensors) -> set[str]:
 def recall(content: dict, facts: dict) -> None:
     """What the file itself says about its training: our checkpoints their args and classes,
     mmsegmentation's the config of the run, as text, and what the data set calls its classes."""
-    meta, args = content.get("meta"), content.get("args")
-    classes = content.get("classes")
-    if facts["kind"] == "ours" and isinstance(args, dict) and args.get("arch") in ARCHS:
+    meta, args, classes = (content.get(key) for key in ("meta", "args", "classes"))
+    if facts["kind"] == "ours" and isinstance(args, dict) and str(args.get("arch")) in ARCHS:
         facts |= {"args": args, "arch": args["arch"]}
-    elif isinstance(meta, dict):
+    elif facts["arch"] == "vit_b16" and "deit" in str(meta):
+        facts["arch"] = "deit_b16"
+
+    if isinstance(meta, dict):
         said = meta.get("dataset_meta", meta)  # 1.x, 0.x
-        if facts["arch"] == "vit_b16" and "deit" in str(meta):
-            facts["arch"] = "deit_b16"
         if isinstance(said, dict) and ("classes" in said or "CLASSES" in said):
+            names = said.get("classes", said.get("CLASSES"))
+            palette = said.get("palette", said.get("PALETTE"))
             ignored = said.get("reduce_zero_label") or "reduce_zero_label=True" in str(meta)
-            names, palette = (said.get(k, said.get(k.upper())) for k in ("classes", "palette"))
             classes = (names, palette, bool(ignored))
 
     if classes is not None and facts["num_classes"] is not None:
@@ -330,7 +329,7 @@ def checked_classes(names, palette, zero_ignored: bool, num_classes: int) -> tup
     names = tuple(name.strip() for name in names)  # mmsegmentation says "bed "
     colours = np.array(palette)
     fit = len(names) == num_classes and colours.shape == (num_classes, 3)
-    fit = fit and colours.dtype == int and bool(((colours >= 0) & (colours <= 255)).all())
+    fit = fit and colours.dtype.kind == "i" and bool(((colours >= 0) & (colours <= 255)).all())
     if not fit or not all(name.isprintable() and 0 < len(name) <= 100 for name in names):
         raise ValueError
     return names, colours.tolist(), zero_ignored
@@ -363,20 +362,25 @@ def fit_positions(tensors: Tensors, facts: dict, backbone: nn.Module, bicubic: b
     name, arch = "backbone.pos_embed", ARCHS[facts["arch"]]
     pos_embed = tensors.get(name, torch.empty(0))
     rows = pos_embed.numel() // arch["width"]
-    if rows > 1 and math.isqrt(rows) ** 2 == rows and pos_embed.ndim == 3:  # patches alone
-        pos_embed = F.pad(pos_embed, (0, 0, 1, 0))
-        facts["added"].append("a position of zeros for the class token, which has none")
-    distilled = any(DISTILLATION in text for text in facts["left_out"])
-    extra = 2 if distilled else 1  # tokens without a place, the class token first
 
-    side = math.isqrt(max(0, pos_embed.numel() // arch["width"] - extra))
+    # Of the tokens without a place the class token comes first; DeiT-III gives it no position.
+    extra = 1
+    if math.isqrt(rows) ** 2 == rows:
+        extra = 0
+    elif any(DISTILLATION in text for text in facts["left_out"]):
+        extra = 2
+    side = math.isqrt(max(0, rows - extra))
     if side == 0 or pos_embed.shape != (1, extra + side * side, arch["width"]):
         return
     size = side * arch["patch"]
     facts["resolution"] = f"{size}x{size}"
 
-    if distilled:
+    if extra == 0:
+        pos_embed = F.pad(pos_embed, (0, 0, 1, 0))  # (1, 1 + side^2, D)
+        facts["added"].append("a position of zeros for the class token, which has none")
+    elif extra == 2:
         pos_embed = torch.cat([pos_embed[:, :1], pos_embed[:, 2:]], dim=1)  # (1, 1 + side^2, D)
+
     if facts["neck"] is not None:
         backbone.set_grid((side, side))
     elif (side, side) != backbone.grid:
@@ -699,8 +703,6 @@ def read_safetensors(path: str) -> Tensors:
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     start = 8 + int.from_bytes(data[:8], "little")
-    if start > len(data):
-        raise ValueError(f"a header of {start - 8} bytes in a file of {len(data)}")
     header = json.loads(data[8:start])
     header.pop("__metadata__", None)
 
