@@ -129,6 +129,7 @@ def unwrap(path: str, content: dict, choice: str, facts: dict) -> Tensors:
         raise WeightsError(
             f"{path}: no known kind of checkpoint, its {len(found)} entries start with {first}"
         )
+
     called = {wrapper: wrapper.replace(":", ".").strip(".") or "top" for wrapper in models}
     meant = [w for w in models if called[w] == choice] if choice else list(models)
     if len(meant) != 1:
@@ -141,6 +142,7 @@ def unwrap(path: str, content: dict, choice: str, facts: dict) -> Tensors:
     wrapper = meant[0]
     facts["kind"] = models[wrapper]
     holder = wrapper[: wrapper.rfind(":") + 1]  # the dictionary, in which all else must be known
+
     weights, beside = {}, {}
     for name, value in found.items():
         owner = max([w for w in models if name.startswith(w)], key=len, default=wrapper)
@@ -150,6 +152,7 @@ def unwrap(path: str, content: dict, choice: str, facts: dict) -> Tensors:
             weights[name.removeprefix(wrapper).removeprefix(holder)] = value
         else:
             beside[re.split("[.:]", inner)[0]] = True
+
     said = [name for name in beside if name not in ("meta", "args", "classes")]
     if said:
         facts["left_out"].append(f"{listed(said)} (beside the weights)")
@@ -165,6 +168,7 @@ def find_models(found: dict) -> dict[str, str]:
             if isinstance(value, Tensor) and wrapper != name and wrapper[-1:] in ("", ".", ":"):
                 models[wrapper] = kind
                 break
+
     return models
 
 
@@ -172,16 +176,19 @@ def flatten(content: dict) -> dict:
     """Nested dictionaries as one: {"state:model:module.cls_token": value}. A dictionary that stands
     in several places comes once."""
     flat, seen, todo = {}, set(), [("", content)]
+
     for where, holder in todo:  # which grows meanwhile
         if id(holder) in seen:
             continue
         seen.add(id(holder))
+
         for key, value in holder.items():
             name = where + INSIDE.sub("", str(key))
             if isinstance(value, dict) and value:
                 todo.append((name + ":", value))
             else:
                 flat[name] = value
+
     return flat
 
 
@@ -209,6 +216,7 @@ def translate(path: str, weights: Tensors, facts: dict) -> Tensors:
             if name in tensors:
                 raise WeightsError(f"{path}: two of its tensors are {name}")
             tensors[name] = value
+
         join_qkv(tensors)
     except (RuntimeError, IndexError) as error:  # a matrix that is none
         raise WeightsError(f"{path}: damaged, {first_line(error)}") from error
@@ -264,6 +272,7 @@ def check_values(path: str, tensors: Tensors, facts: dict) -> None:
                 "diverged, or it is damaged; take an earlier checkpoint"
             )
         dtypes.add(str(value.dtype).removeprefix("torch."))
+
     facts["dtype"] = ", ".join(sorted(dtypes))
 
 
@@ -288,6 +297,7 @@ def identify(path: str, tensors: Tensors, facts: dict) -> None:
         )
 
     facts |= {"arch": fits[0], "neck": None, "num_classes": None}
+
     if "decode_head" in parts(tensors):
         has = ("backbone.norm.weight" in tensors, "neck" in parts(tensors))
         facts["neck"] = next(name for name, needs in NECKS.items() if needs == has)
@@ -396,6 +406,7 @@ def compare(path: str, tensors: Tensors, expected: Tensors, facts: dict) -> None
     file = {name: tuple(value.shape) for name, value in tensors.items()}
     model = {name: tuple(value.shape) for name, value in expected.items()}
     faults = {}
+
     for name in model | file:
         if name not in file:
             faults[name] = f"missing {name} {model[name]}"
@@ -403,6 +414,7 @@ def compare(path: str, tensors: Tensors, expected: Tensors, facts: dict) -> None
             faults[name] = f"left over {name} {file[name]}"
         elif file[name] != model[name]:
             faults[name] = f"{name} is {file[name]} in the file, {model[name]} in the model"
+
     if not faults:
         return
 
@@ -467,22 +479,22 @@ HUGGING_FACE = {
     "encoder.layer.{}.layernorm_after.":                        "backbone.blocks.{}.norm2.",
     "encoder.layer.{}.intermediate.dense.":                     "backbone.blocks.{}.mlp.fc1.",
     "encoder.layer.{}.output.dense.":                           "backbone.blocks.{}.mlp.fc2.",
-    # DINOv2, where it differs
-    "embeddings.register_tokens":                                "backbone.reg_token",
-    "encoder.layer.{}.norm{}.":                                  "backbone.blocks.{}.norm{}.",
-    "encoder.layer.{}.layer_scale{}.lambda1":                    "backbone.blocks.{}.ls{}.gamma",
-    "encoder.layer.{}.mlp.fc{}.":                                "backbone.blocks.{}.mlp.fc{}.",
+    # DINOv2, where it differs:
+    "embeddings.register_tokens":                               "backbone.reg_token",
+    "encoder.layer.{}.norm{}.":                                 "backbone.blocks.{}.norm{}.",
+    "encoder.layer.{}.layer_scale{}.lambda1":                   "backbone.blocks.{}.ls{}.gamma",
+    "encoder.layer.{}.mlp.fc{}.":                               "backbone.blocks.{}.mlp.fc{}.",
     "layernorm.":                                               "backbone.norm.",
 }
 # mmpretrain's (and mmcls's) backbone is mmsegmentation's, but for its attention.
 MMPRETRAIN = MMSEG | {
-    "backbone.layers.{}.attn.qkv.":                            "backbone.blocks.{}.attn.qkv.",
-    "backbone.layers.{}.attn.proj.":                           "backbone.blocks.{}.attn.proj.",
+    "backbone.layers.{}.attn.qkv.":                             "backbone.blocks.{}.attn.qkv.",
+    "backbone.layers.{}.attn.proj.":                            "backbone.blocks.{}.attn.proj.",
 }
 # What the authors of DeiT-III and DINOv2 call otherwise than timm.
 TIMM = {
-    "backbone.blocks.{}.gamma_{}":                               "backbone.blocks.{}.ls{}.gamma",
-    "backbone.register_tokens":                                  "backbone.reg_token",
+    "backbone.blocks.{}.gamma_{}":                              "backbone.blocks.{}.ls{}.gamma",
+    "backbone.register_tokens":                                 "backbone.reg_token",
 }
 TORCHVISION = {
     "class_token":                                              "backbone.cls_token",
@@ -632,7 +644,7 @@ def cached(url: str) -> str:
     return path
 
 
-LARGEST = 1 << 30  # bytes that compressed entries may unpack to: three times the largest backbone
+LARGEST = 2 << 30  # bytes that compressed entries may unpack to, more than the largest backbone
 
 
 def read_file(path: str) -> dict:
@@ -640,6 +652,7 @@ def read_file(path: str) -> dict:
     damaged."""
     with open(path, "rb") as file:
         first = file.read(16)
+
     if first[8:9] == b"{":
         return read_safetensors(path)
     if not first.startswith(b"PK"):
@@ -647,9 +660,11 @@ def read_file(path: str) -> dict:
 
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
+
     packed = sum(e.file_size for e in entries if e.compress_type != zipfile.ZIP_STORED)
     if packed > LARGEST:
         raise ValueError(f"would unpack to {packed / 1e9:.1f} GB")
+
     if entries and all(e.filename.endswith(".npy") for e in entries):
         return read_npz(path)
     return read_torch(path, is_zip=True)
@@ -702,6 +717,7 @@ def read_safetensors(path: str) -> Tensors:
     not agree."""
     with open(path, "rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     header.pop("__metadata__", None)
@@ -715,6 +731,7 @@ def read_safetensors(path: str) -> Tensors:
         if entry["data_offsets"] != place:
             raise ValueError(f"{name} lies at {entry['data_offsets']}, {place} would be its place")
         tensors[name], last = value.reshape(shape), place[1]
+
     if start + last != len(data):
         raise ValueError(f"{len(data) - start - last} bytes after the last tensor")
     return tensors
@@ -733,6 +750,7 @@ def write_safetensors(tensors: Tensors, file: BinaryIO) -> None:
     numbers come first, so that all of them lie where a mapped file needs them."""
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+
     header, last = {"__metadata__": {"format": "pt"}}, 0
     for name, value in tensors.items():
         place = [last, last + value.nbytes]
@@ -742,6 +760,7 @@ def write_safetensors(tensors: Tensors, file: BinaryIO) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
+
     for value in tensors.values():
         file.write(value.reshape(-1).view(torch.uint8).numpy())
 
@@ -794,19 +813,22 @@ def convert(src: str, dst: str, to: str, bicubic: bool) -> None:
     # JAX's kernels are transposed views, and would be written with strides.
     state_dict = {name: value.contiguous() for name, value in state_dict.items()}
 
-    content, key, note = state_dict, "model", ""
-    if to == "mmseg" and ARCHS[facts["arch"]].get("layer_scale"):
+    key, note = None, ""  # what a torch file calls the dictionary of tensors in it
+    if to == "ours":
+        content, key = state_dict, "model"
+    elif to == "timm":
+        content = to_timm(state_dict, facts["arch"])
+    elif ARCHS[facts["arch"]].get("layer_scale"):
         raise WeightsError(f"{src}: {facts['arch']} has layer scale, mmsegmentation's ViT has none")
-    if to == "mmseg":
+    else:
         content, key = to_mmseg(state_dict), "state_dict"
+        if facts["neck"] is None:
+            content, key = backbone_alone(content), None
         note = (
             "; mmsegmentation 1.2 and later need patch_bias=True in the backbone's config, or they "
             "drop the bias of the patch embedding without a word"
         )
-        if facts["neck"] is None:
-            content, key = backbone_alone(content), None
-    if to == "timm":
-        content, key = to_timm(state_dict, facts["arch"]), None
+
     if key and not dst.endswith(".safetensors"):
         content = {key: content}
     write_checkpoint(content, dst)

@@ -424,7 +424,7 @@ def test_bombs_and_lies_are_refused_in_bounded_memory(tmp_path):
         tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1
     ) as archive:
         with archive.open("embedding/kernel.npy", "w", force_zip64=True) as entry:
-            for _ in range(65):
+            for _ in range(129):
                 entry.write(bytes(1 << 24))
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(
