@@ -560,14 +560,26 @@ LEFT_OUT = {
         "a second set of weights, those before averaging",
 }
 
-# The pretrained backbone of each architecture; its name ends with the start of the file's sha256.
+# The pretrained backbone of each architecture. Hexadecimal digits at the end of a name are the start
+# of the file's sha256.
 TIMM_FILES = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-vitjx/"
 DEIT = "https://dl.fbaipublicfiles.com/deit/"
+DINO = "https://dl.fbaipublicfiles.com/dinov2/"
 PRETRAINED = {
-    "vit_b16":  TIMM_FILES + "jx_vit_base_p16_224-80ecf9dd.pth",
-    "deit_b16": DEIT + "deit_base_patch16_224-b5f2ef4d.pth",
-    "deit_s16": DEIT + "deit_small_patch16_224-cd65a155.pth",
-    "deit_t16": DEIT + "deit_tiny_patch16_224-a1311bcf.pth",
+    "vit_b16":        TIMM_FILES + "jx_vit_base_p16_224-80ecf9dd.pth",
+    "deit_b16":       DEIT + "deit_base_patch16_224-b5f2ef4d.pth",
+    "deit_s16":       DEIT + "deit_small_patch16_224-cd65a155.pth",
+    "deit_t16":       DEIT + "deit_tiny_patch16_224-a1311bcf.pth",
+    "vit_l16":        TIMM_FILES + "jx_vit_large_p16_224-4ee7a4dc.pth",
+    "deit3_s16":      DEIT + "deit_3_small_224_21k.pth",
+    "deit3_b16":      DEIT + "deit_3_base_224_21k.pth",
+    "deit3_l16":      DEIT + "deit_3_large_224_21k.pth",
+    "dinov2_s14":     DINO + "dinov2_vits14/dinov2_vits14_pretrain.pth",
+    "dinov2_b14":     DINO + "dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+    "dinov2_l14":     DINO + "dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    "dinov2_s14_reg": DINO + "dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
+    "dinov2_b14_reg": DINO + "dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
+    "dinov2_l14_reg": DINO + "dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
 }
 
 

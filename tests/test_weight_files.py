@@ -289,9 +289,8 @@ def test_distilled_mae_and_classifier_tensors_are_left_out_and_said(tmp_path):
         state_dict
     ) == len(base)
     said = " ".join(facts["left_out"])
-    assert all(
-        x in said for x in ("dist_token", "head_dist.bias", "head.weight", "epoch, optimizer (beside")
-    )
+    for left in ("dist_token", "head_dist.bias", "head.weight", "epoch, optimizer (beside"):
+        assert left in said
     decoder = {
         "mask_token": np.zeros((1, 1, 64)),
         "decoder_embed.weight": np.zeros((64, 128)),
@@ -488,12 +487,15 @@ for name in sys.argv[1:]:
     for trial in range(60):
         bad, kind = bytearray(good), trial % 6
         # Headers and directories are where damage is interesting: half of it goes there.
-        at = r.randrange(len(bad)) if trial % 2 else r.choice((r.randrange(4096), len(bad) - 1 - r.randrange(4096)))
+        at = r.randrange(len(bad))
+        if trial % 2 == 0:
+            at = r.choice((r.randrange(4096), len(bad) - 1 - r.randrange(4096)))
         if kind == 0: del bad[at:]
         if kind == 1: bad[at] ^= 1 << r.randrange(8)
         if kind == 2: bad[at:at + 64] = r.randbytes(64)
         if kind == 3: bad[at:at] = r.randbytes(r.randrange(1, 64))
-        if kind == 4: bad[at:at + 8] = (r.choice((0, 1 << 31, 1 << 62, 2 ** 64 - 1))).to_bytes(8, "little")
+        if kind == 4:
+            bad[at:at + 8] = r.choice((0, 1 << 31, 1 << 62, 2 ** 64 - 1)).to_bytes(8, "little")
         if kind == 5: del bad[at:at + r.randrange(1, 4096)]
         open("damaged", "wb").write(bad)
         try:
@@ -621,7 +623,8 @@ def test_a_server_that_stalls_or_lies_about_the_length(server, tmp_path):
 def test_two_processes_fetch_one_file_once(server, tmp_path):
     content = os.urandom(3_000_000)
     server.files["/a"], server.faults[:] = content, [-1_000_000]
-    code = f"import ade20k; ade20k.fetch('{server.url}/a', 'a', '{hashlib.sha1(content).hexdigest()}', timeout=1)"
+    digest = hashlib.sha1(content).hexdigest()
+    code = f"import ade20k; ade20k.fetch('{server.url}/a', 'a', '{digest}', timeout=1)"
     both = [
         subprocess.Popen(
             [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT}
@@ -707,6 +710,11 @@ def deep(weights):
     return weights
 
 
+def compiled_and_sharded(weights):
+    inside = r"._fsdp_wrapped_module.blocks.\1._checkpoint_wrapped_module."
+    return {re.sub(r"\.blocks\.(\d+)\.", inside, name): value for name, value in weights.items()}
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -716,12 +724,9 @@ def deep(weights):
         lambda w: {"module": w, "epoch": 3},
         lambda w: {"state": {"model": w}},
         lambda w: {"state_dict": w, "model": w},  # one model under two names
-        lambda w: {"weights": collections.defaultdict(list, w), "log": collections.defaultdict(int)},
+        lambda w: {"weights": collections.defaultdict(list, w), "log": {}},
         lambda w: {"net": {f"module._orig_mod.{k}": v for k, v in w.items()}},
-        lambda w: {
-            re.sub(r"\.blocks\.(\d+)\.", r"._fsdp_wrapped_module.blocks.\1._checkpoint_wrapped_module.", k): v
-            for k, v in w.items()
-        },
+        compiled_and_sharded,
         deep,
     ],
 )
@@ -745,7 +750,8 @@ def test_of_several_models_the_path_behind_the_colon_chooses(tmp_path):
     one = ours()
     two = {k: v + 1 for k, v in one.items()}
     three = {k: v + 2 for k, v in one.items()}
-    content = {"model": one, "ema": {"model": two}, "both": {f"teacher.{k}": v for k, v in three.items()}}
+    both = {f"teacher.{k}": v for k, v in three.items()}
+    content = {"model": one, "ema": {"model": two}, "both": both}
     torch.save(content, tmp_path / "x.pt")
     path = str(tmp_path / "x.pt")
     for source in (path, path + ":ema", path + ":nothing"):
@@ -829,8 +835,14 @@ AUDIT = """
 import encodings.cp437, encodings.latin_1, json, sys  # (the codecs of zip and pickle)
 import convert_weights as c
 c.load_weights("good.pt")  # so that what torch itself imports late is there
-events, names = [], ("import", "exec", "compile", "os.", "subprocess.", "pickle.", "shutil.", "ctypes.")
-sys.addaudithook(lambda event, args: events.append([event, str(args[:1])]) if event.startswith(names) else None)
+events = []
+watched = ("import", "exec", "compile", "os.", "subprocess.", "pickle.", "shutil.", "ctypes.")
+
+def hook(event, args):
+    if event.startswith(watched):
+        events.append([event, str(args[:1])])
+
+sys.addaudithook(hook)
 for path in sys.argv[1:]:
     events.clear()
     try:
@@ -851,19 +863,23 @@ def audited(*paths, cwd):
         env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{cwd}", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    return {path: (what, events) for path, what, events in map(json.loads, done.stdout.splitlines())}
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {path: (what, events) for path, what, events in lines}
 
 
 def with_call(path, module, name, good, argument="executed"):
     """The file `good` with one entry more, which is the call module.name(argument)."""
-    call = f"c{module}\n{name}\n".encode() + b"X" + struct.pack("<I", len(argument))
-    call += argument.encode() + b"\x85R"
+
+    def text(x):
+        return b"X" + struct.pack("<I", len(x)) + x.encode()
+
+    call = f"c{module}\n{name}\n".encode() + text(argument) + b"\x85R"  # GLOBAL, tuple of 1, REDUCE
     with zipfile.ZipFile(good) as old, zipfile.ZipFile(path, "w") as new:
         for entry in old.infolist():
             data = old.read(entry)
             if entry.filename.endswith("data.pkl"):
-                # {"hook": call, "net": what was there}
-                data = b"\x80\x02}(X\x04\x00\x00\x00hook" + call + b"X\x03\x00\x00\x00net" + data[2:-1] + b"u."
+                before = b"\x80\x02}(" + text("hook") + call + text("net")
+                data = before + data[2:-1] + b"u."  # {"hook": call, "net": what was there}
             new.writestr(entry, data)
 
 
@@ -932,8 +948,9 @@ def test_whatever_a_pickle_names_nothing_is_imported_or_called(tmp_path):
         with_call(tmp_path / f"{k}.pt", module, name, tmp_path / "good.pt")
     found = audited(*[f"{k}.pt" for k in range(len(names))], cwd=tmp_path)
     assert {k: events for k, (_, events) in found.items() if events} == {}
-    loaded = [names[int(k.removesuffix(".pt"))] for k, (what, _) in found.items() if what == "loaded"]
-    assert ("trap", "run") in loaded and ("builtins", "eval") in loaded and ("os", "mkdir") not in loaded
+    loaded = [names[k] for k in range(len(names)) if found[f"{k}.pt"][0] == "loaded"]
+    assert ("trap", "run") in loaded and ("builtins", "eval") in loaded
+    assert ("os", "mkdir") not in loaded, "torch refuses these by itself"
     assert not (tmp_path / "executed").exists()
 
 
@@ -962,7 +979,8 @@ def load_with_meta(meta, path):
 def test_classes_of_mmsegmentation_become_facts(version, shifted, tmp_path):
     meta = meta_of(version, tuple(NINE[:-1]) + ("bed ",), COLOURS, shifted)
     facts = load_with_meta(meta, tmp_path / "x.pth")
-    assert ade20k.Classes(*facts["classes"]) == ade20k.Classes((*NINE[:-1], "bed"), COLOURS, shifted)
+    want = ade20k.Classes((*NINE[:-1], "bed"), COLOURS, shifted)
+    assert ade20k.Classes(*facts["classes"]) == want
 
 
 @pytest.mark.parametrize(
@@ -1051,7 +1069,9 @@ def test_what_goes_to_timm_has_timms_names_and_shapes_again(
     assert "mmsegmentation's ViT has none" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arch", ["vit_l16", "deit3_b16", "deit3_l16", "dinov2_b14", "dinov2_l14_reg"])
+@pytest.mark.parametrize(
+    "arch", ["vit_l16", "deit3_b16", "deit3_l16", "dinov2_b14", "dinov2_l14_reg"]
+)
 def test_the_large_ones_are_told_apart_by_their_tensors(arch, tmp_path):
     with torch.device("meta"):
         shapes = build_model(arch, "ln").backbone.state_dict()
