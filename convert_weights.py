@@ -13,7 +13,6 @@ tensors and plain containers and nothing else."""
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import mmap
@@ -22,7 +21,6 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator
 from typing import BinaryIO
 from urllib.parse import urlparse
 

@@ -1,5 +1,4 @@
-"""The backbone: a Vision Transformer that turns a picture into four feature maps, and the neck that
-gives them four sizes.
+"""The backbone: a Vision Transformer that turns a picture into four feature maps.
 
 In:  images (B, 3, H, W), float, normalised with ade20k.normalise.
 Out: four maps (B, D, h, w), one after each quarter of the layers; h = ceil(H / 16), w likewise.
@@ -287,8 +286,8 @@ class VisionTransformer(nn.Module):
 
 
 def build_backbone(arch: str, neck: str) -> VisionTransformer:
-    """The backbone of an architecture in ARCHS, as the neck (one of NECKS) wants it: with a final norm
-    or without. ValueError if one is unknown."""
+    """The backbone of an architecture in ARCHS, as the neck (one of NECKS) wants it: with a final
+    norm or without. ValueError if one is unknown."""
     if arch not in ARCHS:
         raise ValueError(f"arch {arch!r} is unknown, choose one of {', '.join(ARCHS)}")
     if neck not in NECKS:
