@@ -140,45 +140,44 @@ def predict(
         if flip:
             x = torch.cat([x, x.flip(3)])  # (2, 3, h, w)
         if slide:
-            logits = slide_logits(model, x, dtype, *slide)  # (1 or 2, h, w, C)
+            logits = slide_logits(model, x, dtype, *slide)  # (1 or 2, C, h, w)
         else:
-            logits = view_logits(model, x, dtype)  # (1 or 2, h', w', C)
+            logits = view_logits(model, x, dtype)  # (1 or 2, C, h', w')
 
-        # The two bilinear steps of the protocol, h' to h to H, are one matrix for each axis. Read
-        # backwards, the columns mirror the mirrored picture back.
-        rows = resize_matrix(h, H, logits) @ resize_matrix(logits.shape[1], h, logits)  # (H, h')
-        columns = resize_matrix(w, W, logits) @ resize_matrix(logits.shape[2], w, logits)  # (W, w')
-        views.append((h, rows, columns, logits[0]))
+        # Along y the two bilinear steps of the protocol, h' to h to H, are one matrix.
+        rows = resize_matrix(h, H, logits) @ resize_matrix(logits.shape[2], h, logits)  # (H, h')
+        views.append((h, w, rows, logits[:1]))
         if flip:
-            views.append((h, rows, columns.flip(0), logits[1]))
+            views.append((h, w, rows, logits[1:].flip(3)))
 
-    C = logits.shape[3]
+    C = logits.shape[1]
     step, labels = rows_at_once(device, W * C), []
     for start in range(0, H, step):
         stop = min(start + step, H)
         total = 0
-        for h, rows, columns, logits in views:
-            # The few rows of this view that these rows of the picture are mixed from.
-            first, last = source_rows(*source_rows(start, stop, h, H), logits.shape[0], h)
-            wide = columns @ logits[first:last]  # (last - first, W, C)
-            m = rows[start:stop, first:last]  # (rows, last - first)
-            tall = (m @ wide.flatten(1)).view(-1, W, C)  # (rows, W, C)
+        for h, w, rows, logits in views:
+            # Take the few rows of this view that these rows of the picture are mixed from.
+            first, last = source_rows(*source_rows(start, stop, h, H), logits.shape[2], h)
+            x = logits[:, :, first:last]  # (1, C, n, w')
+            x = resize(resize(x, (last - first, w)), (last - first, W))  # (1, C, n, W)
+            x = x[0].permute(1, 2, 0).flatten(1)  # (n, W C)
+            x = (rows[start:stop, first:last] @ x).view(-1, W, C)  # (stop - start, W, C)
             if len(views) > 1:
-                tall = tall.softmax(2)  # (of one view, the largest stays the largest)
-            total += tall
-        labels.append(total.argmax(2).to(torch.uint8))  # (rows, W)
+                x = x.softmax(2)  # (of one view, the largest stays the largest)
+            total += x
+        labels.append(total.argmax(2).to(torch.uint8))  # (stop - start, W)
     return torch.cat(labels).cpu().numpy()
 
 
 def view_logits(model: Segmenter, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalised pictures (B, 3, h, w) -> logits (B, h', w', C), float32, at the head's own size.
+    """Normalised pictures (B, 3, h, w) -> logits (B, C, h', w'), float32, at the head's own size.
 
     On CPUs one picture at a time: as fast as a batch, in half the memory."""
     x = x.contiguous(memory_format=memory_format(x.device, dtype))
     with autocast(x.device, dtype):
         parts = x.split(1 if x.device.type == "cpu" else len(x))
         logits = torch.cat([model.decode_head(model.features(part)) for part in parts])
-    return logits.float().permute(0, 2, 3, 1).contiguous()
+    return logits.float().contiguous(memory_format=torch.channels_last)
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -191,18 +190,18 @@ def slide_logits(
     model: Segmenter, x: Tensor, dtype: torch.dtype, window: int, stride: int
 ) -> Tensor:
     """Logits by windows of the training crops' size, where positions are as they were learned:
-    (B, 3, h, w) -> (B, h, w, C), for each pixel the mean over the windows that see it. The protocol
+    (B, 3, h, w) -> (B, C, h, w), for each pixel the mean over the windows that see it. The protocol
     of Segmenter (Strudel et al. 2021, arXiv:2105.05633) and BEiT, mmsegmentation's mode slide."""
     B, _, h, w = x.shape
-    total = x.new_zeros(B, h, w, model.decode_head.classifier.out_channels)
-    seen = x.new_zeros(h, w, 1)
+    C = model.decode_head.classifier.out_channels
+    total = x.new_zeros(B, C, h, w).contiguous(memory_format=torch.channels_last)
+    seen = x.new_zeros(h, w)
     for top in window_starts(h, window, stride):
         for left in window_starts(w, window, stride):
             rows, columns = slice(top, top + window), slice(left, left + window)
             part = x[:, :, rows, columns]
-            logits = view_logits(model, part, dtype).permute(0, 3, 1, 2)  # (B, C, h', w')
-            logits = resize(logits, part.shape[2:])
-            total[:, rows, columns] += logits.permute(0, 2, 3, 1)
+            logits = view_logits(model, part, dtype)  # (B, C, h', w')
+            total[:, :, rows, columns] += resize(logits, part.shape[2:])
             seen[rows, columns] += 1
     return total / seen
 

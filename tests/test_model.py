@@ -172,10 +172,13 @@ def test_convolution_of_the_small_map_equals_the_one_of_the_resized_and_passes_g
     torch.manual_seed(0)
     x = torch.randn(2, 3, *old, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
-    want = F.conv2d(F.interpolate(x, new, mode="bilinear"), weight, padding=1)
-    got = upernet.upsample_conv3x3(x, weight, new)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda *a: upernet.upsample_conv3x3(*a, new), (x, weight))
+    total = torch.randn(2, 4, *new, dtype=torch.float64, requires_grad=True)
+    want = total + F.conv2d(F.interpolate(x, new, mode="bilinear"), weight, padding=1)
+    parts = (total * 1, x, weight)  # (what it adds to is written over, so no leaf)
+    torch.testing.assert_close(upernet.add_upsampled_conv3x3(*parts), want, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda total, *rest: upernet.add_upsampled_conv3x3(total * 1, *rest), (total, x, weight)
+    )
 
 
 def test_convolution_over_maps_of_many_sizes_equals_the_one_of_all_resized_side_by_side():
@@ -185,7 +188,7 @@ def test_convolution_over_maps_of_many_sizes_equals_the_one_of_all_resized_side_
     weight = torch.randn(5, sum(widths), 3, 3, dtype=torch.float64)
     resized = [F.interpolate(x, (9, 13), mode="bilinear", align_corners=False) for x in maps]
     want = F.conv2d(torch.cat(resized, 1), weight, padding=1)
-    got = upernet.conv3x3_of_resized(maps, weight, (9, 13))
+    got = upernet.conv3x3_of_resized(maps, weight)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
