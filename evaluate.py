@@ -562,11 +562,15 @@ def choose_checkpoint(folder: str) -> tuple[str, str]:
     scored = {}
     log = os.path.join(folder, "log.jsonl")
     if os.path.exists(log):
-        with open(log) as file:
-            for entry in map(json.loads, file):
-                path = os.path.join(folder, f"checkpoint_{entry['iteration']}.pt")
-                if path in found and entry.get("mIoU") is not None:
-                    scored[path] = entry["mIoU"]
+        try:
+            with open(log) as file:
+                entries = [json.loads(line) for line in file]
+        except ValueError:
+            raise UsageError(f"{log}: a line of it is damaged, name a file of {folder}") from None
+        for entry in entries:
+            path = os.path.join(folder, f"checkpoint_{entry['iteration']}.pt")
+            if path in found and entry.get("mIoU") is not None:
+                scored[path] = entry["mIoU"]
 
     if not scored:
         return found[0], "the newest"

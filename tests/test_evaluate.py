@@ -463,6 +463,11 @@ def test_of_a_work_directory_the_best_checkpoint_is_taken_of_many_the_newest(
     assert f"{newest}: the newest" in capsys.readouterr().out
     main(evaluate, "--checkpoint", newest, "--dry-run")
     assert f"{newest}: kind ours" in capsys.readouterr().out
+    with open("runs/a/log.jsonl", "a") as file:
+        file.write('{"iteration": 25, "mI')
+    with pytest.raises(SystemExit) as end:
+        main(evaluate, "--checkpoint", "runs/a", "--dry-run")
+    assert end.value.code == 2 and "a line of it is damaged" in capsys.readouterr().err
 
 
 def test_damage_met_on_the_way_is_named_too(run):
