@@ -489,21 +489,7 @@ for name in sys.argv[1:]:
         ), line
 
 
-def test_damaged_files_of_every_kind_fail_or_load_whole(tmp_path):
-    """60 damages to each kind: cut, flipped, overwritten, inserted. No crash, no hang, nothing
-    half-loaded, one sentence."""
-    weights = timm_weights()
-    torch.save(
-        {k: torch.from_numpy(v) for k, v in weights.items()},
-        tmp_path / "legacy",
-        _use_new_zipfile_serialization=False,
-    )
-    write_torch(weights, tmp_path / "torch")
-    write_safetensors(weights, tmp_path / "safetensors")
-    np.savez(tmp_path / "jax.npz", **jax_weights())
-    np.savez_compressed(tmp_path / "packed.npz", **jax_weights())
-    done = limited(
-        """
+DAMAGES = """
 import random
 for name in sys.argv[1:]:
     good, r, loaded = open(name, "rb").read(), random.Random(name), 0
@@ -527,7 +513,24 @@ for name in sys.argv[1:]:
         except c.WeightsError as error:
             assert "damaged" in str(error) and "\\n" not in str(error), error
     print(name, loaded)
-""",
+"""
+
+
+def test_damaged_files_of_every_kind_fail_or_load_whole(tmp_path):
+    """60 damages to each kind: cut, flipped, overwritten, inserted. No crash, no hang, nothing
+    half-loaded, one sentence."""
+    weights = timm_weights()
+    torch.save(
+        {k: torch.from_numpy(v) for k, v in weights.items()},
+        tmp_path / "legacy",
+        _use_new_zipfile_serialization=False,
+    )
+    write_torch(weights, tmp_path / "torch")
+    write_safetensors(weights, tmp_path / "safetensors")
+    np.savez(tmp_path / "jax.npz", **jax_weights())
+    np.savez_compressed(tmp_path / "packed.npz", **jax_weights())
+    done = limited(
+        DAMAGES,
         "legacy",
         "torch",
         "safetensors",
