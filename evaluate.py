@@ -19,7 +19,7 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -182,17 +182,17 @@ def scores(matrix: np.ndarray) -> dict:
 def evaluate(
     model: nn.Module,
     pairs: list[tuple[str, str | None]],
-    classes: Classes = Classes(),
+    classes: Classes,
+    matrix: np.ndarray,
     rank: int = 0,
     world: int = 1,
     workers: int = 2,
-    each: Callable | None = None,
     **how,
-) -> np.ndarray:
-    """Label all pictures -> the confusion matrix (C, C) int64 over all of them and all processes.
+) -> Iterator[tuple]:
+    """Label all pictures, and yield (i, path, image, label, prediction) of those of this process.
+    matrix (C, C) int64 is filled in place; after the last picture it is the sum over all processes.
 
-    pairs: (image path, label path or None). each(i, path, image, label, prediction) is called for
-    every picture of this process, if given. how: predict's scales, flip, short and dtype."""
+    pairs: (image path, label path or None). how: predict's scales, flip, short and dtype."""
     mine, C = list(range(rank, len(pairs), world)), len(
         classes.names
     )  # without padding: none is counted twice
@@ -204,14 +204,13 @@ def evaluate(
         num_workers=workers,
         worker_init_fn=start_worker,
     )
-    matrix, started, was_training = np.zeros((C, C), np.int64), time.monotonic(), model.training
+    started, was_training = time.monotonic(), model.training
     model.eval()
     for n, (path, image, label) in enumerate(loader, start=1):
         prediction = predict(model, image, **how)
         if label is not None:
             matrix += confusion_matrix(label, prediction, C)
-        if each:
-            each(mine[n - 1], path, image, label, prediction)
+        yield mine[n - 1], path, image, label, prediction
         rate = n / (time.monotonic() - started)
         if rank == 0:
             progress(
@@ -224,7 +223,6 @@ def evaluate(
         dist.all_reduce(
             torch.from_numpy(matrix)
         )  # a view of it; on the CPU (gloo) also beside NCCL
-    return matrix
 
 
 def table(result: dict, classes: tuple[str, ...]) -> str:
@@ -655,19 +653,21 @@ def run(args: argparse.Namespace) -> None:
             )
 
     started = time.monotonic()
-    matrix = evaluate(
+    matrix = np.zeros((len(classes.names),) * 2, np.int64)
+    for row in evaluate(
         prepare(model, device, dtype, args.compile),
         pairs,
         classes,
+        matrix,
         rank,
         world,
         args.workers,
-        write,
         scales=args.scales,
         flip=args.flip,
         short=short,
         dtype=dtype,
-    )
+    ):
+        write(*row)
     if rank == 0:
         progress(
             f"{len(pairs)} pictures, {len(pairs) / (time.monotonic() - started):.2f} a second",
