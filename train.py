@@ -14,24 +14,25 @@ What the published runs did, where it differs from what their configs say:
 - SGD is the base schedule that the recipes override: no warmup, a floor of 1e-4, and everything
   decays."""
 
-import argparse
 import json
 import math
 import os
 import re
 import signal
 import sys
-import time
 import zipfile
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
 from glob import escape, glob
+from time import monotonic
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from ade20k import (
     DEFAULT_ROOT,
@@ -115,25 +116,23 @@ def build_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.Optim
 def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tuple[int, int]:
     """batch = world processes x micro pictures at a time x accumulated steps. -> (micro, steps), or
     UsageError. micro=None: as many as there are."""
-    divisors = lambda n: [k for k in range(1, n + 1) if n % k == 0]  # noqa: E731
     if batch % world:
+        good = [n for n in range(1, batch + 1) if batch % n == 0]
         raise UsageError(
-            f"a batch of {batch} cannot be shared by {world} processes, {divisors(batch)} could; "
+            f"a batch of {batch} cannot be shared by {world} processes, {good} could; "
             "or change --batch-size"
         )
     pictures = batch // world  # of each process
     micro = micro or pictures
 
-    good = [n for n in divisors(pictures) if n > 1 or sync_bn]
-    problem = "leaves BatchNorm a single value to normalise"
-    if not good:
-        raise UsageError(f"a batch of one {problem}: use a larger --batch-size")
+    good = [n for n in range(1, pictures + 1) if pictures % n == 0 and (n > 1 or sync_bn)]
     if micro == 1 and not sync_bn:
         raise UsageError(
-            f"one picture at a time {problem} (the 1x1 pooling of the head): use fewer processes "
-            f"or a larger --batch-size; --micro-batch {good} would work"
+            "one picture at a time leaves BatchNorm a single value to normalise (the 1x1 pooling "
+            "of the head): use fewer processes, a larger --batch-size, or another --micro-batch, "
+            f"{good or 'none'} would work"
         )
-    if micro not in good:
+    if pictures % micro:
         raise UsageError(
             f"--micro-batch {micro} does not divide the {pictures} pictures of each process, "
             f"{good} would"
@@ -144,7 +143,7 @@ def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tup
 # ---- the loop ------------------------------------------------------------------------------------
 
 
-def train(args: argparse.Namespace, checkpoint: dict) -> None:
+def train(args: Namespace, checkpoint: dict) -> None:
     """A run from its first iteration, or the checkpoint's, to its last. All that is random follows
     from (seed, iteration, process), so a resumed run is the run that was never stopped."""
     run = Run(args, checkpoint)
@@ -152,56 +151,52 @@ def train(args: argparse.Namespace, checkpoint: dict) -> None:
         return run.say(run.plan())
     begin(run)
     model, optimizer, scaler, device = run.parallel, run.optimizer, run.scaler, run.device
-    schedule = OPTIMIZERS[args.optimizer] | dict(lr=args.lr, warmup=args.warmup)
-    apart = model.no_sync if run.world > 1 else nullcontext  # gradients stay in their process
+    layout = memory_format(device, run.dtype)
+    alone = model.no_sync if run.world > 1 else nullcontext  # gradients stay in their process
 
     for i in range(run.start, args.iters):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(i, args.iters, **schedule)
+            group["lr"] = learning_rate(i, args.iters, **run.schedule)
         torch.manual_seed((args.seed << 40) + (i << 10) + run.rank)  # of dropout and drop path
         batch = next_batch(run)  # this process's share: images, labels, sizes
 
         # Forward and backward, `micro` pictures at a time: their gradients add up, and travel
         # between the processes once, with those of the last part. The loss is a mean over all
         # pixels, labelled or not, so the mean over equal parts is that of the batch.
-        statistics = [b.clone() for b in run.model.buffers()]  # BatchNorm's, before this batch
+        statistics = [b.clone() for b in run.model.buffers()]  # BatchNorm's, should it go wrong
         losses = torch.zeros(3, device=device)  # loss, decode, aux
         for k, part in enumerate(zip(*(t.split(run.micro) for t in batch)), start=1):
-            x, y, size = (t.to(device, non_blocking=True) for t in part)  # uint8: quarter the bytes
-            x = normalise(x, size).contiguous(memory_format=memory_format(device, run.dtype))
-            with apart() if k < run.steps else nullcontext():
+            x, y, size = (t.to(device, non_blocking=True) for t in part)  # uint8: few bytes travel
+            x = normalise(x, size).contiguous(memory_format=layout)  # (micro, 3, S, S) float32
+            with alone() if k < run.steps else nullcontext():
                 with autocast(device, run.dtype):
                     loss, parts = model(x, y.long())
                 scaler.scale(loss / run.steps).backward()
-            losses += torch.stack([loss.detach(), parts["decode"], parts["aux"]]) / run.steps
+            losses += torch.stack([loss.detach(), *parts.values()]) / run.steps
 
         losses, finite, stop = agree(run, losses)  # waits for the device, once an iteration
         if finite:
             scaler.step(optimizer)
             scaler.update()
-            run.skipped, run.window = 0, [a + b for a, b in zip(run.window, (*losses, 1))]
         else:
             skip_step(run, i, statistics)
         optimizer.zero_grad()
 
         n = i + 1
-        if n % LOG_EVERY == 0 or n == args.iters:
-            log(run, n)
-        stop = stop or run.skipped == PATIENCE
-        if stop or run.due(n):
-            save(run, n)
-        if stop:
+        log(run, n, losses, finite)
+        if stop or run.skipped == PATIENCE:
             raise early_end(run, n)
         if run.due(n):
+            save(run, n)
             validate(run, n)
     finish(run)
 
 
 def next_batch(run: "Run") -> list[Tensor]:
     """The next batch, and how long the model had to wait for it."""
-    before = time.monotonic()
+    before = monotonic()
     batch = next(run.batches)
-    run.waited += time.monotonic() - before
+    run.waited += monotonic() - before
     return batch
 
 
@@ -211,7 +206,7 @@ def next_batch(run: "Run") -> list[Tensor]:
 class Run:
     """The parts of a run, on one of its processes, and how far it is."""
 
-    def __init__(self, args: argparse.Namespace, checkpoint: dict):
+    def __init__(self, args: Namespace, checkpoint: dict):
         self.args, self.start = args, checkpoint.get("iteration", 0)
 
         # Where: processes, device, kernels, number format, and who computes what of a batch.
@@ -235,6 +230,7 @@ class Run:
         # Optimizer. float16 ends at 6e-8, above many gradients: the scaler multiplies the loss by
         # a power of two that keeps them in range, and divides it out before the step. bfloat16 has
         # float32's range and needs none.
+        self.schedule = OPTIMIZERS[args.optimizer] | dict(lr=args.lr, warmup=args.warmup)
         self.optimizer = build_optimizer(self.model, args.optimizer, args.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
@@ -249,13 +245,11 @@ class Run:
         self.window = checkpoint.get("window", [0.0] * 4)
         self.skipped = 0  # steps in a row
 
-        # Loader: this process's share of every batch, read ahead and augmented by processes of
-        # its own. -> images (b, 3, S, S) uint8, labels (b, S, S) uint8, sizes (b, 2)
-        self.loader = torch.utils.data.DataLoader(
+        # Loader: images (b, 3, S, S) uint8, labels (b, S, S) uint8, sizes (b, 2), read ahead.
+        share = positions(self.start, args.iters, args.batch_size, self.rank, self.world)
+        self.loader = DataLoader(
             self.samples,
-            batch_sampler=positions(
-                self.start, args.iters, args.batch_size, self.rank, self.world
-            ),
+            batch_sampler=share,
             num_workers=args.workers,
             worker_init_fn=start_worker,
             pin_memory=self.device.type == "cuda",
@@ -265,7 +259,8 @@ class Run:
     def plan(self) -> str:
         """What is trained, on what, and the arithmetic of the batch, in two lines."""
         text = (
-            "{work_dir}: {arch}, neck {neck}, {count:,} parameters, {dtype} on {world} x {device.type}\n"
+            "{work_dir}: {arch}, neck {neck}, {count:,} parameters, "
+            "{dtype} on {world} x {device.type}\n"
             "batch {batch_size} = {world} processes x {micro} pictures x {steps} accumulated; "
             "{data}: {pictures}, iterations {start} to {iters}"
         )
@@ -282,7 +277,7 @@ class Run:
         return n % self.args.interval == 0 or n == self.args.iters
 
     def path(self, name: str) -> str:
-        """Of a file in the work directory."""
+        """The path of a file in the work directory."""
         return os.path.join(self.args.work_dir, name)
 
     def say(self, words: str, **entry) -> None:
@@ -292,7 +287,14 @@ class Run:
             print(words, flush=True)
             if entry:
                 self.entries.append(entry)
-                write_or_warn(self.path("log.jsonl"), write_log, self.entries)
+                write_or_warn(self.path("log.jsonl"), self.write_log)
+
+    def write_log(self, path: str) -> None:
+        """All lines anew, moved into place: never half of one, and what a full disk refused comes
+        with the next."""
+        with open(path + ".part", "w") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
+        os.replace(path + ".part", path)
 
 
 def choose_kernels(deterministic: bool) -> None:
@@ -304,7 +306,7 @@ def choose_kernels(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def find_data(args: argparse.Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
+def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
     """The pairs of files to train on and to validate with, and the classes of their labels."""
     root = data_root(args.data)
     training = validation = []
@@ -363,10 +365,16 @@ def load_pretrained(model: Segmenter, source: str, rank: int, world: int) -> Non
 # ---- log and validation --------------------------------------------------------------------------
 
 
-def log(run: Run, n: int) -> None:
-    """The means of the losses and times since the last line of the log."""
+def log(run: Run, n: int, losses: list[float], finite: bool) -> None:
+    """Every 50 iterations, the means of losses (of the steps that were taken) and of times."""
+    if finite:
+        run.window = [a + b for a, b in zip(run.window, (*losses, 1))]
+        run.skipped = 0
+    if n % LOG_EVERY and n != run.args.iters:
+        return
+
     args, iterations, count = run.args, n - run.logged, max(run.window[3], 1)
-    seconds = (time.monotonic() - run.clock) / iterations
+    seconds = (monotonic() - run.clock) / iterations
     minutes = int((args.iters - n) * seconds / 60)
     entry = dict(
         iteration=n,
@@ -384,13 +392,13 @@ def log(run: Run, n: int) -> None:
         "{images_per_second:.1f} images/s  {h}h{m:02d}m left"
     )
     run.say(words.format(iters=args.iters, h=minutes // 60, m=minutes % 60, **entry), **entry)
-    run.window, run.logged, run.waited, run.clock = [0.0] * 4, n, 0.0, time.monotonic()
+    run.window, run.logged, run.waited, run.clock = [0.0] * 4, n, 0.0, monotonic()
 
 
 def validate(run: Run, n: int) -> None:
-    """Scores on the validation pictures; rank 0 logs them, and draws four of its own and the curves.
-    Ends early when a signal comes."""
-    before, args, count = time.monotonic(), run.args, len(run.validation)
+    """Scores on the validation pictures; rank 0 logs them, and draws four of its own pictures and
+    the curves. Ends early when a signal comes."""
+    before, args, count = monotonic(), run.args, len(run.validation)
     # Without SyncBN each process has statistics of its own: all take those that are saved.
     if run.world > 1:
         for b in run.model.buffers():
@@ -413,14 +421,9 @@ def validate(run: Run, n: int) -> None:
         words = [f"{k} none" if v is None else f"{k} {v:.2f}" for k, v in means.items()]
         words = f"{n}/{args.iters}  validation: {'  '.join(words)}  ({count} pictures)"
         run.say(words, iteration=n, **means)
-        write_picture(run.path(f"sheet_{n}.png"), sheet, rows, run.classes)
-        write_picture(run.path("curves.png"), curves, run.entries)
-    run.clock += time.monotonic() - before  # does not count as training
-
-
-def write_picture(path: str, draw: Callable, *arguments) -> None:
-    """draw(*arguments) to a file."""
-    write_or_warn(path, lambda path: draw(*arguments).save(path))
+        write_or_warn(run.path(f"sheet_{n}.png"), lambda path: sheet(rows, run.classes).save(path))
+        write_or_warn(run.path("curves.png"), lambda path: curves(run.entries).save(path))
+    run.clock += monotonic() - before  # does not count as training
 
 
 # ---- what may go wrong in a week -----------------------------------------------------------------
@@ -465,7 +468,8 @@ def skip_step(run: Run, i: int, statistics: list[Tensor]) -> None:
 
 
 def early_end(run: Run, n: int) -> Stopped:
-    """Why the run ends after iteration n, and how to go on."""
+    """Save iteration n, the run's last one for now. -> why, and how to go on"""
+    save(run, n)
     where = "this state could not be saved"
     if run.saved:
         where = f"{run.saved} holds all of it, go on with --resume"
@@ -488,10 +492,10 @@ def watch_signals() -> list:
         # torchrun passes the terminal's Ctrl-C on to processes that got it from the terminal
         # themselves: within two seconds it is the same request.
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        if signals and not (under_torchrun and time.monotonic() - signals[1] <= 2):
+        if signals and not (under_torchrun and monotonic() - signals[1] <= 2):
             os._exit(128 + number)
         if not signals:
-            signals.extend([number, time.monotonic()])
+            signals.extend([number, monotonic()])
 
     for number in SIGNALS:
         signal.signal(number, note)
@@ -502,6 +506,7 @@ def begin(run: Run) -> None:
     """Watch for signals, open the work directory and its log, take a validation that a stop left
     out, start loading."""
     run.signals, run.entries, start = watch_signals(), [], run.start
+    run.clock, run.logged, run.waited = monotonic(), start, 0.0
     if run.rank == 0:
         os.makedirs(run.args.work_dir, exist_ok=True)
         if start and os.path.exists(run.path("log.jsonl")):
@@ -509,7 +514,8 @@ def begin(run: Run) -> None:
                 entries = map(json.loads, file)
                 # What came after the checkpoint will come again.
                 run.entries = [e for e in entries if e["iteration"] <= start]
-    run.say(run.plan(), **{} if start else dict(iteration=0, args=vars(run.args)))
+    first_entry = {} if start else dict(iteration=0, args=vars(run.args))
+    run.say(run.plan(), **first_entry)
 
     there = any(e["iteration"] == start and "mIoU" in e for e in run.entries)
     missing = run.rank == 0 and start > 0 and run.due(start) and not there
@@ -521,7 +527,6 @@ def begin(run: Run) -> None:
             f"{run.saved}: has all of its {start} iterations, nothing is left to train"
         )
     run.batches = iter(run.loader)
-    run.clock, run.logged, run.waited = time.monotonic(), start, 0.0
 
 
 def finish(run: Run) -> None:
@@ -536,26 +541,17 @@ def finish(run: Run) -> None:
         dist.destroy_process_group()
 
 
-def write_or_warn(path: str, write: Callable, *content) -> bool:
-    """write(*content, path); where that fails (a full disk, say), days of training must not: it is
-    said, and tried again when the next one is due. (torch reports some failed writes as
-    RuntimeError.)"""
+def write_or_warn(path: str, write: Callable) -> bool:
+    """write(path); where that fails (a full disk, say), days of training must not: it is said, and
+    tried again when the next one is due. (torch reports some failed writes as RuntimeError.)"""
     try:
-        write(*content, path)
+        write(path)
         return True
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         words = f"warning: {path} is not written ({reason}); training goes on, make room"
         print(words, file=sys.stderr)
         return False
-
-
-def write_log(entries: list[dict], path: str) -> None:
-    """All lines anew, moved into place: never half of one, and what a full disk refused comes with
-    the next."""
-    with open(path + ".part", "w") as file:
-        file.writelines(json.dumps(e) + "\n" for e in entries)
-    os.replace(path + ".part", path)
 
 
 def save(run: Run, n: int) -> None:
@@ -568,7 +564,7 @@ def save(run: Run, n: int) -> None:
         content = {k: getattr(run, k).state_dict() for k in ("model", "optimizer", "scaler")}
         content |= dict(iteration=n, window=run.window, best=run.best, seed=run.args.seed)
         content |= dict(args=vars(run.args), classes=tuple(run.classes))
-        done = write_or_warn(path, write_checkpoint, content)
+        done = write_or_warn(path, lambda path: write_checkpoint(content, path))
 
         old = saved_checkpoints(run.args.work_dir)[: -run.args.keep] if done else []
         for other in old:
@@ -634,24 +630,40 @@ NO_EFFECT = ("work_dir", "resume", "workers", "keep", "timeout", "dry_run")
 def positive(text: str) -> int:
     """argparse type: an integer above 0."""
     if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        raise ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
-def options(**more) -> argparse.ArgumentParser:
-    """The command line, its defaults those of the published DeiT-S recipe."""
-    parser = argparse.ArgumentParser(
+def options(**more) -> ArgumentParser:
+    """The command line. Its defaults are those of the published DeiT-S recipe."""
+    parser = ArgumentParser(
         description="Train ViT/DeiT + UPerNet on ADE20K. Defaults stand in brackets; with --data "
         "toy, --optimizer sgd or --resume others hold, `--help` beside them shows which.",
         epilog="example: torchrun --nproc_per_node 8 train.py --arch deit_s16 --neck mln "
         "--iters 160000",
         **more,
     )
-    add = parser.add_argument_group("recipe").add_argument
+    recipe_options(parser.add_argument_group("recipe").add_argument)
+    run_options(parser.add_argument_group("run").add_argument)
+    add = parser.add_argument_group("speed").add_argument
+    add("--dtype", choices=("auto", *DTYPES), default="auto",
+        help="auto: bfloat16 where the hardware has it, else float32 (%(default)s)")
+    add("--workers", type=int, default=2,
+        help="processes that read and augment, for each training process (%(default)s)")
+    add("--compile", action="store_true",
+        help="torch.compile the model: minutes at the start, then faster")
+    add("--deterministic", action="store_true",
+        help="the same result every time on one machine, slower")
+    return parser
+
+
+def recipe_options(add: Callable) -> None:
+    """What decides about the result."""
     add("--arch", choices=ARCHS, default="deit_s16", help="(%(default)s)")
     add("--neck", choices=NECKS, default="none",
         help="ln: LayerNorm after the last layer, mln: multi-level neck (%(default)s)")
-    add("--iters", type=positive, default=160000, help="80000 or 160000 are published (%(default)s)")
+    add("--iters", type=positive, default=160000,
+        help="80000 or 160000 are published (%(default)s)")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(%(default)s)")
     add("--lr", type=float, help="base learning rate (%(default)s)")
     add("--warmup", type=int, metavar="ITERS", help="linear warmup (%(default)s)")
@@ -667,7 +679,9 @@ def options(**more) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0,
         help="of data order, augmentation, initialisation and dropout (%(default)s)")
 
-    add = parser.add_argument_group("run").add_argument
+
+def run_options(add: Callable) -> None:
+    """Where a run reads and writes, and how it goes on."""
     add("--data", default=DEFAULT_ROOT, metavar="DIR",
         help="data set in ADE20K's layout, or toy (%(default)s)")
     add("--work-dir", metavar="DIR",
@@ -685,19 +699,8 @@ def options(**more) -> argparse.ArgumentParser:
     add("--dry-run", action="store_true",
         help="build everything, print the plan and stop; data and weights may be missing")
 
-    add = parser.add_argument_group("speed").add_argument
-    add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help="auto: bfloat16 where the hardware has it, else float32 (%(default)s)")
-    add("--workers", type=int, default=2,
-        help="processes that read and augment, for each training process (%(default)s)")
-    add("--compile", action="store_true",
-        help="torch.compile the model: minutes at the start, then faster")
-    add("--deterministic", action="store_true",
-        help="the same result every time on one machine, slower")
-    return parser
 
-
-def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
+def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
     """-> the arguments, and the content of the checkpoint to go on from or {}.
 
     The command line is read twice. The first reading finds what decides about the defaults: the
@@ -728,7 +731,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
     return args, checkpoint
 
 
-def name_changes(args: argparse.Namespace, known: dict, path: str) -> None:
+def name_changes(args: Namespace, known: dict, path: str) -> None:
     """A checkpoint's own architecture wins; other arguments may change on --resume, but none of
     them unnoticed."""
     for key, value in known.items():
@@ -743,7 +746,7 @@ def name_changes(args: argparse.Namespace, known: dict, path: str) -> None:
         print(words, file=sys.stderr)
 
 
-def new_work_dir(args: argparse.Namespace) -> str:
+def new_work_dir(args: Namespace) -> str:
     """runs/ARCH_NECK_DATA_ITERS, with -2, -3, ... if that is taken; after a restart by torchrun the
     last one taken."""
     data = os.path.basename(os.path.normpath(args.data))

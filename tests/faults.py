@@ -23,26 +23,8 @@ from conftest import ROOT, draw_set
 import train
 
 OPTIONS = (
-    "--data",
-    "set",
-    "--arch",
-    "toy_p8",
-    "--pretrained",
-    "none",
-    "--lr",
-    1e-3,
-    "--warmup",
-    5,
-    "--iters",
-    110,
-    "--interval",
-    30,
-    "--batch-size",
-    4,
-    "--crop-size",
-    32,
-    "--short-side",
-    32,
+    *("--data", "set", "--arch", "toy_p8", "--pretrained", "none", "--lr", 1e-3, "--warmup", 5),
+    *("--iters", 110, "--interval", 30, "--batch-size", 4, "--crop-size", 32, "--short-side", 32),
 )
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 
@@ -236,33 +218,46 @@ def test_a_loss_that_stays_not_finite_ends_the_run_with_code_3(folder):
 
 
 def test_one_bad_batch_changes_nothing_and_training_goes_on(folder, monkeypatch):
+    """Iterations of the loop: good, bad, good, one with gradients too large for float16, good."""
     monkeypatch.chdir(folder)
-    run = train.Run(*train.parse([*map(str, OPTIONS), "--work-dir", "one", "--workers", "0"]))
-    run.open()
-    batch = next(iter(run.loader))
-    assert run.step(0, batch) == (False, True)
-    before = {k: v.clone() for k, v in run.model.state_dict().items()}
-    window, good = list(run.window), train.normalise
-    monkeypatch.setattr(train, "normalise", lambda x, size: good(x, size) * float("nan"))
-    assert run.step(1, batch) == (False, False) and run.window == window
-    assert all(torch.equal(v, before[k]) for k, v in run.model.state_dict().items())
-    monkeypatch.setattr(train, "normalise", good)
-    assert run.step(2, batch) == (False, True)
-    assert not torch.equal(run.model.backbone.pos_embed, before["backbone.pos_embed"])
+    found, hooks = [], []  # found[i]: what iteration i finds
+    normalise, next_batch, scaler = train.normalise, train.next_batch, torch.amp.GradScaler
+    bad = lambda x, size: normalise(x, size) * float("nan")  # noqa: E731
+
+    def watch(run):
+        """The loop calls it at the start of each iteration."""
+        i, weights = len(found), {k: v.clone() for k, v in run.model.state_dict().items()}
+        found.append((weights, list(run.window), run.scaler.get_scale()))
+        monkeypatch.setattr(train, "normalise", bad if i == 1 else normalise)
+        if i == 3:
+            overflow = lambda grad: grad * float("inf")  # noqa: E731
+            hooks.append(run.model.backbone.pos_embed.register_hook(overflow))
+        if i == 4:
+            hooks[0].remove()
+        return next_batch(run)
+
+    monkeypatch.setattr(train, "next_batch", watch)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 1024.0))
+    options = (*OPTIONS, "--work-dir", "one", "--workers", 0, "--iters", 6, "--interval", 6)
+    try:
+        train.train(*train.parse([*map(str, options)]))
+    finally:
+        for number in train.SIGNALS:
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default)
+
+    weights, windows, scales = zip(*found)
+    same = lambda i, k: torch.equal(weights[i][k], weights[i + 1][k])  # noqa: E731
+    token, statistic = "backbone.cls_token", "decode_head.bottleneck.bn.running_mean"
+    assert not same(0, token) and not same(0, statistic)
+    assert all(same(1, k) for k in weights[1]) and windows[2] == windows[1]
+    assert not same(2, token) and not same(2, statistic)
     # float16's scale is too large now and then: that is the scaler's to mend, and no bad batch.
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    overflow = run.model.backbone.pos_embed.register_hook(lambda grad: grad * float("inf"))
-    before = run.model.backbone.cls_token.detach().clone()
-    assert run.step(3, batch) == (False, True)
-    assert torch.equal(run.model.backbone.cls_token, before) and run.scaler.get_scale() == 512
-    overflow.remove()
-    assert run.step(4, batch) == (False, True) and not torch.equal(
-        run.model.backbone.cls_token, before
-    )
-    for number in train.SIGNALS:
-        signal.signal(
-            number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler
-        )
+    assert same(3, token) and not same(3, statistic) and windows[4][3] == windows[3][3] + 1
+    assert scales == (1024,) * 4 + (512,) * 2
+    assert not same(4, token)
+    log = [e for e in map(json.loads, open("one/log.jsonl")) if "skipped" in e]
+    assert [e["iteration"] for e in log] == [2] and log[0]["skipped"].count(".jpg") == 4
 
 
 # ---- several processes ----

@@ -3,6 +3,7 @@ and whole small runs."""
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -120,20 +121,21 @@ def test_bfloat16_changes_a_step_and_the_labels_by_its_rounding_alone():
     torch.manual_seed(0)
     net, device = build_model("toy_p8", "ln_mln", 6), torch.device("cpu")
     net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
-    batch = (
-        torch.from_numpy(formulas.picture(64, 96)[None].transpose(0, 3, 1, 2).repeat(4, 0)),
-        torch.randint(0, 6, (4, 64, 96), dtype=torch.uint8),
-        torch.tensor([[64, 96]] * 4),
-    )
+    images = torch.from_numpy(formulas.picture(64, 96)[None].transpose(0, 3, 1, 2).repeat(4, 0))
+    truth = torch.randint(0, 6, (4, 64, 96))
     found = {}
+
     for dtype in (torch.float32, torch.bfloat16):
         evaluate.prepare(net, device, dtype, False).zero_grad()
-        loss = train.gradients(
-            net, batch, 4, torch.amp.GradScaler("cpu", enabled=False), device, dtype
-        )
+        layout = evaluate.memory_format(device, dtype)
+        with evaluate.autocast(device, dtype):
+            loss, _ = net(train.normalise(images).contiguous(memory_format=layout), truth)
+        loss.backward()
         assert loss.dtype == torch.float32
         labels = evaluate.predict(net.eval(), formulas.picture(200, 300), (1, 1.5), True, 96, dtype)
-        found[dtype] = loss, torch.cat([p.grad.flatten() for p in net.train().parameters()]), labels
+        grad = torch.cat([p.grad.flatten() for p in net.train().parameters()])
+        found[dtype] = loss, grad, labels
+
     (loss, grad, labels), (loss16, grad16, labels16) = found.values()
     assert not torch.equal(grad, grad16) and torch.cosine_similarity(grad, grad16, dim=0) > 0.98
     torch.testing.assert_close(loss16, loss, rtol=1e-2, atol=0)
@@ -163,26 +165,11 @@ def run(folder, *arguments, launch=()):
 
 
 TINY = (
-    "--data",
-    "set",
-    "--arch",
-    "toy_p8",
-    "--pretrained",
-    "none",
-    "--lr",
-    1e-3,
-    "--iters",
-    6,
-    "--interval",
-    3,
-    "--batch-size",
-    4,
-    "--crop-size",
-    32,
-    "--short-side",
-    32,
+    *("--data", "set", "--arch", "toy_p8", "--pretrained", "none", "--lr", 1e-3),
+    *("--iters", 6, "--interval", 3, "--batch-size", 4, "--crop-size", 32, "--short-side", 32),
 )
 TWO_STEPS = ("--iters", 2, "--interval", 2)
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 def read_log(folder):
@@ -255,10 +242,41 @@ def test_resumed_run_ends_with_the_same_weights_and_log(straight, folder, worker
     assert pick(read_log(work)) == pick(read_log(straight[0]))
 
 
+def test_a_checkpoint_as_it_was_written_before_goes_on_to_the_last_bit(straight, folder):
+    """Arguments that no longer are one, None where there is False today, no classes."""
+    content = torch.load(straight[0] / "checkpoint_3.pt", weights_only=True)
+    today = content.pop("args")
+    assert content.keys() == {
+        *("model", "optimizer", "scaler", "iteration", "window", "best", "seed", "classes")
+    }
+    content["args"] = {
+        **dict(arch="toy_p8", neck="none", iters=6, optimizer="adamw", lr=0.001, warmup=1500),
+        **dict(batch_size=4, crop_size=32, short_side=32, pretrained="none", seed=0, data="set"),
+        **dict(work_dir="elsewhere", interval=3, resume=True, keep=2, timeout=1800),
+        **dict(micro_batch=None, dry_run=False, dtype="auto", workers=2, compile=None),
+        **dict(deterministic=None, checkpoint="elsewhere/checkpoint_1.pt", benchmark=False),
+    }
+    assert set(today) <= set(content["args"])
+    work = folder / "runs" / "before"
+    os.makedirs(work)
+    torch.save(content, work / "checkpoint_3.pt")
+
+    done = run(folder, "--resume", "--work-dir", work)
+    assert done.returncode == 0 and "until here" not in done.stderr, done.stderr
+    want, got = weights(straight[0] / "checkpoint_6.pt"), weights(work / "checkpoint_6.pt")
+    assert all(torch.equal(got[k], v) for k, v in want.items())
+    assert not (folder / "elsewhere").exists()
+
+
 def test_architecture_of_the_checkpoint_wins_on_resume(straight, folder, capsys):
     args, content = train.parse(["--resume", "--work-dir", str(straight[0]), "--arch", "deit_t16"])
     assert "--arch deit_t16 is ignored" in capsys.readouterr().err
     assert args.arch == "toy_p8" and content["iteration"] == 6
+
+
+def test_resume_writes_where_the_checkpoint_lies(straight, folder):
+    args, _ = train.parse(["--resume", "--work-dir", str(straight[0].parent)])
+    assert os.path.dirname(args.work_dir) == str(straight[0].parent)
 
 
 def test_a_finished_run_has_nothing_left_to_train(straight, folder):
@@ -266,29 +284,38 @@ def test_a_finished_run_has_nothing_left_to_train(straight, folder):
     assert done.returncode == 2 and "nothing is left to train" in done.stderr
 
 
-def test_pretrained_file_is_used(folder):
+@pytest.mark.parametrize("launch", [(), TWO])
+def test_pretrained_file_is_used(launch, folder):
+    """In several processes one reads it, and has the others have it."""
     torch.manual_seed(5)
     net = build_model("toy_p8")
     backbone = {k: v for k, v in net.state_dict().items() if k.startswith("backbone.")}
     path = write_mmseg(backbone, folder / "backbone.pth")
-    done = run(
-        folder,
-        *TINY,
-        "--iters",
-        1,
-        "--lr",
-        0,
-        "--warmup",
-        0,
-        "--pretrained",
-        path,
-        "--work-dir",
-        "runs/pretrained",
-    )
+    work = f"runs/pretrained{len(launch)}"
+    one = ("--iters", 1, "--lr", 0, "--warmup", 0, "--pretrained", path, "--work-dir", work)
+    done = run(folder, *TINY, *one, launch=launch)
     assert done.returncode == 0, done.stderr
-    assert "mmsegmentation" in done.stdout
-    after = weights(folder / "runs/pretrained/checkpoint_1.pt")["backbone.pos_embed"]
+    assert done.stdout.count("mmsegmentation") == 1
+    after = weights(folder / work / "checkpoint_1.pt")["backbone.pos_embed"]
     np.testing.assert_array_equal(after, formulas.weight("backbone.pos_embed", tuple(after.shape)))
+
+
+def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
+    """Without torchrun, which would kill the others: none may wait for the one that has ended."""
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20000, 40000))}
+    both = [
+        subprocess.Popen(
+            command(*TINY, "--pretrained", "absent.pth"),
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | port | {"RANK": str(rank), "WORLD_SIZE": "2"},
+        )
+        for rank in (1, 0)
+    ]
+    for process in both:
+        assert "error: absent.pth: no such file" in process.communicate(timeout=60)[1]
+        assert process.returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -321,9 +348,6 @@ def test_wrong_inputs_end_with_one_sentence(folder, main, arguments, message, mo
     with pytest.raises(SystemExit) as end:
         main(train, *arguments)
     assert end.value.code == 2 and message in capsys.readouterr().err
-
-
-TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 
 
 @pytest.mark.parametrize("launch", [(), TWO])
@@ -444,22 +468,24 @@ def test_damaged_training_data_is_named(folder):
 
 def test_toy_has_defaults_of_its_own_and_what_is_given_wins():
     args, _ = train.parse(["--data", "toy", "--iters", "9"])
-    assert (args.arch, args.pretrained, args.iters, args.crop_size) == (
-        "toy_p8",
-        "none",
-        9,
-        train.TOY["crop_size"],
-    )
+    found = args.arch, args.pretrained, args.iters, args.crop_size
+    assert found == ("toy_p8", "none", 9, train.TOY["crop_size"])
 
 
-def test_plain_defaults_are_the_published_recipe(golden):
+@pytest.mark.parametrize("given", [(), ("--data", "toy"), ("--optimizer", "sgd")])
+def test_help_shows_the_defaults_that_hold(given, capsys):
+    args, _ = train.parse([*given])
+    with pytest.raises(SystemExit):
+        train.parse([*given, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for key in ("arch", "iters", "lr", "warmup", "batch_size", "crop_size", "pretrained", "seed"):
+        start = text.index(f" --{key.replace('_', '-')} ", text.index("recipe:"))
+        assert f"({getattr(args, key)})" in text[start : text.index(")", start) + 1], key
+
+
+def test_plain_defaults_are_the_published_recipe():
     args, _ = train.parse([])
-    assert (args.arch, args.iters, args.interval, args.batch_size, args.crop_size) == (
-        "deit_s16",
-        160000,
-        16000,
-        16,
-        512,
-    )
+    found = args.arch, args.iters, args.interval, args.batch_size, args.crop_size, args.short_side
+    assert found == ("deit_s16", 160000, 16000, 16, 512, 512)
     assert (args.lr, args.warmup, args.optimizer, args.pretrained) == (6e-5, 1500, "adamw", "auto")
     assert args.data == "data/ade/ADEChallengeData2016"
