@@ -157,7 +157,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
     for i in range(run.start, args.iters):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(i, args.iters, **run.schedule)
-        torch.manual_seed((args.seed << 40) + (i << 10) + run.rank)  # of dropout and drop path
+        torch.manual_seed(dropout_seed(args.seed, i, run.rank))
         batch = next_batch(run)  # this process's share: images, labels, sizes
 
         # Forward and backward, `micro` pictures at a time: their gradients add up, and travel
@@ -190,6 +190,12 @@ def train(args: Namespace, checkpoint: dict) -> None:
             save(run, n)
             validate(run, n)
     finish(run)
+
+
+def dropout_seed(seed: int, i: int, rank: int) -> int:
+    """Of dropout and drop path in iteration i, 64 bits: another one for each process, which holds
+    other pictures. What does not fit into the upper 24 is spread over all of them."""
+    return ((seed << 40) + (i << 10) + rank + (seed >> 24) * 0x9E3779B97F4A7C15) % 2**64
 
 
 def next_batch(run: "Run") -> list[Tensor]:
@@ -627,11 +633,25 @@ TOY = dict(
 NO_EFFECT = ("work_dir", "resume", "workers", "keep", "timeout", "dry_run")
 
 
-def positive(text: str) -> int:
-    """argparse type: an integer above 0."""
-    if not text.isdigit() or int(text) == 0:
-        raise ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+def number(kind: type, words: str, low: float, high: float = 2**63) -> Callable[[str], float]:
+    """-> an argparse type: an int or float, at least low and below high, or what `words` say it has
+    to be. (nan is in no interval.)"""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < high:
+            raise ArgumentTypeError(f"{text!r} is not {words}")
+        return value
+
+    return read
+
+
+POSITIVE = number(int, "a whole number above 0", 1)
+COUNT = number(int, "a whole number of 0 or more", 0)
+REAL = number(float, "a number of 0 or more", 0, math.inf)
 
 
 def options(**more) -> ArgumentParser:
@@ -648,7 +668,7 @@ def options(**more) -> ArgumentParser:
     add = parser.add_argument_group("speed").add_argument
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="auto: bfloat16 where the hardware has it, else float32 (%(default)s)")
-    add("--workers", type=int, default=2,
+    add("--workers", type=COUNT, default=2,
         help="processes that read and augment, for each training process (%(default)s)")
     add("--compile", action="store_true",
         help="torch.compile the model: minutes at the start, then faster")
@@ -662,21 +682,21 @@ def recipe_options(add: Callable) -> None:
     add("--arch", choices=ARCHS, default="deit_s16", help="(%(default)s)")
     add("--neck", choices=NECKS, default="none",
         help="ln: LayerNorm after the last layer, mln: multi-level neck (%(default)s)")
-    add("--iters", type=positive, default=160000,
+    add("--iters", type=POSITIVE, default=160000,
         help="80000 or 160000 are published (%(default)s)")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(%(default)s)")
-    add("--lr", type=float, help="base learning rate (%(default)s)")
-    add("--warmup", type=int, metavar="ITERS", help="linear warmup (%(default)s)")
-    add("--batch-size", type=positive, default=16,
+    add("--lr", type=REAL, help="base learning rate (%(default)s)")
+    add("--warmup", type=COUNT, metavar="ITERS", help="linear warmup (%(default)s)")
+    add("--batch-size", type=POSITIVE, default=16,
         help="pictures a step over all processes (%(default)s)")
-    add("--crop-size", type=positive, default=512, metavar="PIXELS",
+    add("--crop-size", type=POSITIVE, default=512, metavar="PIXELS",
         help="side of the training crops (%(default)s)")
-    add("--short-side", type=positive, default=512, metavar="PIXELS",
+    add("--short-side", type=POSITIVE, default=512, metavar="PIXELS",
         help="of pictures at scale 1 (%(default)s)")
     add("--pretrained", default="auto", metavar="auto|none|FILE|URL",
         help="auto: the backbone the recipe starts from, fetched once; none: from scratch; or any "
         "file convert_weights.py reads (%(default)s)")
-    add("--seed", type=int, default=0,
+    add("--seed", type=COUNT, default=0,
         help="of data order, augmentation, initialisation and dropout (%(default)s)")
 
 
@@ -686,15 +706,15 @@ def run_options(add: Callable) -> None:
         help="data set in ADE20K's layout, or toy (%(default)s)")
     add("--work-dir", metavar="DIR",
         help="checkpoints, log and pictures (a new folder under runs/)")
-    add("--interval", type=positive, metavar="ITERS",
+    add("--interval", type=POSITIVE, metavar="ITERS",
         help="validate and save every so often (a tenth of --iters; with --data toy 200)")
     add("--resume", action="store_true",
         help="go on from the newest checkpoint in --work-dir, or under runs/")
-    add("--keep", type=positive, default=2,
+    add("--keep", type=POSITIVE, default=2,
         help="checkpoints to keep: the newest ones, beside the best (%(default)s)")
-    add("--timeout", type=positive, default=1800, metavar="SECONDS",
+    add("--timeout", type=POSITIVE, default=1800, metavar="SECONDS",
         help="how long processes wait for one that hangs (%(default)s)")
-    add("--micro-batch", type=positive,
+    add("--micro-batch", type=POSITIVE,
         help="pictures at once on each process, the rest of its share is accumulated (all)")
     add("--dry-run", action="store_true",
         help="build everything, print the plan and stop; data and weights may be missing")

@@ -142,6 +142,17 @@ def test_bfloat16_changes_a_step_and_the_labels_by_its_rounding_alone():
     assert (labels == labels16).mean() > 0.95
 
 
+def test_dropout_seeds_are_those_of_old_and_differ_for_any_seed():
+    """Torch takes what fits 64 bits; below 2^24 no run may change."""
+    for seed in (0, 7, 2**24 - 1):
+        assert train.dropout_seed(seed, 159999, 3) == (seed << 40) + (159999 << 10) + 3
+    seeds = (0, 1, 2**24, 2**25, 20240101, 2**48, 2**48 + 1, 2**62, 2**63 - 1)
+    drawn = [train.dropout_seed(s, i, r) for s in seeds for i in (0, 1, 159999) for r in (0, 1)]
+    assert len(set(drawn)) == len(drawn)
+    for value in drawn:
+        torch.manual_seed(value)
+
+
 # ---- whole runs ----
 
 
@@ -329,6 +340,13 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
         (("--data", "set", "--pretrained", "absent.pth"), "absent.pth: no such file"),
         (("--data", "set", "--arch", "resnet50"), "invalid choice"),
         (("--data", "set", "--crop-size", "0"), "'0' is not a whole number above 0"),
+        (("--data", "set", "--lr", "-1"), "--lr: '-1' is not a number of 0 or more"),
+        (("--data", "set", "--lr", "nan"), "'nan' is not a number of 0 or more"),
+        (("--data", "set", "--lr", "inf"), "'inf' is not a number of 0 or more"),
+        (("--data", "set", "--workers", "-1"), "'-1' is not a whole number of 0 or more"),
+        (("--data", "set", "--short-side", "-5"), "'-5' is not a whole number above 0"),
+        (("--data", "set", "--seed", "-1"), "'-1' is not a whole number of 0 or more"),
+        (("--data", "set", "--seed", 2**63), "is not a whole number of 0 or more"),
         (("--data", "set", "--batch-size", "1"), "single value to normalise"),
         (("--dry-run", "--data", "set", "--batch-size", 5, "--micro-batch", 2), "does not divide"),
         (("--resume", "--work-dir", "nothing"), "nothing: no checkpoint_"),
