@@ -229,6 +229,14 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Make room for a table of positions of (h, w) patches: a model that was trained at another
+        size keeps its own. The positions are to be loaded afterwards."""
+        if grid != self.grid:
+            self.grid = grid
+            shape = (1, 1 + grid[0] * grid[1], self.pos_embed.shape[2])
+            self.pos_embed = nn.Parameter(self.pos_embed.new_empty(shape))
+
     def forward(self, images: Tensor) -> list[Tensor]:
         # Tokens lie in memory as channels_last maps do; the convolutions after them get the order
         # that the images came in.
