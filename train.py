@@ -219,8 +219,10 @@ class Run:
         self.rank, self.world, self.device = setup_processes(args.timeout)
         choose_kernels(args.deterministic)
         self.dtype = choose_dtype(args.dtype, self.device)
-        sync_bn = self.world > 1 and self.device.type == "cuda"
-        self.micro, self.steps = split_batch(args.batch_size, self.world, args.micro_batch, sync_bn)
+        self.sync_bn = self.world > 1 and self.device.type == "cuda"
+        self.micro, self.steps = split_batch(
+            args.batch_size, self.world, args.micro_batch, self.sync_bn
+        )
 
         # Data.
         self.training, self.validation, self.classes = find_data(args, checkpoint)
@@ -229,7 +231,7 @@ class Run:
         )
 
         # Model. DistributedDataParallel gives all processes the weights of rank 0.
-        self.model = self.parallel = start_model(self, pretrained=not checkpoint)
+        self.model = self.parallel = start_model(self, checkpoint)
         if self.world > 1 and not args.dry_run:
             self.parallel = DistributedDataParallel(self.model)
 
@@ -242,7 +244,6 @@ class Run:
 
         # Resume. (The state of a disabled scaler is empty, and loading that an error.)
         if checkpoint:
-            self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scaler.load_state_dict(checkpoint["scaler"] or self.scaler.state_dict())
         self.saved = checkpoint.get("path")  # the last checkpoint, None if it could not be written
@@ -327,8 +328,8 @@ def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
     return training, validation, classes
 
 
-def start_model(run: Run, pretrained: bool) -> Segmenter:
-    """The model, with pretrained weights if asked for, on the device.
+def start_model(run: Run, checkpoint: dict) -> Segmenter:
+    """The model on the device, with the checkpoint's weights, pretrained ones, or random ones.
 
     SyncBN: BatchNorm's mean and variance are taken over the batch of all processes, 16 pictures as
     published. Over the two pictures of one GPU in eight they would be noise. (For GPUs alone.)"""
@@ -340,32 +341,43 @@ def start_model(run: Run, pretrained: bool) -> Segmenter:
         return model.to_empty(device=run.device)
 
     source = PRETRAINED.get(args.arch) if args.pretrained == "auto" else args.pretrained
-    if pretrained and source is None:
+    if checkpoint:
+        side = math.isqrt(checkpoint["model"]["backbone.pos_embed"].shape[1] - 1)
+        model.backbone.set_grid((side, side))
+        model.load_state_dict(checkpoint["model"])
+    elif source is None:
         raise UsageError(
             f"there is no pretrained file for {args.arch}: --pretrained none starts from scratch"
         )
-    if pretrained and source != "none":
+    elif source != "none":
         load_pretrained(model, source, run.rank, run.world)
-    if run.world > 1 and run.device.type == "cuda":
+
+    if run.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return prepare(model, run.device, run.dtype, args.compile)
 
 
 def load_pretrained(model: Segmenter, source: str, rank: int, world: int) -> None:
-    """Fetch and load weights, on rank 0; the others wait, and get them with the first broadcast of
-    DistributedDataParallel. What is wrong with the file ends all processes."""
-    problem = [""]
+    """Fetch and load weights, on rank 0. The others wait, make room for a table of positions of the
+    same size, and get all with the first broadcast of DistributedDataParallel. What is wrong with
+    the file ends all processes."""
+    problem, grid = "", None
     if rank == 0:
         try:
             state_dict, facts = load_weights(source)
             load_into(model, state_dict, facts, new_classes=True)
             print(f"{source}: {describe(facts)}", flush=True)
         except (WeightsError, OSError) as error:
-            problem = [str(error)]
+            problem = str(error)
+        grid = model.backbone.grid
+
+    answer = [problem, grid]
     if world > 1:
-        dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise UsageError(problem[0])
+        dist.broadcast_object_list(answer, src=0)
+    problem, grid = answer
+    if problem:
+        raise UsageError(problem)
+    model.backbone.set_grid(grid)
 
 
 # ---- log and validation --------------------------------------------------------------------------
