@@ -243,9 +243,11 @@ def header_fault(pair: tuple[str, str]) -> str | None:
         return f"{pair[0]}: the picture is {sizes[0][0]}x{sizes[0][1]}, its label file {pair[1]} {sizes[1][0]}x{sizes[1][1]}"
 
 
-def find_pairs(root: str, split: str) -> list[tuple[str, str]]:
+def find_pairs(root: str, split: str, optional: bool = False) -> list[tuple[str, str]]:
     """scan, and a look at every file's header; DataError with the first faults if there are any, or
     no pictures."""
+    if optional and not os.path.isdir(os.path.join(root, "images", split)):
+        return []
     pairs, faults = scan(root, split)
     with ThreadPoolExecutor(16) as threads:  # threads: waiting for a (network) disk, not computing
         faults += [fault for fault in threads.map(header_fault, pairs) if fault]
