@@ -318,7 +318,8 @@ def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
     root = data_root(args.data)
     training = validation = []
     if os.path.isdir(root) or not args.dry_run:
-        training, validation = find_pairs(root, "training"), find_pairs(root, "validation")
+        training = find_pairs(root, "training")
+        validation = find_pairs(root, "validation", optional=True)
     classes = read_classes(root)
     if checkpoint and Classes(*checkpoint.get("classes", classes)) != classes:
         raise UsageError(
@@ -414,9 +415,11 @@ def log(run: Run, n: int, losses: list[float], finite: bool) -> None:
 
 
 def validate(run: Run, n: int) -> None:
-    """Scores on the validation pictures; rank 0 logs them, and draws four of its own pictures and
-    the curves. Ends early when a signal comes."""
+    """Scores on the validation pictures, if there are any; rank 0 logs them, and draws four of its
+    own pictures and the curves. Ends early when a signal comes."""
     before, args, count = monotonic(), run.args, len(run.validation)
+    if not count:
+        return
     # Without SyncBN each process has statistics of its own: all take those that are saved.
     if run.world > 1:
         for b in run.model.buffers():
@@ -437,8 +440,13 @@ def validate(run: Run, n: int) -> None:
         result = scores(matrix)
         means = {k: result[k] for k in ("mIoU", "mAcc", "aAcc")}
         words = [f"{k} none" if v is None else f"{k} {v:.2f}" for k, v in means.items()]
-        words = f"{n}/{args.iters}  validation: {'  '.join(words)}  ({count} pictures)"
-        run.say(words, iteration=n, **means)
+        there = sum(iou is not None for iou in result["IoU"])
+        run.say(
+            f"{n}/{args.iters}  validation: {'  '.join(words)}  "
+            f"({count} pictures, {there} of {len(matrix)} classes)",
+            iteration=n,
+            **means,
+        )
         write_or_warn(run.path(f"sheet_{n}.png"), lambda path: sheet(rows, run.classes).save(path))
         write_or_warn(run.path("curves.png"), lambda path: curves(run.entries).save(path))
     run.clock += monotonic() - before  # does not count as training
@@ -534,17 +542,32 @@ def begin(run: Run) -> None:
                 run.entries = [e for e in entries if e["iteration"] <= start]
     first_entry = {} if start else dict(iteration=0, args=vars(run.args))
     run.say(run.plan(), **first_entry)
+    for words in doubts(run):
+        run.say(f"warning: {words}")
 
     there = any(e["iteration"] == start and "mIoU" in e for e in run.entries)
-    missing = run.rank == 0 and start > 0 and run.due(start) and not there
-    (missing,) = sum_over_processes(run.world, missing)
+    missing = run.rank == 0 and run.validation and start > 0 and run.due(start) and not there
+    (missing,) = sum_over_processes(run.world, bool(missing))
     if missing:
         validate(run, start)
     elif start >= run.args.iters:
-        raise UsageError(
-            f"{run.saved}: has all of its {start} iterations, nothing is left to train"
-        )
+        words = f"{run.saved}: has all of its {start} iterations, nothing is left to train"
+        raise Stopped(words, 0)  # where a cluster repeats the command, this is its end
     run.batches = iter(run.loader)
+
+
+def doubts(run: Run) -> list[str]:
+    """What would make a run worth less than its time, each in a sentence, before it costs any."""
+    args, found = run.args, []
+    peak = max(learning_rate(i, args.iters, **run.schedule) for i in range(args.iters))
+    if peak < args.lr / 2:
+        found.append(
+            f"with --warmup {args.warmup} of {args.iters} iterations the learning rate rises to "
+            f"{peak:.1e} alone, not to {args.lr:g}: a shorter --warmup would change that"
+        )
+    if not run.validation:
+        found.append(f"{args.data}: has no images/validation, this run trains without validating")
+    return found
 
 
 def finish(run: Run) -> None:
@@ -552,22 +575,23 @@ def finish(run: Run) -> None:
     if run.saved is None:
         words = "error: the last checkpoint could not be saved, make room and go on with --resume"
         raise Stopped(words, 1)
-    picture = run.path(f"sheet_{run.args.iters}.png")
-    run.say(f"{run.saved}: evaluate it with `python evaluate.py`\n{picture}")
+    run.say(f"{run.saved}: evaluate it with `python evaluate.py`")
+    if run.validation:
+        run.say(run.path(f"sheet_{run.args.iters}.png"))
     if run.world > 1:
         dist.barrier()  # nobody leaves while another may still be talking to it
         dist.destroy_process_group()
 
 
 def write_or_warn(path: str, write: Callable) -> bool:
-    """write(path); where that fails (a full disk, say), days of training must not: it is said, and
-    tried again when the next one is due. (torch reports some failed writes as RuntimeError.)"""
+    """write(path); where that fails (a full disk, a picture that cannot be drawn), days of training
+    must not: it is said, and tried again when the next one is due."""
     try:
         write(path)
         return True
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        words = f"warning: {path} is not written ({reason}); training goes on, make room"
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        words = f"warning: {path} is not written ({reason}); training goes on, and tries again"
         print(words, file=sys.stderr)
         return False
 
@@ -721,7 +745,8 @@ def run_options(add: Callable) -> None:
     add("--interval", type=POSITIVE, metavar="ITERS",
         help="validate and save every so often (a tenth of --iters; with --data toy 200)")
     add("--resume", action="store_true",
-        help="go on from the newest checkpoint in --work-dir, or under runs/")
+        help="go on from the newest checkpoint in --work-dir, or start there; without --work-dir "
+        "from the newest under runs/")
     add("--keep", type=POSITIVE, default=2,
         help="checkpoints to keep: the newest ones, beside the best (%(default)s)")
     add("--timeout", type=POSITIVE, default=1800, metavar="SECONDS",
@@ -742,7 +767,10 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
     parser.set_defaults(**{k: OPTIMIZERS[given.optimizer][k] for k in ("lr", "warmup")})
     if given.data == "toy":
         parser.set_defaults(**TOY)
-    if given.resume:
+    anywhere = os.path.join(escape(given.work_dir or "runs"), "**", "checkpoint_*.pt")
+    if given.resume and given.work_dir and not glob(anywhere, recursive=True):
+        print(f"{given.work_dir}: holds no checkpoint yet, a run starts anew", file=sys.stderr)
+    elif given.resume:
         checkpoint = usable_checkpoint(given.work_dir or "runs")
         known = {k: v for k, v in checkpoint["args"].items() if k in given}
         parser.set_defaults(**known)

@@ -191,9 +191,27 @@ def test_a_disk_that_stays_full_ends_the_run_with_an_error(folder):
     assert not glob(str(folder / "stays" / "checkpoint*"))
 
 
+def test_a_picture_that_cannot_be_drawn_ends_no_training(folder):
+    code = "import train\ndef sheet(*_): return 1 / 0\ntrain.sheet = sheet\ntrain.main()"
+    options = (*OPTIONS, "--iters", 2, "--interval", 1, "--work-dir", "undrawn")
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, options)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": ROOT},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    out, err = finish(run)
+    for n in (1, 2):
+        assert f"undrawn/sheet_{n}.png is not written (division by zero); training goes on" in err
+    assert (folder / "undrawn" / "checkpoint_2.pt").exists()
+    assert (folder / "undrawn" / "curves.png").exists()
+
+
 def test_a_changed_argument_is_named_and_a_used_folder_refused(straight, folder):
     out, err = finish(
-        start(folder, "--resume", "--work-dir", straight, "--lr", 5, "--seed", 3, "--workers", 1), 2
+        start(folder, "--resume", "--work-dir", straight, "--lr", 5, "--seed", 3, "--workers", 1)
     )
     assert "--lr was 0.001 until here, from here on 5.0" in err and "--seed was 0 until here" in err
     assert "workers" not in err and "nothing is left to train" in err

@@ -1,9 +1,11 @@
 """train.py: schedules and optimizers against the real reference, batch arithmetic, logs, resume,
 and whole small runs."""
 
+import argparse
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -227,6 +229,7 @@ def test_run_leaves_checkpoints_log_and_picture(straight):
         done.stdout.strip().endswith("runs/straight/sheet_6.png")
         and "batch 4 = 1 processes x 4" in done.stdout
     )
+    assert re.search(r"validation: mIoU .*  \(5 pictures, \d+ of 150 classes\)", done.stdout)
     log = read_log(work)
     steps = [e for e in log if "loss" in e]
     assert steps and steps[-1]["iteration"] == 6
@@ -290,9 +293,54 @@ def test_resume_writes_where_the_checkpoint_lies(straight, folder):
     assert os.path.dirname(args.work_dir) == str(straight[0].parent)
 
 
-def test_a_finished_run_has_nothing_left_to_train(straight, folder):
-    done = run(folder, "--resume", "--work-dir", straight[0])
-    assert done.returncode == 2 and "nothing is left to train" in done.stderr
+def test_the_same_command_again_and_again_starts_goes_on_and_is_done(straight, folder, capsys):
+    """As a cluster repeats it. The second time it finds what the first one left half way."""
+    work = folder / "runs" / "again"
+    same = (*TINY, "--resume", "--work-dir", work)
+    for before, code, said in (((), 0, "holds no checkpoint yet"), ((), 0, "nothing is left")):
+        done = run(folder, *same)
+        assert done.returncode == code and said in done.stderr, done.stderr
+    os.remove(work / "checkpoint_6.pt")
+    done = run(folder, *same)
+    assert done.returncode == 0 and "iterations 3 to 6" in done.stdout and not done.stderr
+    want, got = weights(straight[0] / "checkpoint_6.pt"), weights(work / "checkpoint_6.pt")
+    assert all(torch.equal(got[k], v) for k, v in want.items())
+
+
+def test_resume_of_nothing_in_particular_needs_something(main, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(train, "--resume")
+    assert end.value.code == 2 and "runs: no checkpoint_" in capsys.readouterr().err
+
+
+def test_without_validation_pictures_a_run_trains_and_says_so(folder):
+    shutil.copytree(folder / "set", folder / "unvalidated")
+    for kind in ("images", "annotations"):
+        shutil.rmtree(folder / "unvalidated" / kind / "validation")
+    done = run(folder, *TINY, *TWO_STEPS, "--data", "unvalidated", "--work-dir", "runs/without")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "has no images/validation, this run trains without validating" in done.stdout
+    assert {"checkpoint_2.pt", "log.jsonl"} == set(os.listdir(folder / "runs/without"))
+    done = run(folder, "--resume", "--work-dir", "runs/without")
+    assert done.returncode == 0 and "nothing is left to train" in done.stderr
+
+
+def test_a_warmup_that_ends_before_the_full_rate_is_said(straight):
+    args, _ = train.parse(["--iters", "200"])
+    rates = [train.learning_rate(i, 200, **train.OPTIMIZERS["adamw"]) for i in range(200)]
+    assert max(rates) == pytest.approx(args.lr / 30, rel=0.01)
+    doubted = lambda argv: train.doubts(  # noqa: E731
+        argparse.Namespace(args=train.parse(argv)[0], validation=[1], schedule=schedule(argv))
+    )
+    schedule = lambda argv: train.OPTIMIZERS["adamw"] | {  # noqa: E731
+        k: vars(train.parse(argv)[0])[k] for k in ("lr", "warmup")
+    }
+    (said,) = doubted(["--iters", "200"])
+    assert f"--warmup 1500 of 200 iterations the learning rate rises to {max(rates):.1e} " in said
+    for fine in ([], ["--iters", "80000"], ["--data", "toy"], ["--iters", "200", "--warmup", "20"]):
+        assert not doubted(fine)
+    assert "warning: with --warmup 1500 of 6 iterations" in straight[1].stdout
 
 
 @pytest.mark.parametrize("launch", [(), TWO])
@@ -349,7 +397,6 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
         (("--data", "set", "--seed", 2**63), "is not a whole number of 0 or more"),
         (("--data", "set", "--batch-size", "1"), "single value to normalise"),
         (("--dry-run", "--data", "set", "--batch-size", 5, "--micro-batch", 2), "does not divide"),
-        (("--resume", "--work-dir", "nothing"), "nothing: no checkpoint_"),
         (
             (*TINY, "--work-dir", "set/images/training/s0.jpg/x"),
             "Not a directory: 'set/images/training/s0.jpg/x'",
