@@ -77,6 +77,7 @@ OPTIMIZERS = {
     "adamw": dict(lr=6e-5, power=1.0, floor=0.0, warmup=1500),
     "sgd": dict(lr=0.01, power=0.9, floor=1e-4, warmup=0),
 }
+WEIGHT_DECAY = {"adamw": 0.01, "sgd": 5e-4}
 PATIENCE = 5  # losses in a row that are not finite, until a run ends
 LOG_EVERY = 50  # iterations
 
@@ -96,21 +97,46 @@ def learning_rate(i: int, iters: int, lr: float, power: float, floor: float, war
     return rate
 
 
-def build_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) or SGD with the published betas,
-    momentum and decays. fused: one kernel for all weights, same arithmetic."""
-    if name == "sgd":
-        weights = model.parameters()
-        return torch.optim.SGD(weights, lr=lr, momentum=0.9, weight_decay=5e-4, fused=True)
+def build_optimizer(
+    model: Segmenter,
+    name: str,
+    lr: float,
+    weight_decay: float | None = None,
+    layer_decay: float = 1.0,
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) or SGD, published betas, momentum and,
+    if None is given, weight decay. fused: one kernel for all weights, same arithmetic.
 
-    # Neither the class token nor the positions multiply anything: pulling them to 0 regularises
-    # nothing.
-    tokens, others = [], []
-    for name, weight in model.named_parameters():
-        group = tokens if name.endswith(("cls_token", "pos_embed")) else others
-        group.append(weight)
-    groups = [{"params": others, "weight_decay": 0.01}, {"params": tokens, "weight_decay": 0.0}]
+    Each group's "scale" multiplies its learning rate: layer_decay ** (depth + 1 - k) for layer k,
+    where the embeddings are 0, the blocks 1 to depth, and neck and heads, new as they are,
+    depth + 1 (BEiT, Bao et al. 2022, arXiv:2106.08254; MAE, He et al. 2022, arXiv:2111.06377, both
+    in the appendix): early layers of a pretrained backbone are general, and need little change."""
+    if weight_decay is None:
+        weight_decay = WEIGHT_DECAY[name]
+    depth, members = len(model.backbone.blocks), {}
+    for key, weight in model.named_parameters():
+        # Neither the class token nor the positions multiply anything: pulling them to 0 regularises
+        # nothing. (The published SGD pulls them all the same.)
+        exempt = name == "adamw" and key.endswith(("cls_token", "pos_embed"))
+        scale = layer_decay ** (depth + 1 - layer_of(key, depth))
+        if weight.requires_grad:
+            members.setdefault((exempt, scale), []).append(weight)
+
+    groups = [
+        dict(params=members[exempt, scale], weight_decay=0.0 if exempt else weight_decay, scale=scale)
+        for exempt, scale in sorted(members)
+    ]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+
+
+def layer_of(key: str, depth: int) -> int:
+    """Of a parameter of this name: 0 embeddings, 1 to depth the blocks, depth + 1 what follows."""
+    block = re.match(r"backbone\.blocks\.(\d+)\.", key)
+    if block:
+        return 1 + int(block[1])
+    return 0 if key.startswith("backbone.") and not key.startswith("backbone.norm.") else depth + 1
 
 
 def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tuple[int, int]:
@@ -156,7 +182,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
 
     for i in range(run.start, args.iters):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(i, args.iters, **run.schedule)
+            group["lr"] = group["scale"] * learning_rate(i, args.iters, **run.schedule)
         torch.manual_seed(dropout_seed(args.seed, i, run.rank))
         batch = next_batch(run)  # this process's share: images, labels, sizes
 
@@ -239,12 +265,14 @@ class Run:
         # a power of two that keeps them in range, and divides it out before the step. bfloat16 has
         # float32's range and needs none.
         self.schedule = OPTIMIZERS[args.optimizer] | dict(lr=args.lr, warmup=args.warmup)
-        self.optimizer = build_optimizer(self.model, args.optimizer, args.lr)
+        self.optimizer = build_optimizer(
+            self.model, args.optimizer, args.lr, args.weight_decay, args.layer_decay
+        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
         # Resume. (The state of a disabled scaler is empty, and loading that an error.)
         if checkpoint:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            load_optimizer(self.optimizer, checkpoint["optimizer"])
             self.scaler.load_state_dict(checkpoint["scaler"] or self.scaler.state_dict())
         self.saved = checkpoint.get("path")  # the last checkpoint, None if it could not be written
         self.best = checkpoint.get("best", {})  # the validation with the highest mIoU
@@ -353,6 +381,7 @@ def start_model(run: Run, checkpoint: dict) -> Segmenter:
     elif source != "none":
         load_pretrained(model, source, run.rank, run.world)
 
+    adapt(model, args.drop_path, args.freeze)
     if run.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return prepare(model, run.device, run.dtype, args.compile)
@@ -381,6 +410,28 @@ def load_pretrained(model: Segmenter, source: str, rank: int, world: int) -> Non
     model.backbone.set_grid(grid)
 
 
+def adapt(model: Segmenter, drop_path: float | None, freeze: bool) -> None:
+    """--drop-path: the rate of the last layer, linear from 0 as in the recipes. --freeze: no
+    gradient for the backbone, so autograd keeps none of its activations; and no drop path in it,
+    unless asked for, which would be noise that nothing can learn from."""
+    blocks = model.backbone.blocks
+    if freeze:
+        model.backbone.requires_grad_(False)
+        drop_path = drop_path or 0.0
+    if drop_path is not None:
+        for i, block in enumerate(blocks):
+            block.drop_path.rate = drop_path * i / (len(blocks) - 1)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """The state of every weight as it was saved, the groups' settings as the command line has
+    them."""
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, known in zip(optimizer.param_groups, settings):
+        group.update(known)
+
+
 # ---- log and validation --------------------------------------------------------------------------
 
 
@@ -400,7 +451,7 @@ def log(run: Run, n: int, losses: list[float], finite: bool) -> None:
         loss=run.window[0] / count,
         decode=run.window[1] / count,
         aux=run.window[2] / count,
-        lr=run.optimizer.param_groups[0]["lr"],
+        lr=max(group["lr"] for group in run.optimizer.param_groups),
         seconds=seconds,
         data_seconds=run.waited / iterations,
         images_per_second=args.batch_size / seconds,
@@ -688,6 +739,7 @@ def number(kind: type, words: str, low: float, high: float = 2**63) -> Callable[
 POSITIVE = number(int, "a whole number above 0", 1)
 COUNT = number(int, "a whole number of 0 or more", 0)
 REAL = number(float, "a number of 0 or more", 0, math.inf)
+FRACTION = number(float, "a number from 0 to 1", 0, math.nextafter(1, 2))
 
 
 def options(**more) -> ArgumentParser:
@@ -723,6 +775,11 @@ def recipe_options(add: Callable) -> None:
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(%(default)s)")
     add("--lr", type=REAL, help="base learning rate (%(default)s)")
     add("--warmup", type=COUNT, metavar="ITERS", help="linear warmup (%(default)s)")
+    add("--weight-decay", type=REAL, help="(adamw 0.01, not for cls_token and pos_embed; sgd 5e-4)")
+    add("--layer-decay", type=FRACTION, default=1.0,
+        help="the learning rate of layer k times this ** (depth + 1 - k) (%(default)s)")
+    add("--drop-path", type=FRACTION, help="of the last layer (as the recipe of --arch and --neck)")
+    add("--freeze", action="store_true", help="train neck and heads alone")
     add("--batch-size", type=POSITIVE, default=16,
         help="pictures a step over all processes (%(default)s)")
     add("--crop-size", type=POSITIVE, default=512, metavar="PIXELS",
@@ -772,7 +829,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
         print(f"{given.work_dir}: holds no checkpoint yet, a run starts anew", file=sys.stderr)
     elif given.resume:
         checkpoint = usable_checkpoint(given.work_dir or "runs")
-        known = {k: v for k, v in checkpoint["args"].items() if k in given}
+        known = {k: checkpoint["args"].get(k, parser.get_default(k)) for k in vars(given)}
         parser.set_defaults(**known)
     args = parser.parse_args(argv)
 
@@ -792,17 +849,21 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
 
 
 def name_changes(args: Namespace, known: dict, path: str) -> None:
-    """A checkpoint's own architecture wins; other arguments may change on --resume, but none of
-    them unnoticed."""
+    """A checkpoint's own architecture wins, and its optimizer's state fits that optimizer alone;
+    other arguments may change on --resume, but none of them unnoticed."""
     for key, value in known.items():
-        new = getattr(args, key)
+        new, option = getattr(args, key), f"--{key.replace('_', '-')}"
         if new == value or key in NO_EFFECT:
             continue
+        if key in ("optimizer", "layer_decay", "freeze"):
+            raise UsageError(
+                f"{option} was {value} and cannot become {new} on --resume: start anew with "
+                f"--pretrained {path}"
+            )
+        words = f"{option} was {value} until here, from here on {new}"
         if key in ("arch", "neck"):
             setattr(args, key, value)
-            words = f"--{key} {new} is ignored: {path} is {value}"
-        else:
-            words = f"--{key.replace('_', '-')} was {value} until here, from here on {new}"
+            words = f"{option} {new} is ignored: {path} is {value}"
         print(words, file=sys.stderr)
 
 

@@ -74,6 +74,46 @@ def test_only_cls_token_and_pos_embed_have_no_weight_decay():
     assert sum(len(g["params"]) for g in groups) == len(names)
 
 
+def test_layer_decay_gives_layer_k_its_power_of_it():
+    """Against BEiT's get_num_layer_for_vit and LayerDecayValueAssigner, written down again."""
+
+    def beits_scale(name, layers, decay):
+        values = [decay ** (layers + 1 - i) for i in range(layers + 2)]
+        if name in ("backbone.cls_token", "backbone.pos_embed"):
+            return values[0]
+        if name.startswith("backbone.patch_embed"):
+            return values[0]
+        if name.startswith("backbone.blocks"):
+            return values[int(name.split(".")[2]) + 1]
+        return values[layers + 1]
+
+    net = build_model("toy_p8", "ln_mln", 6)
+    optimizer = train.build_optimizer(net, "adamw", 1e-3, 0.05, 0.65)
+    names = {id(p): n for n, p in net.named_parameters()}
+    found = {names[id(p)]: g for g in optimizer.param_groups for p in g["params"]}
+    assert set(found) == set(names.values())
+    for name, group in found.items():
+        assert group["scale"] == beits_scale(name, 4, 0.65), name
+        free = name in ("backbone.cls_token", "backbone.pos_embed")
+        assert group["weight_decay"] == (0 if free else 0.05)
+    assert found["decode_head.classifier.weight"]["scale"] == 1
+    assert found["backbone.norm.weight"]["scale"] == 1
+    assert found["backbone.pos_embed"]["scale"] == 0.65**5
+
+
+@pytest.mark.parametrize("name,sizes", [("adamw", 2), ("sgd", 1)])
+def test_without_layer_decay_the_groups_are_those_of_old_checkpoints(name, sizes):
+    """Their optimizer's state is read by position."""
+    net = build_model("toy_p8", "ln_mln")
+    tokens = ("cls_token", "pos_embed")
+    weights = [p for n, p in net.named_parameters() if name == "sgd" or not n.endswith(tokens)]
+    rest = [p for n, p in net.named_parameters() if name == "adamw" and n.endswith(tokens)]
+    groups = train.build_optimizer(net, name, 1e-3).param_groups
+    found = [[id(p) for p in g["params"]] for g in groups]
+    assert found == [[id(p) for p in ps] for ps in (weights, rest) if ps]
+    assert all(g["scale"] == 1 for g in groups)
+
+
 @pytest.mark.parametrize(
     "batch,world,micro,sync,want",
     [
@@ -153,6 +193,44 @@ def test_dropout_seeds_are_those_of_old_and_differ_for_any_seed():
     assert len(set(drawn)) == len(drawn)
     for value in drawn:
         torch.manual_seed(value)
+
+
+def test_drop_path_is_the_last_layers_rate_and_freezing_needs_none():
+    rates = lambda net: [block.drop_path.rate for block in net.backbone.blocks]  # noqa: E731
+    for arch, drop_path, freeze, want in (
+        ("deit_t16", None, False, [0.1 * i / 11 for i in range(12)]),
+        ("deit_t16", 0.3, False, [0.3 * i / 11 for i in range(12)]),
+        ("deit_t16", None, True, [0] * 12),
+        ("toy_p8", 0.3, True, [0, 0.1, 0.2, 0.3]),
+    ):
+        with torch.device("meta"):
+            net = build_model(arch)
+        train.adapt(net, drop_path, freeze)
+        assert rates(net) == pytest.approx(want, abs=1e-15)
+        assert all(p.requires_grad != freeze for p in net.backbone.parameters())
+        assert all(p.requires_grad for p in net.decode_head.parameters())
+
+
+def test_a_frozen_backbone_keeps_no_activations():
+    """What autograd saves on the way forward is what training needs memory for."""
+    net = build_model("toy_p8", "mln", 6)
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 6, (2, 64, 64))
+
+    def saved():
+        sizes = []
+        keep = lambda t: sizes.append(t.numel()) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss, _ = net(images, labels)
+        return sum(sizes), loss
+
+    whole, _ = saved()
+    train.adapt(net, None, True)
+    assert not any(x.requires_grad for x in net.backbone(images))
+    frozen, loss = saved()
+    assert frozen < 0.8 * whole
+    loss.backward()
+    assert all(p.grad is None for p in net.backbone.parameters())
+    assert all(p.grad is not None for p in net.neck.parameters())
 
 
 # ---- whole runs ----
@@ -257,11 +335,13 @@ def test_resumed_run_ends_with_the_same_weights_and_log(straight, folder, worker
 
 
 def test_a_checkpoint_as_it_was_written_before_goes_on_to_the_last_bit(straight, folder):
-    """Arguments that no longer are one, None where there is False today, no classes."""
+    """Arguments that are gone or not there yet, None where there is False today, groups of the
+    optimizer without a scale."""
     content = torch.load(straight[0] / "checkpoint_3.pt", weights_only=True)
-    today = content.pop("args")
+    for group in content["optimizer"]["param_groups"]:
+        del group["scale"]
     assert content.keys() == {
-        *("model", "optimizer", "scaler", "iteration", "window", "best", "seed", "classes")
+        *("model", "optimizer", "scaler", "iteration", "window", "best", "seed", "classes", "args")
     }
     content["args"] = {
         **dict(arch="toy_p8", neck="none", iters=6, optimizer="adamw", lr=0.001, warmup=1500),
@@ -270,7 +350,6 @@ def test_a_checkpoint_as_it_was_written_before_goes_on_to_the_last_bit(straight,
         **dict(micro_batch=None, dry_run=False, dtype="auto", workers=2, compile=None),
         **dict(deterministic=None, checkpoint="elsewhere/checkpoint_1.pt", benchmark=False),
     }
-    assert set(today) <= set(content["args"])
     work = folder / "runs" / "before"
     os.makedirs(work)
     torch.save(content, work / "checkpoint_3.pt")
@@ -343,6 +422,29 @@ def test_a_warmup_that_ends_before_the_full_rate_is_said(straight):
     assert "warning: with --warmup 1500 of 6 iterations" in straight[1].stdout
 
 
+def test_a_frozen_run_changes_neck_and_heads_alone_and_cannot_thaw(straight, folder):
+    start, work = straight[0] / "checkpoint_6.pt", folder / "runs" / "frozen"
+    options = (*TINY, *TWO_STEPS, "--warmup", 0, "--pretrained", start, "--work-dir", work)
+    done = run(folder, *options, "--freeze", "--layer-decay", 0.5, "--weight-decay", 0.05)
+    assert done.returncode == 0, done.stderr
+    before, after = weights(start), weights(work / "checkpoint_2.pt")
+    changed = {k.split(".")[0] for k, v in after.items() if not torch.equal(v, before[k])}
+    assert changed == {"decode_head", "auxiliary_head"}
+    content = torch.load(work / "checkpoint_2.pt", weights_only=True)
+    assert {g["weight_decay"] for g in content["optimizer"]["param_groups"]} == {0.05}
+
+    done = run(folder, "--resume", "--work-dir", work, "--iters", 3, "--weight-decay", 0.5)
+    assert done.returncode == 0 and "--weight-decay was 0.05 until here" in done.stderr
+    content = torch.load(work / "checkpoint_3.pt", weights_only=True)
+    assert {g["weight_decay"] for g in content["optimizer"]["param_groups"]} == {0.5}
+
+
+@pytest.mark.parametrize("change", [("--optimizer", "sgd"), ("--layer-decay", 0.5), ("--freeze",)])
+def test_what_the_optimizers_state_does_not_fit_cannot_change_on_resume(change, straight):
+    with pytest.raises(UsageError, match=f"{change[0]} was .* cannot become .* start anew"):
+        train.parse(["--resume", "--work-dir", str(straight[0]), *map(str, change)])
+
+
 @pytest.mark.parametrize("launch", [(), TWO])
 def test_pretrained_file_is_used(launch, folder):
     """In several processes one reads it, and has the others have it."""
@@ -352,6 +454,7 @@ def test_pretrained_file_is_used(launch, folder):
     path = write_mmseg(backbone, folder / "backbone.pth")
     work = f"runs/pretrained{len(launch)}"
     one = ("--iters", 1, "--lr", 0, "--warmup", 0, "--pretrained", path, "--work-dir", work)
+    one += ("--seed", 2**63 - 1)
     done = run(folder, *TINY, *one, launch=launch)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mmsegmentation") == 1
