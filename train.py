@@ -21,11 +21,13 @@ import re
 import signal
 import sys
 import zipfile
+import zlib
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from glob import escape, glob
 from time import monotonic
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -252,6 +254,9 @@ class Run:
 
         # Data.
         self.training, self.validation, self.classes = find_data(args, checkpoint)
+        names = "\n".join(os.path.basename(image) for image, _ in self.training).encode()
+        self.names = f"{len(self.training)} training pictures, crc {zlib.crc32(names):08x} of names"
+        self.names_before = checkpoint.get("names", self.names)
         self.samples = TrainSet(
             self.training, args.seed, args.crop_size, args.short_side, self.classes
         )
@@ -586,11 +591,9 @@ def begin(run: Run) -> None:
     run.clock, run.logged, run.waited = monotonic(), start, 0.0
     if run.rank == 0:
         os.makedirs(run.args.work_dir, exist_ok=True)
+        run.lock = lock(run.path(".lock"))
         if start and os.path.exists(run.path("log.jsonl")):
-            with open(run.path("log.jsonl")) as file:
-                entries = map(json.loads, file)
-                # What came after the checkpoint will come again.
-                run.entries = [e for e in entries if e["iteration"] <= start]
+            run.entries = read_log(run.path("log.jsonl"), start)
     first_entry = {} if start else dict(iteration=0, args=vars(run.args))
     run.say(run.plan(), **first_entry)
     for words in doubts(run):
@@ -607,6 +610,37 @@ def begin(run: Run) -> None:
     run.batches = iter(run.loader)
 
 
+def lock(path: str) -> TextIO | None:
+    """Refuse a work directory that another run writes to. -> the file that holds the lock, which
+    ends with this process, however it ends. (Windows has no such locks.)"""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = open(path, "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        words = "another run writes to this folder, wait for it or name another --work-dir"
+        raise UsageError(f"{os.path.dirname(path)}: {words}") from error
+    return file
+
+
+def read_log(path: str, last: int) -> list[dict]:
+    """The entries up to iteration `last`: what came after the checkpoint will come again. A damaged
+    line is named and left out."""
+    entries = []
+    with open(path, errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                entry = json.loads(line)
+                if entry["iteration"] <= last:
+                    entries.append(entry)
+            except (ValueError, TypeError, KeyError):
+                print(f"warning: {path}: line {number} is damaged, left out", file=sys.stderr)
+    return entries
+
+
 def doubts(run: Run) -> list[str]:
     """What would make a run worth less than its time, each in a sentence, before it costs any."""
     args, found = run.args, []
@@ -615,6 +649,11 @@ def doubts(run: Run) -> list[str]:
         found.append(
             f"with --warmup {args.warmup} of {args.iters} iterations the learning rate rises to "
             f"{peak:.1e} alone, not to {args.lr:g}: a shorter --warmup would change that"
+        )
+    if run.names != run.names_before:
+        found.append(
+            f"{args.data}: {run.names_before} until here, from here on {run.names}: the run goes on "
+            "with other pictures than it would have seen"
         )
     if not run.validation:
         found.append(f"{args.data}: has no images/validation, this run trains without validating")
@@ -656,13 +695,14 @@ def save(run: Run, n: int) -> None:
         run.best = max(validations, key=lambda e: e["mIoU"], default={})
         content = {k: getattr(run, k).state_dict() for k in ("model", "optimizer", "scaler")}
         content |= dict(iteration=n, window=run.window, best=run.best, seed=run.args.seed)
-        content |= dict(args=vars(run.args), classes=tuple(run.classes))
+        content |= dict(args=vars(run.args), classes=tuple(run.classes), names=run.names)
         done = write_or_warn(path, lambda path: write_checkpoint(content, path))
 
         old = saved_checkpoints(run.args.work_dir)[: -run.args.keep] if done else []
         for other in old:
             if iteration_of(other) != run.best.get("iteration"):
-                os.remove(other)
+                with suppress(OSError):  # Windows keeps a file that is mapped: next time
+                    os.remove(other)
     (done,) = sum_over_processes(run.world, done)
     run.saved = path if done else None
 

@@ -191,6 +191,57 @@ def test_a_disk_that_stays_full_ends_the_run_with_an_error(folder):
     assert not glob(str(folder / "stays" / "checkpoint*"))
 
 
+def test_a_work_directory_that_vanishes_comes_back_with_the_whole_log(straight, folder):
+    work = folder / "vanished"
+    run = start(folder, *OPTIONS, "--work-dir", work)
+    wait_for(work / "sheet_30.png", run)
+    shutil.rmtree(work, ignore_errors=True)
+    finish(run)
+    assert_same(work, straight)
+
+
+def test_a_half_line_in_the_log_is_named_and_left_out(straight, folder):
+    work = folder / "half"
+    os.makedirs(work)
+    shutil.copy(straight / "checkpoint_90.pt", work)
+    lines = (straight / "log.jsonl").read_text().splitlines(keepends=True)
+    cut = next(k for k, line in enumerate(lines) if json.loads(line)["iteration"] > 90)
+    (work / "log.jsonl").write_text("".join(lines[:cut]) + lines[cut][:17])
+    out, err = finish(start(folder, "--resume", "--work-dir", work))
+    assert f"{work}/log.jsonl: line {cut + 1} is damaged, left out" in err
+    assert_same(work, straight)
+
+
+def test_a_second_run_on_the_same_folder_is_refused_and_the_first_goes_on(straight, folder):
+    work = folder / "shared"
+    run = start(folder, *OPTIONS, "--work-dir", work)
+    wait_for(work / "log.jsonl", run)
+    out, err = finish(start(folder, *OPTIONS, "--work-dir", work, "--resume"), 2)
+    assert f"error: {work}: another run writes to this folder" in err
+    finish(run)
+    assert_same(work, straight)
+
+
+def test_a_data_set_that_changed_before_resume_is_said(straight, folder):
+    shutil.copytree(folder / "set", folder / "changing")
+    work = folder / "changed"
+    options = ("--data", "changing", "--iters", 1, "--interval", 1, "--work-dir", work)
+    finish(start(folder, *OPTIONS, *options))
+    resume = ("--resume", "--work-dir", work, "--iters")
+    out, err = finish(start(folder, *resume, 2))
+    assert "training pictures, crc" not in out
+
+    for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+        root = folder / "changing" / kind / "training"
+        os.rename(root / f"s0.{suffix}", root / f"t.{suffix}")
+    out, err = finish(start(folder, *resume, 3))
+    assert "8 training pictures, crc" in out and "from here on 8 training pictures, crc" in out
+    for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+        os.remove(folder / "changing" / kind / "training" / f"t.{suffix}")
+    out, err = finish(start(folder, *resume, 4))
+    assert "from here on 7 training pictures, crc" in out
+
+
 def test_a_picture_that_cannot_be_drawn_ends_no_training(folder):
     code = "import train\ndef sheet(*_): return 1 / 0\ntrain.sheet = sheet\ntrain.main()"
     options = (*OPTIONS, "--iters", 2, "--interval", 1, "--work-dir", "undrawn")

@@ -400,7 +400,7 @@ def test_without_validation_pictures_a_run_trains_and_says_so(folder):
     done = run(folder, *TINY, *TWO_STEPS, "--data", "unvalidated", "--work-dir", "runs/without")
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert "has no images/validation, this run trains without validating" in done.stdout
-    assert {"checkpoint_2.pt", "log.jsonl"} == set(os.listdir(folder / "runs/without"))
+    assert {".lock", "checkpoint_2.pt", "log.jsonl"} == set(os.listdir(folder / "runs/without"))
     done = run(folder, "--resume", "--work-dir", "runs/without")
     assert done.returncode == 0 and "nothing is left to train" in done.stderr
 
