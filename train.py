@@ -23,7 +23,7 @@ import sys
 import zipfile
 import zlib
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from glob import escape, glob
 from time import monotonic
@@ -115,6 +115,7 @@ def build_optimizer(
     in the appendix): early layers of a pretrained backbone are general, and need little change."""
     if weight_decay is None:
         weight_decay = WEIGHT_DECAY[name]
+
     depth, members = len(model.backbone.blocks), {}
     for key, weight in model.named_parameters():
         # Neither the class token nor the positions multiply anything: pulling them to 0 regularises
@@ -124,10 +125,11 @@ def build_optimizer(
         if weight.requires_grad:
             members.setdefault((exempt, scale), []).append(weight)
 
-    groups = [
-        dict(params=members[exempt, scale], weight_decay=0.0 if exempt else weight_decay, scale=scale)
-        for exempt, scale in sorted(members)
-    ]
+    groups = []
+    for exempt, scale in sorted(members):
+        decay = 0.0 if exempt else weight_decay
+        groups.append(dict(params=members[exempt, scale], weight_decay=decay, scale=scale))
+
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
@@ -178,15 +180,17 @@ def train(args: Namespace, checkpoint: dict) -> None:
     if args.dry_run:
         return run.say(run.plan())
     begin(run)
+    catch_up(run)
+    batches = iter(run.loader)
     model, optimizer, scaler, device = run.parallel, run.optimizer, run.scaler, run.device
     layout = memory_format(device, run.dtype)
     alone = model.no_sync if run.world > 1 else nullcontext  # gradients stay in their process
 
     for i in range(run.start, args.iters):
         for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(i, args.iters, **run.schedule)
+            group["lr"] = learning_rate(i, args.iters, **run.schedule) * group.get("scale", 1)
         torch.manual_seed(dropout_seed(args.seed, i, run.rank))
-        batch = next_batch(run)  # this process's share: images, labels, sizes
+        batch = next_batch(run, batches)  # this process's part: images, labels, sizes
 
         # Forward and backward, `micro` pictures at a time: their gradients add up, and travel
         # between the processes once, with those of the last part. The loss is a mean over all
@@ -226,10 +230,10 @@ def dropout_seed(seed: int, i: int, rank: int) -> int:
     return ((seed << 40) + (i << 10) + rank + (seed >> 24) * 0x9E3779B97F4A7C15) % 2**64
 
 
-def next_batch(run: "Run") -> list[Tensor]:
-    """The next batch, and how long the model had to wait for it."""
+def next_batch(run: "Run", batches: Iterator) -> list[Tensor]:
+    """The next batch; how long the model has to wait for it is added up."""
     before = monotonic()
-    batch = next(run.batches)
+    batch = next(batches)
     run.waited += monotonic() - before
     return batch
 
@@ -254,12 +258,8 @@ class Run:
 
         # Data.
         self.training, self.validation, self.classes = find_data(args, checkpoint)
-        names = "\n".join(os.path.basename(image) for image, _ in self.training).encode()
-        self.names = f"{len(self.training)} training pictures, crc {zlib.crc32(names):08x} of names"
+        self.names = fingerprint(self.training)
         self.names_before = checkpoint.get("names", self.names)
-        self.samples = TrainSet(
-            self.training, args.seed, args.crop_size, args.short_side, self.classes
-        )
 
         # Model. DistributedDataParallel gives all processes the weights of rank 0.
         self.model = self.parallel = start_model(self, checkpoint)
@@ -277,7 +277,7 @@ class Run:
 
         # Resume. (The state of a disabled scaler is empty, and loading that an error.)
         if checkpoint:
-            load_optimizer(self.optimizer, checkpoint["optimizer"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.scaler.load_state_dict(checkpoint["scaler"] or self.scaler.state_dict())
         self.saved = checkpoint.get("path")  # the last checkpoint, None if it could not be written
         self.best = checkpoint.get("best", {})  # the validation with the highest mIoU
@@ -285,16 +285,11 @@ class Run:
         self.window = checkpoint.get("window", [0.0] * 4)
         self.skipped = 0  # steps in a row
 
-        # Loader: images (b, 3, S, S) uint8, labels (b, S, S) uint8, sizes (b, 2), read ahead.
-        share = positions(self.start, args.iters, args.batch_size, self.rank, self.world)
-        self.loader = DataLoader(
-            self.samples,
-            batch_sampler=share,
-            num_workers=args.workers,
-            worker_init_fn=start_worker,
-            pin_memory=self.device.type == "cuda",
-            prefetch_factor=4 if args.workers else None,
+        # Loader.
+        self.samples = TrainSet(
+            self.training, args.seed, args.crop_size, args.short_side, self.classes
         )
+        self.loader = build_loader(self)
 
     def plan(self) -> str:
         """What is trained, on what, and the arithmetic of the batch, in two lines."""
@@ -304,6 +299,7 @@ class Run:
             "batch {batch_size} = {world} processes x {micro} pictures x {steps} accumulated; "
             "{data}: {pictures}, iterations {start} to {iters}"
         )
+
         facts = vars(self.args) | vars(self)
         facts["dtype"] = str(self.dtype).removeprefix("torch.")
         facts["count"] = sum(p.numel() for p in self.model.parameters())
@@ -353,6 +349,7 @@ def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
     if os.path.isdir(root) or not args.dry_run:
         training = find_pairs(root, "training")
         validation = find_pairs(root, "validation", optional=True)
+
     classes = read_classes(root)
     if checkpoint and Classes(*checkpoint.get("classes", classes)) != classes:
         raise UsageError(
@@ -360,6 +357,26 @@ def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
             f"back its classes.txt or start anew with --pretrained {checkpoint['path']}"
         )
     return training, validation, classes
+
+
+def build_loader(run: Run) -> DataLoader:
+    """This process's part of every batch to come, read and augmented ahead by processes of their
+    own. -> images (b, 3, S, S) uint8, labels (b, S, S) uint8, sizes (b, 2)"""
+    args = run.args
+    return DataLoader(
+        run.samples,
+        batch_sampler=positions(run.start, args.iters, args.batch_size, run.rank, run.world),
+        num_workers=args.workers,
+        worker_init_fn=start_worker,
+        pin_memory=run.device.type == "cuda",
+        prefetch_factor=4 if args.workers else None,
+    )
+
+
+def fingerprint(pairs: list) -> str:
+    """How many pictures these are, and a checksum of their names, to compare on --resume."""
+    names = "\n".join(os.path.basename(image) for image, _ in pairs)
+    return f"{len(pairs)} training pictures, crc {zlib.crc32(names.encode()):08x} of names"
 
 
 def start_model(run: Run, checkpoint: dict) -> Segmenter:
@@ -410,6 +427,7 @@ def load_pretrained(model: Segmenter, source: str, rank: int, world: int) -> Non
     if world > 1:
         dist.broadcast_object_list(answer, src=0)
     problem, grid = answer
+
     if problem:
         raise UsageError(problem)
     model.backbone.set_grid(grid)
@@ -423,18 +441,10 @@ def adapt(model: Segmenter, drop_path: float | None, freeze: bool) -> None:
     if freeze:
         model.backbone.requires_grad_(False)
         drop_path = drop_path or 0.0
+
     if drop_path is not None:
         for i, block in enumerate(blocks):
             block.drop_path.rate = drop_path * i / (len(blocks) - 1)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """The state of every weight as it was saved, the groups' settings as the command line has
-    them."""
-    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, known in zip(optimizer.param_groups, settings):
-        group.update(known)
 
 
 # ---- log and validation --------------------------------------------------------------------------
@@ -476,6 +486,7 @@ def validate(run: Run, n: int) -> None:
     before, args, count = monotonic(), run.args, len(run.validation)
     if not count:
         return
+
     # Without SyncBN each process has statistics of its own: all take those that are saved.
     if run.world > 1:
         for b in run.model.buffers():
@@ -483,29 +494,38 @@ def validate(run: Run, n: int) -> None:
 
     matrix, rows = np.zeros([len(run.classes.names)] * 2, np.int64), []
     shown = {count * k // 4 // run.world * run.world for k in range(4)}  # spread over the set
-    where = run.model, run.validation, run.classes, matrix, run.rank, run.world, args.workers
+    pictures = evaluate(
+        run.model, run.validation, run.classes, matrix, run.rank, run.world, args.workers,
+        short=args.short_side, dtype=run.dtype,
+    )
     with torch.compiler.set_stance("force_eager"):  # --compile is for crops, all of one size
-        for i, _, *row in evaluate(*where, short=args.short_side, dtype=run.dtype):
+        for i, _, image, label, prediction in pictures:
             if run.signals:
                 words = "stopped during the validation; go on with --resume, it comes first then"
                 raise Stopped(words, 128 + run.signals[0])
             if i in shown:
-                rows.append(row)  # picture, label, prediction
+                rows.append((image, label, prediction))
 
     if run.rank == 0:
-        result = scores(matrix)
-        means = {k: result[k] for k in ("mIoU", "mAcc", "aAcc")}
-        words = [f"{k} none" if v is None else f"{k} {v:.2f}" for k, v in means.items()]
-        there = sum(iou is not None for iou in result["IoU"])
-        run.say(
-            f"{n}/{args.iters}  validation: {'  '.join(words)}  "
-            f"({count} pictures, {there} of {len(matrix)} classes)",
-            iteration=n,
-            **means,
-        )
+        report(run, n, matrix)
         write_or_warn(run.path(f"sheet_{n}.png"), lambda path: sheet(rows, run.classes).save(path))
         write_or_warn(run.path("curves.png"), lambda path: curves(run.entries).save(path))
     run.clock += monotonic() - before  # does not count as training
+
+
+def report(run: Run, n: int, matrix: np.ndarray) -> None:
+    """The validation after iteration n in one line."""
+    result = scores(matrix)
+    means = {k: result[k] for k in ("mIoU", "mAcc", "aAcc")}
+    words = [f"{k} none" if v is None else f"{k} {v:.2f}" for k, v in means.items()]
+    there = sum(iou is not None for iou in result["IoU"])
+
+    run.say(
+        f"{n}/{run.args.iters}  validation: {'  '.join(words)}  "
+        f"({len(run.validation)} pictures, {there} of {len(matrix)} classes)",
+        iteration=n,
+        **means,
+    )
 
 
 # ---- what may go wrong in a week -----------------------------------------------------------------
@@ -555,6 +575,7 @@ def early_end(run: Run, n: int) -> Stopped:
     where = "this state could not be saved"
     if run.saved:
         where = f"{run.saved} holds all of it, go on with --resume"
+
     if run.skipped == PATIENCE:
         return Stopped(
             f"error: the loss was not finite {PATIENCE} times in a row and none of these steps was "
@@ -585,21 +606,27 @@ def watch_signals() -> list:
 
 
 def begin(run: Run) -> None:
-    """Watch for signals, open the work directory and its log, take a validation that a stop left
-    out, start loading."""
-    run.signals, run.entries, start = watch_signals(), [], run.start
-    run.clock, run.logged, run.waited = monotonic(), start, 0.0
+    """Watch for signals, open the work directory, say what is about to be done, and what is wrong
+    with it."""
+    run.signals, run.entries = watch_signals(), []
     if run.rank == 0:
         os.makedirs(run.args.work_dir, exist_ok=True)
         run.lock = lock(run.path(".lock"))
-        if start and os.path.exists(run.path("log.jsonl")):
-            run.entries = read_log(run.path("log.jsonl"), start)
-    first_entry = {} if start else dict(iteration=0, args=vars(run.args))
+        if run.start and os.path.exists(run.path("log.jsonl")):
+            run.entries = read_log(run.path("log.jsonl"), run.start)
+
+    first_entry = {} if run.start else dict(iteration=0, args=vars(run.args))
     run.say(run.plan(), **first_entry)
     for words in doubts(run):
         run.say(f"warning: {words}")
+    run.clock, run.logged, run.waited = monotonic(), run.start, 0.0
 
-    there = any(e["iteration"] == start and "mIoU" in e for e in run.entries)
+
+def catch_up(run: Run) -> None:
+    """A run that stopped between saving and validating has the validation of its iteration still to
+    come. One that has that too is done."""
+    start = run.start
+    there = any(e["iteration"] == start and "mIoU" in e for e in run.entries)  # rank 0 has the log
     missing = run.rank == 0 and run.validation and start > 0 and run.due(start) and not there
     (missing,) = sum_over_processes(run.world, bool(missing))
     if missing:
@@ -607,7 +634,6 @@ def begin(run: Run) -> None:
     elif start >= run.args.iters:
         words = f"{run.saved}: has all of its {start} iterations, nothing is left to train"
         raise Stopped(words, 0)  # where a cluster repeats the command, this is its end
-    run.batches = iter(run.loader)
 
 
 def lock(path: str) -> TextIO | None:
@@ -617,6 +643,7 @@ def lock(path: str) -> TextIO | None:
         import fcntl
     except ImportError:
         return None
+
     file = open(path, "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -650,11 +677,13 @@ def doubts(run: Run) -> list[str]:
             f"with --warmup {args.warmup} of {args.iters} iterations the learning rate rises to "
             f"{peak:.1e} alone, not to {args.lr:g}: a shorter --warmup would change that"
         )
+
     if run.names != run.names_before:
         found.append(
-            f"{args.data}: {run.names_before} until here, from here on {run.names}: the run goes on "
-            "with other pictures than it would have seen"
+            f"{args.data}: {run.names_before} until here, from here on {run.names}: the run goes "
+            "on with other pictures than it would have seen"
         )
+
     if not run.validation:
         found.append(f"{args.data}: has no images/validation, this run trains without validating")
     return found
@@ -665,9 +694,11 @@ def finish(run: Run) -> None:
     if run.saved is None:
         words = "error: the last checkpoint could not be saved, make room and go on with --resume"
         raise Stopped(words, 1)
+
     run.say(f"{run.saved}: evaluate it with `python evaluate.py`")
     if run.validation:
         run.say(run.path(f"sheet_{run.args.iters}.png"))
+
     if run.world > 1:
         dist.barrier()  # nobody leaves while another may still be talking to it
         dist.destroy_process_group()
@@ -691,8 +722,7 @@ def save(run: Run, n: int) -> None:
     the other processes wait. run.saved is its path then, None where it failed."""
     path, done = run.path(f"checkpoint_{n}.pt"), False
     if run.rank == 0:
-        validations = [e for e in (run.best, *run.entries) if e.get("mIoU") is not None]
-        run.best = max(validations, key=lambda e: e["mIoU"], default={})
+        run.best = max((run.best, *run.entries), key=lambda entry: entry.get("mIoU") or 0)
         content = {k: getattr(run, k).state_dict() for k in ("model", "optimizer", "scaler")}
         content |= dict(iteration=n, window=run.window, best=run.best, seed=run.args.seed)
         content |= dict(args=vars(run.args), classes=tuple(run.classes), names=run.names)
@@ -701,8 +731,9 @@ def save(run: Run, n: int) -> None:
         old = saved_checkpoints(run.args.work_dir)[: -run.args.keep] if done else []
         for other in old:
             if iteration_of(other) != run.best.get("iteration"):
-                with suppress(OSError):  # Windows keeps a file that is mapped: next time
+                with suppress(OSError):  # Windows keeps files that are mapped: next time
                     os.remove(other)
+
     (done,) = sum_over_processes(run.world, done)
     run.saved = path if done else None
 
@@ -722,16 +753,19 @@ def usable_checkpoint(folder: str) -> dict:
     as "path". Damaged ones are named and passed over."""
     found = checkpoints(os.path.dirname(checkpoints(folder)[0]))  # those of one run
     needed = {"model", "optimizer", "scaler", "iteration", "args"}
+
     for path in found:
         try:
             damaged = zipfile.ZipFile(path).testzip()  # every tensor's bytes against their checksum
             content = read_checkpoint(path)
-            if damaged is None and needed <= set(content):
+            whole = needed <= set(content) and isinstance(content["args"], dict)
+            if damaged is None and whole:
                 return content | {"path": path}
             reason = f"damaged at {damaged}" if damaged else "not a training checkpoint"
         except (WeightsError, OSError, zipfile.BadZipFile) as error:
             reason = str(error)
         print(f"warning: {path} cannot be used ({reason}), trying the one before", file=sys.stderr)
+
     raise UsageError(
         f"{os.path.dirname(found[0])}: none of its {len(found)} checkpoints can be used, "
         "start anew without --resume"
@@ -758,6 +792,8 @@ TOY = dict(
 )
 # Arguments that change nothing in what a run computes: they may differ on --resume, unsaid.
 NO_EFFECT = ("work_dir", "resume", "workers", "keep", "timeout", "dry_run")
+# Those that are part of the optimizer's state: they may not.
+IN_THE_OPTIMIZER = ("optimizer", "weight_decay", "layer_decay", "freeze")
 
 
 def number(kind: type, words: str, low: float, high: float = 2**63) -> Callable[[str], float]:
@@ -779,7 +815,8 @@ def number(kind: type, words: str, low: float, high: float = 2**63) -> Callable[
 POSITIVE = number(int, "a whole number above 0", 1)
 COUNT = number(int, "a whole number of 0 or more", 0)
 REAL = number(float, "a number of 0 or more", 0, math.inf)
-FRACTION = number(float, "a number from 0 to 1", 0, math.nextafter(1, 2))
+FACTOR = number(float, "a number from 0 to 1", 0, math.nextafter(1, 2))
+RATE = number(float, "a number of 0 or more and below 1", 0, 1)
 
 
 def options(**more) -> ArgumentParser:
@@ -793,6 +830,7 @@ def options(**more) -> ArgumentParser:
     )
     recipe_options(parser.add_argument_group("recipe").add_argument)
     run_options(parser.add_argument_group("run").add_argument)
+
     add = parser.add_argument_group("speed").add_argument
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="auto: bfloat16 where the hardware has it, else float32 (%(default)s)")
@@ -813,19 +851,23 @@ def recipe_options(add: Callable) -> None:
     add("--iters", type=POSITIVE, default=160000,
         help="80000 or 160000 are published (%(default)s)")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(%(default)s)")
+
     add("--lr", type=REAL, help="base learning rate (%(default)s)")
     add("--warmup", type=COUNT, metavar="ITERS", help="linear warmup (%(default)s)")
-    add("--weight-decay", type=REAL, help="(adamw 0.01, not for cls_token and pos_embed; sgd 5e-4)")
-    add("--layer-decay", type=FRACTION, default=1.0,
+    add("--weight-decay", type=REAL,
+        help="(adamw 0.01, 0 of cls_token and pos_embed; sgd 5e-4)")
+    add("--layer-decay", type=FACTOR, default=1.0,
         help="the learning rate of layer k times this ** (depth + 1 - k) (%(default)s)")
-    add("--drop-path", type=FRACTION, help="of the last layer (as the recipe of --arch and --neck)")
+    add("--drop-path", type=RATE, help="of the last layer (as in the recipe of --arch and --neck)")
     add("--freeze", action="store_true", help="train neck and heads alone")
+
     add("--batch-size", type=POSITIVE, default=16,
         help="pictures a step over all processes (%(default)s)")
     add("--crop-size", type=POSITIVE, default=512, metavar="PIXELS",
         help="side of the training crops (%(default)s)")
     add("--short-side", type=POSITIVE, default=512, metavar="PIXELS",
         help="of pictures at scale 1 (%(default)s)")
+
     add("--pretrained", default="auto", metavar="auto|none|FILE|URL",
         help="auto: the backbone the recipe starts from, fetched once; none: from scratch; or any "
         "file convert_weights.py reads (%(default)s)")
@@ -841,6 +883,7 @@ def run_options(add: Callable) -> None:
         help="checkpoints, log and pictures (a new folder under runs/)")
     add("--interval", type=POSITIVE, metavar="ITERS",
         help="validate and save every so often (a tenth of --iters; with --data toy 200)")
+
     add("--resume", action="store_true",
         help="go on from the newest checkpoint in --work-dir, or start there; without --work-dir "
         "from the newest under runs/")
@@ -848,6 +891,7 @@ def run_options(add: Callable) -> None:
         help="checkpoints to keep: the newest ones, beside the best (%(default)s)")
     add("--timeout", type=POSITIVE, default=1800, metavar="SECONDS",
         help="how long processes wait for one that hangs (%(default)s)")
+
     add("--micro-batch", type=POSITIVE,
         help="pictures at once on each process, the rest of its share is accumulated (all)")
     add("--dry-run", action="store_true",
@@ -864,6 +908,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
     parser.set_defaults(**{k: OPTIMIZERS[given.optimizer][k] for k in ("lr", "warmup")})
     if given.data == "toy":
         parser.set_defaults(**TOY)
+
     anywhere = os.path.join(escape(given.work_dir or "runs"), "**", "checkpoint_*.pt")
     if given.resume and given.work_dir and not glob(anywhere, recursive=True):
         print(f"{given.work_dir}: holds no checkpoint yet, a run starts anew", file=sys.stderr)
@@ -876,8 +921,10 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
     if checkpoint:
         name_changes(args, known, checkpoint["path"])
         args.work_dir = os.path.dirname(checkpoint["path"])
+
     args.interval = args.interval or max(1, args.iters // 10)
     args.work_dir = args.work_dir or new_work_dir(args)
+
     if not given.resume and saved_checkpoints(args.work_dir):
         if not RESTARTED:
             raise UsageError(
@@ -889,17 +936,19 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
 
 
 def name_changes(args: Namespace, known: dict, path: str) -> None:
-    """A checkpoint's own architecture wins, and its optimizer's state fits that optimizer alone;
-    other arguments may change on --resume, but none of them unnoticed."""
+    """A checkpoint's own architecture wins, and its optimizer is the one that goes on; other
+    arguments may change on --resume, but none of them unnoticed."""
     for key, value in known.items():
         new, option = getattr(args, key), f"--{key.replace('_', '-')}"
         if new == value or key in NO_EFFECT:
             continue
-        if key in ("optimizer", "layer_decay", "freeze"):
+
+        if key in IN_THE_OPTIMIZER:
             raise UsageError(
                 f"{option} was {value} and cannot become {new} on --resume: start anew with "
                 f"--pretrained {path}"
             )
+
         words = f"{option} was {value} until here, from here on {new}"
         if key in ("arch", "neck"):
             setattr(args, key, value)
@@ -912,9 +961,12 @@ def new_work_dir(args: Namespace) -> str:
     last one taken."""
     data = os.path.basename(os.path.normpath(args.data))
     base = f"runs/{args.arch}_{args.neck}_{data}_{args.iters}"
-    names = [base] + [f"{base}-{n}" for n in range(2, 10000)]
-    free = next(k for k, name in enumerate(names) if not os.path.exists(name))
-    return names[max(free - 1, 0) if RESTARTED else free]
+
+    name, last, count = base, base, 1
+    while os.path.exists(name):
+        count += 1
+        name, last = f"{base}-{count}", name
+    return last if RESTARTED else name
 
 
 def main() -> None:

@@ -293,7 +293,7 @@ def test_one_bad_batch_changes_nothing_and_training_goes_on(folder, monkeypatch)
     normalise, next_batch, scaler = train.normalise, train.next_batch, torch.amp.GradScaler
     bad = lambda x, size: normalise(x, size) * float("nan")  # noqa: E731
 
-    def watch(run):
+    def watch(run, batches):
         """The loop calls it at the start of each iteration."""
         i, weights = len(found), {k: v.clone() for k, v in run.model.state_dict().items()}
         found.append((weights, list(run.window), run.scaler.get_scale()))
@@ -303,7 +303,7 @@ def test_one_bad_batch_changes_nothing_and_training_goes_on(folder, monkeypatch)
             hooks.append(run.model.backbone.pos_embed.register_hook(overflow))
         if i == 4:
             hooks[0].remove()
-        return next_batch(run)
+        return next_batch(run, batches)
 
     monkeypatch.setattr(train, "next_batch", watch)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 1024.0))
@@ -334,7 +334,8 @@ def test_one_bad_batch_changes_nothing_and_training_goes_on(folder, monkeypatch)
 FROZEN = """
 import sys, torch, train, model
 from torch import nn
-# On a CPU there is no SyncBN: with the statistics frozen and nothing random, the sum over processes is all that is left.
+# On a CPU there is no SyncBN: with the statistics frozen and nothing random, the sum over processes
+# is all that is left.
 nn.BatchNorm2d.train = lambda self, mode=True: self
 build = train.build_model
 def frozen(*arguments):

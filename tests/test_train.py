@@ -1,7 +1,6 @@
 """train.py: schedules and optimizers against the real reference, batch arithmetic, logs, resume,
 and whole small runs."""
 
-import argparse
 import json
 import os
 import random
@@ -9,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import formulas
 import numpy as np
@@ -336,10 +336,11 @@ def test_resumed_run_ends_with_the_same_weights_and_log(straight, folder, worker
 
 def test_a_checkpoint_as_it_was_written_before_goes_on_to_the_last_bit(straight, folder):
     """Arguments that are gone or not there yet, None where there is False today, groups of the
-    optimizer without a scale."""
+    optimizer without a scale, no names of the data set's pictures."""
     content = torch.load(straight[0] / "checkpoint_3.pt", weights_only=True)
     for group in content["optimizer"]["param_groups"]:
         del group["scale"]
+    del content["names"]
     assert content.keys() == {
         *("model", "optimizer", "scaler", "iteration", "window", "best", "seed", "classes", "args")
     }
@@ -409,12 +410,13 @@ def test_a_warmup_that_ends_before_the_full_rate_is_said(straight):
     args, _ = train.parse(["--iters", "200"])
     rates = [train.learning_rate(i, 200, **train.OPTIMIZERS["adamw"]) for i in range(200)]
     assert max(rates) == pytest.approx(args.lr / 30, rel=0.01)
-    doubted = lambda argv: train.doubts(  # noqa: E731
-        argparse.Namespace(args=train.parse(argv)[0], validation=[1], schedule=schedule(argv))
-    )
-    schedule = lambda argv: train.OPTIMIZERS["adamw"] | {  # noqa: E731
-        k: vars(train.parse(argv)[0])[k] for k in ("lr", "warmup")
-    }
+
+    def doubted(argv):
+        args, _ = train.parse(argv)
+        schedule = train.OPTIMIZERS["adamw"] | dict(lr=args.lr, warmup=args.warmup)
+        run = dict(args=args, validation=[1], schedule=schedule, names="", names_before="")
+        return train.doubts(SimpleNamespace(**run))
+
     (said,) = doubted(["--iters", "200"])
     assert f"--warmup 1500 of 200 iterations the learning rate rises to {max(rates):.1e} " in said
     for fine in ([], ["--iters", "80000"], ["--data", "toy"], ["--iters", "200", "--warmup", "20"]):
@@ -422,7 +424,7 @@ def test_a_warmup_that_ends_before_the_full_rate_is_said(straight):
     assert "warning: with --warmup 1500 of 6 iterations" in straight[1].stdout
 
 
-def test_a_frozen_run_changes_neck_and_heads_alone_and_cannot_thaw(straight, folder):
+def test_a_frozen_run_changes_neck_and_heads_alone(straight, folder):
     start, work = straight[0] / "checkpoint_6.pt", folder / "runs" / "frozen"
     options = (*TINY, *TWO_STEPS, "--warmup", 0, "--pretrained", start, "--work-dir", work)
     done = run(folder, *options, "--freeze", "--layer-decay", 0.5, "--weight-decay", 0.05)
@@ -433,13 +435,11 @@ def test_a_frozen_run_changes_neck_and_heads_alone_and_cannot_thaw(straight, fol
     content = torch.load(work / "checkpoint_2.pt", weights_only=True)
     assert {g["weight_decay"] for g in content["optimizer"]["param_groups"]} == {0.05}
 
-    done = run(folder, "--resume", "--work-dir", work, "--iters", 3, "--weight-decay", 0.5)
-    assert done.returncode == 0 and "--weight-decay was 0.05 until here" in done.stderr
-    content = torch.load(work / "checkpoint_3.pt", weights_only=True)
-    assert {g["weight_decay"] for g in content["optimizer"]["param_groups"]} == {0.5}
 
-
-@pytest.mark.parametrize("change", [("--optimizer", "sgd"), ("--layer-decay", 0.5), ("--freeze",)])
+@pytest.mark.parametrize(
+    "change",
+    [("--optimizer", "sgd"), ("--layer-decay", 0.5), ("--freeze",), ("--weight-decay", 0.1)],
+)
 def test_what_the_optimizers_state_does_not_fit_cannot_change_on_resume(change, straight):
     with pytest.raises(UsageError, match=f"{change[0]} was .* cannot become .* start anew"):
         train.parse(["--resume", "--work-dir", str(straight[0]), *map(str, change)])
