@@ -91,8 +91,8 @@ def learning_rate(i: int, iters: int, lr: float, power: float, floor: float, war
     Poly (DeepLab, Chen et al. 2017, arXiv:1606.00915, section 4.1): far from a minimum large steps
     help, near it their noise is all that is left, and a rate that falls all the time needs nobody
     to say when the one becomes the other. Warmup: Adam's first steps have the full size `lr` for
-    every weight, however small its gradient, because it has no average to divide by yet; and the
-    heads, still random, would send the pretrained backbone anywhere."""
+    every weight, however small its gradient, since its averages are of one batch; and the heads,
+    still random, would send the pretrained backbone anywhere."""
     rate = (lr - floor) * (1 - i / iters) ** power + floor
     if i < warmup:
         rate *= 1 - (1 - i / warmup) * (1 - 1e-6)
@@ -125,7 +125,7 @@ def build_optimizer(
         if weight.requires_grad:
             members.setdefault((exempt, scale), []).append(weight)
 
-    groups = []
+    groups = []  # in this order: checkpoints hold the optimizer's state by position
     for exempt, scale in sorted(members):
         decay = 0.0 if exempt else weight_decay
         groups.append(dict(params=members[exempt, scale], weight_decay=decay, scale=scale))
@@ -195,16 +195,17 @@ def train(args: Namespace, checkpoint: dict) -> None:
         # Forward and backward, `micro` pictures at a time: their gradients add up, and travel
         # between the processes once, with those of the last part. The loss is a mean over all
         # pixels, labelled or not, so the mean over equal parts is that of the batch.
-        statistics = [b.clone() for b in run.model.buffers()]  # BatchNorm's, should it go wrong
+        statistics = [b.clone() for b in run.model.buffers()]  # BatchNorm's, a few small vectors
         losses = torch.zeros(3, device=device)  # loss, decode, aux
-        for k, part in enumerate(zip(*(t.split(run.micro) for t in batch)), start=1):
+        parts = zip(*(t.split(run.micro) for t in batch))
+        for k, part in enumerate(parts, start=1):
             x, y, size = (t.to(device, non_blocking=True) for t in part)  # uint8: few bytes travel
             x = normalise(x, size).contiguous(memory_format=layout)  # (micro, 3, S, S) float32
             with alone() if k < run.steps else nullcontext():
                 with autocast(device, run.dtype):
-                    loss, parts = model(x, y.long())
+                    loss, addends = model(x, y.long())
                 scaler.scale(loss / run.steps).backward()
-            losses += torch.stack([loss.detach(), *parts.values()]) / run.steps
+            losses += torch.stack([loss.detach(), *addends.values()]) / run.steps
 
         losses, finite, stop = agree(run, losses)  # waits for the device, once an iteration
         if finite:
@@ -226,7 +227,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
 
 def dropout_seed(seed: int, i: int, rank: int) -> int:
     """Of dropout and drop path in iteration i, 64 bits: another one for each process, which holds
-    other pictures. What does not fit into the upper 24 is spread over all of them."""
+    other pictures. What of the seed does not fit into the upper 24 is spread over all of them."""
     return ((seed << 40) + (i << 10) + rank + (seed >> 24) * 0x9E3779B97F4A7C15) % 2**64
 
 
@@ -756,7 +757,8 @@ def usable_checkpoint(folder: str) -> dict:
 
     for path in found:
         try:
-            damaged = zipfile.ZipFile(path).testzip()  # every tensor's bytes against their checksum
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()  # every tensor's bytes against their checksum
             content = read_checkpoint(path)
             whole = needed <= set(content) and isinstance(content["args"], dict)
             if damaged is None and whole:

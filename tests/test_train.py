@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import ROOT, draw_set, write_mmseg
 
 import evaluate
@@ -619,6 +620,58 @@ def test_classes_of_ones_own_travel_with_the_checkpoint(folder, straight):
     (folder / "own" / "classes.txt").write_text("first thing 250 0 0\nsecond\nanother\n")
     done = run(folder, "--resume", "--work-dir", "runs/own", "--iters", 9)
     assert done.returncode == 2 and "its classes are not those" in done.stderr
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the program would wait for a GPU: they bring a value, or the
+    size of a result, to the CPU."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.operations = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
+        if function.__name__.split(".")[0] in self.names:
+            self.found.append(function.__name__)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_an_iteration_waits_for_the_device_where_the_losses_come_and_nowhere_else(
+    optimizer, folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(train, "watch_signals", list)
+    next_batch, agree, stretches, agreed = train.next_batch, train.agree, [], []
+
+    def begin(run, batches):
+        batch = next_batch(run, batches)
+        stretches.append(Waits())
+        stretches[-1].__enter__()
+        return batch
+
+    def end(run, losses):
+        """All that is on the device was asked for by now; only the update is still to come."""
+        stretches[-1].__exit__(None, None, None)
+        agreed.append(losses.shape)
+        answer = agree(run, losses)
+        stretches.append(Waits())
+        stretches[-1].__enter__()
+        return answer
+
+    def stop(*arguments):
+        stretches[-1].__exit__(None, None, None)
+
+    monkeypatch.setattr(train, "next_batch", begin)
+    monkeypatch.setattr(train, "agree", end)
+    monkeypatch.setattr(train, "log", stop)
+    options = (*TINY, "--optimizer", optimizer, "--micro-batch", 2, "--workers", 0)
+    train.train(*train.parse([*map(str, options), "--work-dir", str(tmp_path)]))
+    assert len(stretches) == 12 and all(s.operations for s in stretches)
+    assert agreed == [(3,)] * 6 and not sum((s.found for s in stretches), [])
 
 
 def test_damaged_training_data_is_named(folder):
