@@ -38,9 +38,9 @@ def test_learning_rates_equal_the_reference(name, golden):
 def test_four_steps_give_the_references_weights(name, tolerance, golden, filled):
     gold, net = golden("optimizers"), filled("small", "mln").double().train()
     optimizer = train.build_optimizer(net, name, train.OPTIMIZERS[name]["lr"])
-    images, labels = torch.from_numpy(formulas.image(97, 131, 4)).double(), torch.from_numpy(
-        formulas.labels(97, 131, 4)
-    )
+    images = torch.from_numpy(formulas.image(97, 131, 4)).double()
+    labels = torch.from_numpy(formulas.labels(97, 131, 4))
+
     for i in range(1500, 1504):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(i, 160000, **train.OPTIMIZERS[name])
@@ -52,9 +52,7 @@ def test_four_steps_give_the_references_weights(name, tolerance, golden, filled)
     assert set(ours) == set(gold["names"])
     for key, weights, moved in zip(gold["names"], gold[f"{name}_weights"], gold[f"{name}_moved"]):
         got = formulas.samples(ours[key], weights.shape[0])
-        if key.endswith(
-            "in_proj_bias"
-        ):  # the key bias: softmax does not see it, its exact gradient is 0
+        if key.endswith("in_proj_bias"):  # of the keys: softmax does not see it, gradient 0
             width = formulas.SMALL["width"]
             third = np.linspace(0, 3 * width - 1, len(got)).astype(int) // width
             got, weights = got[third != 1], weights[third != 1]
@@ -125,9 +123,8 @@ def test_without_layer_decay_the_groups_are_those_of_old_checkpoints(name, sizes
     ],
 )
 def test_batch_is_processes_times_micro_times_steps(batch, world, micro, sync, want):
-    assert (
-        train.split_batch(batch, world, micro, sync) == want and world * want[0] * want[1] == batch
-    )
+    assert train.split_batch(batch, world, micro, sync) == want
+    assert world * want[0] * want[1] == batch
 
 
 @pytest.mark.parametrize(
@@ -300,14 +297,11 @@ def straight(folder, compiled):
 
 def test_run_leaves_checkpoints_log_and_picture(straight):
     work, done = straight
-    assert {"checkpoint_3.pt", "checkpoint_6.pt", "log.jsonl", "sheet_6.png", "curves.png"} <= set(
-        os.listdir(work)
-    )
+    files = {"checkpoint_3.pt", "checkpoint_6.pt", "log.jsonl", "sheet_6.png", "curves.png"}
+    assert files <= set(os.listdir(work))
     assert Image.open(work / "curves.png").width == 800
-    assert (
-        done.stdout.strip().endswith("runs/straight/sheet_6.png")
-        and "batch 4 = 1 processes x 4" in done.stdout
-    )
+    assert done.stdout.strip().endswith("runs/straight/sheet_6.png")
+    assert "batch 4 = 1 processes x 4" in done.stdout
     assert re.search(r"validation: mIoU .*  \(5 pictures, \d+ of 150 classes\)", done.stdout)
     log = read_log(work)
     steps = [e for e in log if "loss" in e]
@@ -523,19 +517,8 @@ def test_wrong_inputs_end_with_one_sentence(folder, main, arguments, message, mo
 @pytest.mark.parametrize("data", ["set", "nowhere"])
 def test_dry_run_prints_the_plan_and_writes_nothing(launch, data, folder):
     before = sorted(os.walk(folder))
-    done = run(
-        folder,
-        "--dry-run",
-        "--arch",
-        "vit_b16",
-        "--neck",
-        "mln",
-        "--data",
-        data,
-        "--iters",
-        80000,
-        launch=launch,
-    )
+    recipe = ("--arch", "vit_b16", "--neck", "mln", "--data", data, "--iters", 80000)
+    done = run(folder, "--dry-run", *recipe, launch=launch)
     assert done.returncode == 0, done.stderr
     assert (
         f"runs/vit_b16_mln_{data}_80000: vit_b16, neck mln, 144,173,612 parameters" in done.stdout
@@ -557,69 +540,65 @@ def test_compiled_training_computes_the_same_losses(folder, compiled):
         next(e["decode"] for e in read_log(path) if "loss" in e)
         for path in (work, folder / "runs" / "plain")
     ]
-    assert losses[0] == pytest.approx(
-        losses[1], rel=0.05
-    )  # (dropout draws other numbers in compiled code)
+    # (Dropout draws other numbers in compiled code.)
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def test_classes_of_ones_own_travel_with_the_checkpoint(folder, straight):
-    """Trained from a model of ADE20K's 150 classes, resumed, evaluated, converted: names, colours,
-    values of files."""
+@pytest.fixture(scope="module")
+def own(folder, straight):
+    """A run on three classes of one's own, from a model of ADE20K's 150."""
     shutil.copytree(folder / "set", folder / "own")
     for path in (folder / "own" / "annotations").glob("*/*.png"):
         label = np.array(Image.open(path))
         Image.fromarray(np.where(label == 0, 255, label % 3).astype(np.uint8)).save(path)
     (folder / "own" / "classes.txt").write_text("first thing 250 0 0\nsecond\nthird 0 0 250\n")
-    options = (
-        *TINY,
-        "--data",
-        "own",
-        "--work-dir",
-        "runs/own",
-        "--pretrained",
-        straight[0] / "checkpoint_6.pt",
-    )
-    done = run(folder, *options)
-    assert (
-        done.returncode == 0 and "150 classes in the file, 3 here: starts anew" in done.stdout
-    ), done.stderr
-    classes = torch.load(folder / "runs/own/checkpoint_6.pt", weights_only=True)["classes"]
-    assert (
-        classes[0] == ("first thing", "second", "third")
-        and classes[1][0] == [250, 0, 0]
-        and classes[2] is False
-    )
+    start = ("--pretrained", straight[0] / "checkpoint_6.pt", "--work-dir", "runs/own")
+    return run(folder, *TINY, "--data", "own", *start)
+
+
+def test_classes_of_ones_own_travel_with_the_checkpoint(own, folder):
+    """Trained, evaluated, drawn: names, colours, values of files."""
+    said = "150 classes in the file, 3 here: starts anew"
+    assert own.returncode == 0 and said in own.stdout, own.stderr
+    content = torch.load(folder / "runs/own/checkpoint_6.pt", weights_only=True)
+    names, palette, zero_ignored = content["classes"]
+    assert names == ("first thing", "second", "third")
+    assert palette[0] == [250, 0, 0] and zero_ignored is False
 
     def call(*arguments):
-        command = [
-            sys.executable,
-            os.path.join(ROOT, "evaluate.py"),
-            "--checkpoint",
-            "runs/own",
-            *arguments,
-        ]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        script = (sys.executable, os.path.join(ROOT, "evaluate.py"), "--checkpoint", "runs/own")
+        return subprocess.run((*script, *arguments), cwd=folder, capture_output=True, text=True)
 
     done = call("--save-labels", "own_labels")
-    assert (
-        done.returncode == 0 and "of 3 classes" in done.stdout and "second" in done.stdout
-    ), done.stderr
+    assert done.returncode == 0 and "of 3 classes" in done.stdout, done.stderr
+    assert "second" in done.stdout
     assert np.unique(np.array(Image.open(folder / "own_labels/s0.png"))).max() <= 2
+
     done = call("--data", "set")
     assert done.returncode == 2 and "set has 150 (wall" in done.stderr
-    done = call(
-        "--image", "set/images/validation/s0.jpg", "--show", "own_overlay", "--opacity", "1"
-    )
+
+    picture = ("--image", "set/images/validation/s0.jpg", "--show", "own_overlay")
+    done = call(*picture, "--opacity", "1")
     assert done.returncode == 0, done.stderr
-    picture = Image.open(folder / "own_overlay/s0.png").convert("RGB")
-    assert {c for n, c in picture.getcolors(1 << 20)} & {
-        (250, 0, 0),
-        (0, 0, 250),
-        tuple(classes[1][1]),
-    }
+    overlay = Image.open(folder / "own_overlay/s0.png").convert("RGB")
+    colours = {colour for count, colour in overlay.getcolors(1 << 20)}
+    assert colours & {(250, 0, 0), (0, 0, 250), tuple(palette[1])}
+
+
+def test_a_run_goes_on_with_its_own_classes_alone(own, folder):
     (folder / "own" / "classes.txt").write_text("first thing 250 0 0\nsecond\nanother\n")
     done = run(folder, "--resume", "--work-dir", "runs/own", "--iters", 9)
     assert done.returncode == 2 and "its classes are not those" in done.stderr
+
+
+def test_damaged_training_data_is_named(folder):
+    shutil.copytree(folder / "set", folder / "broken")
+    for i in range(8):
+        with open(folder / f"broken/images/training/s{i}.jpg", "r+b") as file:
+            file.truncate(900)  # the header is whole, the picture is not
+    done = run(folder, *TINY, "--data", "broken")
+    assert done.returncode == 2 and "cannot be read as a picture" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 class Waits(TorchDispatchMode):
@@ -672,19 +651,6 @@ def test_an_iteration_waits_for_the_device_where_the_losses_come_and_nowhere_els
     train.train(*train.parse([*map(str, options), "--work-dir", str(tmp_path)]))
     assert len(stretches) == 12 and all(s.operations for s in stretches)
     assert agreed == [(3,)] * 6 and not sum((s.found for s in stretches), [])
-
-
-def test_damaged_training_data_is_named(folder):
-    shutil.copytree(folder / "set", folder / "broken")
-    for i in range(8):
-        with open(folder / f"broken/images/training/s{i}.jpg", "r+b") as file:
-            file.truncate(900)  # the header is whole, the picture is not
-    done = run(folder, *TINY, "--data", "broken")
-    assert (
-        done.returncode == 2
-        and "cannot be read as a picture" in done.stderr
-        and "Traceback" not in done.stderr
-    )
 
 
 def test_toy_has_defaults_of_its_own_and_what_is_given_wins():
