@@ -1,8 +1,9 @@
 """Evaluation: one label per pixel for whole pictures, at one scale or several, flipped or not; the
 metric; the pictures.
 
-    picture --resize to (2048, 512) x scale--> model --> logits --bilinear--> the picture's own size --> softmax
-            --mean over scales and flips--> argmax --> label --> confusion matrix (C, C) --> IoU per class --> mIoU
+    picture --resize to (2048, 512) x scale--> model --> logits --bilinear--> the picture's own size
+            --softmax--> mean over scales and flips --argmax--> label
+            --> confusion matrix (C, C) --> IoU per class --> mIoU
 
 The metric is that of FCN (Long et al. 2015, arXiv:1411.4038, section 5): intersection over union,
 from one confusion matrix of the whole data set (not a mean over pictures). A class that is neither
@@ -14,12 +15,14 @@ import argparse
 import atexit
 import ctypes
 import json
+import math
 import os
+import re
 import signal
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -30,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
+from torch import Tensor, nn
 
 from ade20k import (
     DEFAULT_ROOT,
@@ -46,7 +49,15 @@ from ade20k import (
     scaled_size,
 )
 from convert_weights import WeightsError, describe, load_into, load_weights
-from upernet import IGNORE_INDEX, BLOCK, Segmenter, build_model, interpolation_matrix, resize
+from upernet import (
+    IGNORE_INDEX,
+    Segmenter,
+    build_model,
+    resize,
+    resize_matrix,
+    rows_at_once,
+    source_rows,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,6 +74,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     slower), else float32."""
     if name != "auto":
         return DTYPES[name]
+
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and newer
     else:
@@ -79,11 +91,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
     """How maps lie in memory: channels last, but for float32 on CPUs, where gradients of weights
     then take thrice the time."""
-    return (
-        torch.contiguous_format
-        if (device.type, dtype) == ("cpu", torch.float32)
-        else torch.channels_last
-    )
+    if (device.type, dtype) == ("cpu", torch.float32):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def prepare(
@@ -107,51 +117,93 @@ def predict(
     flip: bool = False,
     short: int = 512,
     dtype: torch.dtype = torch.float32,
+    slide: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Label a whole picture. model in eval mode; image (H, W, 3) uint8 RGB -> (H, W) uint8, class
     0..C-1 of each pixel.
 
     Each scale s resizes into (4 short, short) * s, keeping the aspect; flip adds the mirrored
-    picture to every scale."""
+    picture to every scale. The plain form, of which this holds some rows of pixels at a time:
+
+        for x in views:                                    # the picture at each scale, and mirrored
+            logits = resize(resize(head(x), x.shape[2:]), (H, W))  # mirrored back where x was
+            total = total + logits.softmax(dim=1)
+        return total.argmax(dim=1)
+
+    The mean is over probabilities, not logits: a view that is sure of nothing should not outvote
+    one that is sure. slide: (window, stride), see slide_logits."""
     (H, W), device, views = image.shape[:2], next(model.parameters()).device, []
-    for scale in sorted(scales, reverse=True):  # what the largest leaves free holds the others
+    for scale in sorted(scales, reverse=True):  # the largest leaves memory for the others
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
-        x = normalise(
-            torch.tensor(resize_bilinear(image, h, w)[None], device=device)
-        )  # (1, 3, h, w)
-        x = (torch.cat([x, x.flip(3)]) if flip else x).contiguous(
-            memory_format=memory_format(device, dtype)
-        )
-        with autocast(device, dtype):  # one batch, but on CPUs two: as fast, in half the memory
-            small = [
-                model.decode_head(model.features(part))
-                for part in x.split(1 if device.type == "cpu" else 2)
-            ]
-        small = (
-            torch.cat(small).float().contiguous(memory_format=torch.channels_last)
-        )  # (1 or 2, C, h', w')
-        # The two bilinear steps of the protocol, h' x w' -> h x w -> H x W, are taken below for
-        # some rows at a time, along x and then, as one matrix, along y: (C, H, W) exists for none
-        # of the views, however many there are.
-        M = interpolation_matrix(h, H, small) @ interpolation_matrix(
-            small.shape[2], h, small
-        )  # (H, h')
-        views += [(M, w, v.flip(3) if k else v) for k, v in enumerate(small.split(1))]
-    C, rows = small.shape[1], []
-    step = max(1, BLOCK.get(device.type, 2**26) // (C * W))
+        x = torch.tensor(resize_bilinear(image, h, w)[None], device=device)  # (1, 3, h, w)
+        x = normalise(x)
+        if flip:
+            x = torch.cat([x, x.flip(3)])  # (2, 3, h, w)
+        if slide:
+            logits = slide_logits(model, x, dtype, *slide)  # (1 or 2, C, h, w)
+        else:
+            logits = view_logits(model, x, dtype)  # (1 or 2, C, h', w')
+
+        # Along y the two bilinear steps of the protocol, h' to h to H, are one matrix.
+        rows = resize_matrix(h, H, logits) @ resize_matrix(logits.shape[2], h, logits)  # (H, h')
+        views.append((h, w, rows, logits[:1]))
+        if flip:
+            views.append((h, w, rows, logits[1:].flip(3)))
+
+    C = logits.shape[1]
+    step, labels = rows_at_once(device, W * C), []
     for start in range(0, H, step):
+        stop = min(start + step, H)
         total = 0
-        for M, w, v in views:
-            m = M[start : start + step]  # (r, h'), all zero but for a few columns
-            used = m.any(0).nonzero().flatten().tolist()
-            a, b = used[0], used[-1] + 1
-            wide = resize(resize(v[:, :, a:b], (b - a, w)), (b - a, W))  # (1, C, b - a, W)
-            logits = (m[:, a:b] @ wide[0].permute(1, 2, 0).flatten(1)).view(len(m), W, C)
-            total = total + (
-                logits.softmax(2) if len(views) > 1 else logits
-            )  # of one view, the argmax is the same
-        rows.append(total.argmax(2).to(torch.uint8))
-    return torch.cat(rows).cpu().numpy()
+        for h, w, rows, logits in views:
+            # Take the few rows of this view that these rows of the picture are mixed from.
+            first, last = source_rows(*source_rows(start, stop, h, H), logits.shape[2], h)
+            x = logits[:, :, first:last]  # (1, C, n, w')
+            x = resize(resize(x, (last - first, w)), (last - first, W))  # (1, C, n, W)
+            x = x[0].permute(1, 2, 0).flatten(1)  # (n, W C)
+            x = (rows[start:stop, first:last] @ x).view(-1, W, C)  # (stop - start, W, C)
+            if len(views) > 1:
+                x = x.softmax(2)  # (of one view, the largest stays the largest)
+            total += x
+        labels.append(total.argmax(2).to(torch.uint8))  # (stop - start, W)
+    return torch.cat(labels).cpu().numpy()
+
+
+def view_logits(model: Segmenter, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normalised pictures (B, 3, h, w) -> logits (B, C, h', w'), float32, at the head's own size.
+
+    On CPUs one picture at a time: as fast as a batch, in half the memory."""
+    x = x.contiguous(memory_format=memory_format(x.device, dtype))
+    with autocast(x.device, dtype):
+        parts = x.split(1 if x.device.type == "cpu" else len(x))
+        logits = torch.cat([model.decode_head(model.features(part)) for part in parts])
+    return logits.float().contiguous(memory_format=torch.channels_last)
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along an axis: every stride pixels, and the last one ends with it."""
+    last = max(length - window, 0)
+    return [*range(0, last, stride), last]
+
+
+def slide_logits(
+    model: Segmenter, x: Tensor, dtype: torch.dtype, window: int, stride: int
+) -> Tensor:
+    """Logits by windows of the training crops' size, where positions are as they were learned:
+    (B, 3, h, w) -> (B, C, h, w), for each pixel the mean over the windows that see it. The protocol
+    of Segmenter (Strudel et al. 2021, arXiv:2105.05633) and BEiT, mmsegmentation's mode slide."""
+    B, _, h, w = x.shape
+    C = model.decode_head.classifier.out_channels
+    total = x.new_zeros(B, C, h, w).contiguous(memory_format=torch.channels_last)
+    seen = x.new_zeros(h, w)
+    for top in window_starts(h, window, stride):
+        for left in window_starts(w, window, stride):
+            rows, columns = slice(top, top + window), slice(left, left + window)
+            part = x[:, :, rows, columns]
+            logits = view_logits(model, part, dtype)  # (B, C, h', w')
+            total[:, :, rows, columns] += resize(logits, part.shape[2:])
+            seen[rows, columns] += 1
+    return total / seen
 
 
 def confusion_matrix(label: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
@@ -159,7 +211,8 @@ def confusion_matrix(label: np.ndarray, prediction: np.ndarray, num_classes: int
     label is left out."""
     kept = label != IGNORE_INDEX
     cells = label[kept].astype(np.int64) * num_classes + prediction[kept]
-    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+    counts = np.bincount(cells, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
 
 
 def scores(matrix: np.ndarray) -> dict:
@@ -168,15 +221,29 @@ def scores(matrix: np.ndarray) -> dict:
 
     IoU needs the class in truth or prediction, Acc in truth; the means are over the classes that
     have one."""
-    hit, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    hit = matrix.diagonal()
+    true = matrix.sum(1)
+    predicted = matrix.sum(0)
     with np.errstate(invalid="ignore"):  # 0 / 0 is nan, and means "no such class"
-        iou, acc = 100 * hit / (true + predicted - hit), 100 * hit / true
-        overall = 100 * hit.sum() / matrix.sum()
-    mean = {"mIoU": iou, "mAcc": acc, "aAcc": np.array([overall])}
-    result = {k: None if np.isnan(v).all() else float(np.nanmean(v)) for k, v in mean.items()}
-    return result | {
-        k: [None if np.isnan(x) else float(x) for x in v] for k, v in (("IoU", iou), ("Acc", acc))
-    }
+        iou = 100 * hit / (true + predicted - hit)
+        acc = 100 * hit / true
+        overall = 100 * hit.sum(keepdims=True) / matrix.sum()
+
+    result = {}
+    for name, values in (("mIoU", iou), ("mAcc", acc), ("aAcc", overall)):
+        absent = np.isnan(values)
+        result[name] = None if absent.all() else float(np.nanmean(values))
+    for name, values in (("IoU", iou), ("Acc", acc)):
+        result[name] = np.where(np.isnan(values), None, values).tolist()
+    return result
+
+
+def load_or_fault(pair: tuple[str, str | None], classes: Classes) -> tuple:
+    """load_pair, or (path, DataError, None) where the picture or its label cannot be used."""
+    try:
+        return load_pair(pair, classes)
+    except DataError as fault:
+        return pair[0], fault, None
 
 
 def evaluate(
@@ -187,67 +254,130 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     workers: int = 2,
+    faults: list[str] | None = None,
     **how,
 ) -> Iterator[tuple]:
-    """Label all pictures, and yield (i, path, image, label, prediction) of those of this process.
-    matrix (C, C) int64 is filled in place; after the last picture it is the sum over all processes.
+    """Label pictures, every world-th of all for this process: yields (index in pairs, path, image
+    (H, W, 3), label (H, W) or None, prediction (H, W)) of each.
 
-    pairs: (image path, label path or None). how: predict's scales, flip, short and dtype."""
-    mine, C = list(range(rank, len(pairs), world)), len(
-        classes.names
-    )  # without padding: none is counted twice
+    pairs: (image path, label path or None). matrix (C, C) int64: the pixels are counted into it,
+    and when the loop has ended it holds the sum over all processes; so all of them go to the end,
+    or none. A file that cannot be used ends the loop with a DataError; given a list of faults, its
+    sentence is added to the list instead. how: predict's scales, flip, short,
+    dtype and slide."""
+    mine = list(range(rank, len(pairs), world))  # without padding: no picture is counted twice
     loader = torch.utils.data.DataLoader(
         pairs,
         batch_size=None,
         sampler=mine,
-        collate_fn=partial(load_pair, classes=classes),
+        collate_fn=partial(load_or_fault, classes=classes),
         num_workers=workers,
         worker_init_fn=start_worker,
     )
     started, was_training = time.monotonic(), model.training
     model.eval()
-    for n, (path, image, label) in enumerate(loader, start=1):
-        prediction = predict(model, image, **how)
-        if label is not None:
-            matrix += confusion_matrix(label, prediction, C)
-        yield mine[n - 1], path, image, label, prediction
-        rate = n / (time.monotonic() - started)
-        if rank == 0:
-            progress(
-                f"{n} of {len(mine)} pictures, {rate:.2f} a second, {(len(mine) - n) / rate:.0f} s left",
-                started,
-            )
-    progress("", started)
-    model.train(was_training)
+
+    try:
+        for n, (i, (path, image, label)) in enumerate(zip(mine, loader, strict=True), start=1):
+            if isinstance(image, DataError):
+                if faults is None:
+                    raise image
+                faults.append(str(image))
+                continue
+
+            prediction = predict(model, image, **how)
+            if label is not None:
+                matrix += confusion_matrix(label, prediction, len(classes.names))
+            yield i, path, image, label, prediction
+
+            if rank == 0:
+                rate, left = n / (time.monotonic() - started), len(mine) - n
+                speed = f"{rate:.2f} a second, {left / rate:.0f} s left"
+                progress(f"{n} of {len(mine)} pictures, {speed}", started)
+    finally:  # also where the caller leaves its loop early
+        model.train(was_training)
+        progress("", started)
+
     if world > 1:
-        dist.all_reduce(
-            torch.from_numpy(matrix)
-        )  # a view of it; on the CPU (gloo) also beside NCCL
+        dist.all_reduce(torch.from_numpy(matrix))  # in place; on the CPU (gloo) also beside NCCL
+
+
+def percent(value: float | None) -> str:
+    return "      --" if value is None else f"{value:8.2f}"
 
 
 def table(result: dict, classes: tuple[str, ...]) -> str:
     """The scores per class and their summary as text."""
-    lines = [f"{'class':24s}{'IoU':>8s}{'Acc':>8s}"]
-    percent = lambda x: "      --" if x is None else f"{x:8.2f}"  # noqa: E731
-    shown = [k for k, x in enumerate(result["IoU"]) if x is not None]
-    lines += [
-        f"{classes[k]:24s}{percent(result['IoU'][k])}{percent(result['Acc'][k])}" for k in shown
-    ]
-    absent = [name for k, name in enumerate(classes) if k not in shown]
+    lines = ["class                        IoU     Acc"]
+    absent = []
+    for name, iou, acc in zip(classes, result["IoU"], result["Acc"]):
+        if iou is None:
+            absent.append(name)
+        else:
+            lines.append(f"{name:24s}{percent(iou)}{percent(acc)}")
+
     if absent:
-        lines += textwrap.wrap(
-            f"absent, not in the means ({len(absent)}): {', '.join(absent)}",
-            100,
-            subsequent_indent="  ",
-        )
-    lines.append(
-        f"mIoU {percent(result['mIoU'])}  mAcc {percent(result['mAcc'])}  aAcc {percent(result['aAcc'])}  "
-        f"({len(shown)} of {len(classes)} classes)"
-    )
+        text = f"absent, not in the means ({len(absent)}): {', '.join(absent)}"
+        lines += textwrap.wrap(text, 100, subsequent_indent="  ")
+
+    means = [f"{name} {percent(result[name])}" for name in ("mIoU", "mAcc", "aAcc")]
+    count = len(classes) - len(absent)
+    lines.append(f"{'  '.join(means)}  ({count} of {len(classes)} classes)")
     return "\n".join(lines)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
+
+FONT = ImageFont.load_default(15)
+
+
+def stack(pictures: list[np.ndarray], axis: int) -> np.ndarray:
+    """Pictures (h, w, 3) one below the other (axis 0) or side by side (axis 1), on white, 8 pixels
+    apart."""
+    longest = max(picture.shape[1 - axis] for picture in pictures)
+    padded = []
+    for picture in pictures:
+        pad = np.zeros((3, 2), int)  # pixels before and behind, of rows, columns, channels
+        pad[axis] = 4
+        pad[1 - axis, 1] = longest - picture.shape[1 - axis]
+        padded.append(np.pad(picture, pad, constant_values=255))
+    return np.concatenate(padded, axis)
+
+
+def caption(text: str, colour: tuple | None = None) -> np.ndarray:
+    """A line of text, behind a square of the colour if there is one. -> (20, w, 3) uint8"""
+    canvas = Image.new("RGB", (24 + int(FONT.getlength(text)), 20), "white")
+    draw = ImageDraw.Draw(canvas)
+
+    left = 0
+    if colour:
+        draw.rectangle((0, 2, 15, 17), colour, "black")
+        left = 23
+    draw.text((left, 10), text, "black", FONT, anchor="lm")
+    return np.asarray(canvas)
+
+
+def palette(classes: Classes) -> np.ndarray:
+    """The colour of every value in a label, (256, 3) uint8; what nobody labelled is black."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[: len(classes.palette)] = classes.palette
+    return colours
+
+
+def legend(labels: list[np.ndarray], classes: Classes, width: int) -> np.ndarray:
+    """Colour and name of every class in labels, the largest first, down the columns, of which as
+    many as fit into width pixels stand side by side. -> (h, w, 3) uint8"""
+    counts = sum(np.bincount(label.ravel(), minlength=256) for label in labels)
+    names = dict(enumerate(classes.names)) | {IGNORE_INDEX: "not labelled"}
+    colours = palette(classes).tolist()
+    shown = [k for k in np.argsort(-counts) if counts[k]]
+    entries = [caption(names[k], tuple(colours[k])) for k in shown]
+
+    widest = max(entry.shape[1] for entry in entries)
+    columns = max(1, width // (8 + widest))
+    rows = math.ceil(len(entries) / columns)
+    starts = range(0, len(entries), rows)
+    return stack([stack(entries[start : start + rows], 0) for start in starts], 1)
 
 
 def sheet(
@@ -256,179 +386,68 @@ def sheet(
     opacity: float = 1,
 ) -> Image.Image:
     """One row of panels for each (picture (H, W, 3), truth or None, prediction (H, W), all uint8),
-    a legend below. With truth: picture, truth, prediction, 160 to 400 pixels wide. Without: the
-    prediction alone, at the picture's own size. Colours lie over the picture with an opacity of 0
-    to 1."""
-    titles, size, gap = (
-        ["prediction"] if rows[0][1] is None else ["picture", "truth", "prediction"],
-        15,
-        8,
-    )
-    width = max(
-        160, min(400 if titles[1:] else 4000, max(row[0].shape[1] for row in rows))
-    )  # of one panel
-    font, panels = ImageFont.load_default(size), []
-    palette = np.uint8(
-        classes.palette + [[0, 0, 0]] * (256 - len(classes.palette))
-    )  # what nobody labelled is black
+    a legend below. With truth: picture, truth, prediction, each at most 400 pixels wide. Without:
+    the prediction alone, at the picture's own size up to 4000. Colours lie over the picture with an
+    opacity of 0 to 1."""
+    columns = {"picture": [], "truth": [], "prediction": []}
+    limit = 400
+    if rows[0][1] is None:
+        columns = {"prediction": []}
+        limit = 4000
+
+    labels = []
     for image, truth, prediction in rows:
-        shape = width, round(width * image.shape[0] / image.shape[1])
-        picture = Image.fromarray(image).resize(shape, Image.LANCZOS)
-        layers = [Image.fromarray(palette[x]) for x in (truth, prediction) if x is not None]
-        layers = [
-            Image.blend(picture, layer.resize(shape, Image.NEAREST), opacity) for layer in layers
-        ]
-        panels.append([picture] * len(titles[1:2]) + layers)
-    counts = sum(
-        np.bincount(x.ravel(), minlength=256) for row in rows for x in row[1:] if x is not None
-    )
-    legend = [
-        (classes.names[k], tuple(classes.palette[k]))
-        for k in np.argsort(-counts[:IGNORE_INDEX])
-        if counts[k]
-    ]
-    legend += [("not labelled", (0, 0, 0))] * bool(counts[IGNORE_INDEX])
-    cell = max(size + 3 * gap + font.getlength(name) for name, _ in legend)
-    total = int(max(gap + len(titles) * (width + gap), gap + cell))
-    columns = int((total - gap) // cell)
-    top = size + 2 * gap
-    bottom = top + sum(row[0].height + gap for row in panels)
-    canvas = Image.new(
-        "RGB", (total, bottom + gap + -(-len(legend) // columns) * (size + gap)), "white"
-    )
+        step = math.ceil(image.shape[1] / limit)  # every step-th pixel is shown
+        picture = np.asarray(Image.fromarray(image).reduce(step))
+        for title, column in columns.items():
+            panel = picture
+            if title != "picture":
+                labels.append(truth if title == "truth" else prediction)
+                colours = palette(classes)[labels[-1][::step, ::step]]
+                mixed = opacity * colours + (1 - opacity) * picture
+                panel = mixed.round().astype(np.uint8)
+            column.append(panel)
+
+    columns = [stack([caption(title), *column], 0) for title, column in columns.items()]
+    panels = stack(columns, 1)
+    below = legend(labels, classes, panels.shape[1])
+    return Image.fromarray(stack([panels, below], 0))
+
+
+def plot(title: str, points: list[tuple[int, float]], last: int) -> np.ndarray:
+    """Values at iterations 0 to last. -> (210, 800, 3) uint8; the axes cross at (90, 180)."""
+    top = max(value for _, value in points) or 1
+    canvas = Image.new("RGB", (800, 210), "white")
     draw = ImageDraw.Draw(canvas)
-    for i, title in enumerate(titles):
-        draw.text((gap + i * (width + gap), gap), title, "black", font)
-    for row in panels:
-        for i, panel in enumerate(row):
-            canvas.paste(panel, (gap + i * (width + gap), top))
-        top += row[0].height + gap
-    for i, (name, rgb) in enumerate(legend):  # read down the columns, largest class first
-        x = gap + (i // -(-len(legend) // columns)) * cell
-        y = bottom + (i % -(-len(legend) // columns)) * (size + gap)
-        draw.rectangle((x, y, x + size, y + size), rgb, "black")
-        draw.text((x + size + gap, y + size / 2), name, "black", font, anchor="lm")
-    return canvas
+    draw.text((90, 35), title, "black", FONT, anchor="lb")
+
+    for part in (0, 0.25, 0.5, 0.75, 1):
+        x = 90 + 690 * part
+        y = 180 - 140 * part
+        draw.line((x, 40, x, 180), "lightgrey")
+        draw.line((90, y, 780, y), "lightgrey")
+        draw.text((x, 186), f"{part * last:.0f}", "black", FONT, anchor="mt")
+        draw.text((82, y), f"{part * top:.3g}", "black", FONT, anchor="rm")
+
+    line = [(90 + 690 * i / last, 180 - 140 * value / top) for i, value in points]
+    draw.line(line, "steelblue", 2)
+    if len(line) < 30:  # few points are dots, one alone would be no line at all
+        for x, y in line:
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), "steelblue")
+    return np.asarray(canvas)
 
 
 def curves(entries: list[dict]) -> Image.Image:
-    """Loss, learning rate and mIoU against the iteration, one below the other, 800 pixels wide.
-    entries: a run's log."""
-    names = {"loss": "training loss", "lr": "learning rate", "mIoU": "validation mIoU (%)"}
-    lines = {
-        name: [(e["iteration"], e[key]) for e in entries if e.get(key) is not None]
-        for key, name in names.items()
-    }
-    lines = {name: points for name, points in lines.items() if points}
-    font, left, right, high = (
-        ImageFont.load_default(15),
-        90,
-        780,
-        210,
-    )  # of one plot; its axes cross at (left, high - 40)
-    canvas = Image.new("RGB", (800, high * len(lines) + 20), "white")
-    draw, last = ImageDraw.Draw(canvas), max(e["iteration"] for e in entries)
+    """Loss, learning rate and mIoU by iteration, one below the other. entries: a run's log."""
+    titles = {"loss": "training loss", "lr": "learning rate", "mIoU": "validation mIoU (%)"}
+    last = max(entry["iteration"] for entry in entries)
+    plots = [np.full((10, 800, 3), 255, np.uint8)]
 
-    def ticks(top: float) -> np.ndarray:  # 0, 1, 2, ... or in steps of 2 or 5, times a power of 10
-        unit = 10 ** np.floor(np.log10(top / 3))
-        return np.arange(
-            0, top * 1.0001, unit * max(k for k in (1, 2, 5) if k * unit <= top / 3 * 1.0001)
-        )
-
-    for row, (name, points) in enumerate(lines.items()):
-        top = max(v for _, v in points) or 1
-        base = high * (row + 1) - 20
-        at = lambda i, v: (
-            left + (right - left) * i / last,
-            base - (high - 70) * v / top,
-        )  # noqa: E731, B023
-        for v in ticks(top):
-            draw.line([at(0, v), at(last, v)], "lightgrey")
-            draw.text((left - 8, at(0, v)[1]), f"{v:.3g}", "black", font, anchor="rm")
-        for i in ticks(last):
-            draw.line([at(i, 0), at(i, top)], "lightgrey")
-            draw.text((at(i, 0)[0], base + 6), f"{i:.0f}", "black", font, anchor="mt")
-        draw.text((left, base - high + 65), name, "black", font, anchor="lb")
-        draw.line([at(*point) for point in points], (31, 119, 180), 2)
-        if len(points) < 30:  # few points are dots, one alone would be no line at all
-            for x, y in [at(*point) for point in points]:
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), (31, 119, 180))
-    draw.text((right, canvas.height - 2), "iteration", "black", font, anchor="rb")
-    return canvas
-
-
-# ---- processes ---------------------------------------------------------------------------------
-
-SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-)  # that ask to stop: Ctrl-C, and clusters in two customs
-
-
-def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
-    """-> (rank, number of processes, device). Under torchrun joins the others: NCCL for tensors on
-    GPUs, gloo on CPUs; RuntimeError in all of them when one has not answered for `timeout`
-    seconds."""
-    keep_memory()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        meet = {}
-        if (
-            os.environ.get("GROUP_WORLD_SIZE") == "1"
-        ):  # torchrun, one node. Where it restarts its processes, its store
-            # still holds the addresses of the dead ones (pytorch issue 135712): a prefix for each
-            # try keeps them apart.
-            store = dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
-            )
-            prefix = f"try {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-            meet = dict(store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout),
-            **meet,
-        )
-    return rank, world, device
-
-
-def keep_memory() -> None:
-    """glibc gives large arrays back when they are freed, and gets the next ones zeroed, page by
-    page: 40% of the time of the transforms, 10% of the model's on a CPU. From here on it keeps
-    those below 80 MB (larger ones would leave large holes)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 80_000_000)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: which does not shrink
-
-
-def start_worker(worker: int) -> None:
-    """In each of a loader's processes. A signal to the whole group is the main process's to answer;
-    but where that one is killed its loaders die with it, or they would hold its connections open
-    and the other processes would wait on them."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    keep_memory()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # 1: PR_SET_PDEATHSIG, the signal when the parent dies
-        if get_start_method() == "fork" and os.getppid() != parent_process().pid:
-            os._exit(1)  # it has died already
-
-
-@atexit.register
-def kill_workers() -> None:
-    """When the main process ends: multiprocessing would send SIGTERM, which start_worker has its
-    processes ignore."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # (torch's handler would report them as lost)
-    for child in active_children():
-        if child.daemon:
-            child.kill()
+    for key, title in titles.items():
+        points = [(e["iteration"], e[key]) for e in entries if e.get(key) is not None]
+        if points:
+            plots.append(plot(f"{title} by iteration", points, last))
+    return Image.fromarray(np.concatenate(plots))
 
 
 # ---- python evaluate.py --------------------------------------------------------------------------
@@ -437,33 +456,122 @@ def kill_workers() -> None:
 def parse_scales(text: str) -> tuple[float, ...]:
     """ "0.5,0.75,1" -> (0.5, 0.75, 1.0); "0.5,...,1.75" means steps of 0.25. argparse's error if it
     is something else."""
+    values = text.split(",")
     try:
-        parts = text.split(",")
-        if "..." in parts:
-            first, dots, last = parts
-            parts = np.arange(float(first), float(last) + 1e-9, 0.25) if dots == "..." else parts
-        scales = tuple(float(x) for x in parts)
+        if len(values) == 3 and values[1] == "...":
+            values = np.arange(float(values[0]), float(values[2]) + 1e-9, 0.25)
+        scales = tuple(float(value) for value in values)
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a list of numbers like 0.5,1,1.5 or 0.5,...,1.75"
         ) from None
-    if not scales or not all(0 < s <= 16 for s in scales):
+
+    if not scales or not all(0 < scale <= 16 for scale in scales):
         raise argparse.ArgumentTypeError(f"{text!r}: scales must be above 0 and at most 16")
     return scales
+
+
+def at_least(least: int) -> Callable:
+    """A whole number on the command line."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} must be {least} or more")
+        return int(text)
+
+    return number
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; what cannot be met together is refused here."""
+    parser = argparse.ArgumentParser(
+        description="Evaluate a checkpoint on a data set, or label pictures with it.",
+        epilog="example: python evaluate.py --checkpoint upernet.pth --flip --scales 0.5,...,1.75",
+    )
+
+    add = parser.add_argument_group("what").add_argument
+    add("--checkpoint", metavar="FILE", default="runs",
+        help="any file convert_weights.py reads, a URL, a work directory (the checkpoint with the "
+        "best validation), or a folder of these (the newest; default: runs)")
+    add("--data", metavar="DIR",
+        help=f"data set, or toy (default: what the checkpoint was trained on, else {DEFAULT_ROOT})")
+    add("--split", default="validation",
+        help="images/SPLIT and annotations/SPLIT (default: validation)")
+    add("--image", metavar="FILE_OR_DIR",
+        help="label these pictures instead; needs --show or --save-labels")
+
+    add = parser.add_argument_group("how").add_argument
+    add("--scales", type=parse_scales, default=(1.0,), metavar="S,S,...",
+        help="sizes relative to (2048, 512); 0.5,...,1.75 means steps of 0.25 (default: 1)")
+    add("--flip", action="store_true",
+        help="add the mirrored picture at every scale")
+    add("--short-side", type=at_least(1), metavar="PIXELS",
+        help="of pictures at scale 1 (default: as trained, else 512)")
+    add("--slide", type=at_least(1), metavar="PIXELS",
+        help="label square windows of this side instead of whole pictures, e.g. 512")
+    add("--stride", type=at_least(1), metavar="PIXELS",
+        help="from one window to the next, e.g. 341")
+    add("--dtype", choices=("auto", *DTYPES), default="auto",
+        help="auto (default): bfloat16 if in hardware, else float32")
+    add("--workers", type=at_least(0), default=2,
+        help="processes that read pictures (default: 2)")
+    add("--compile", action="store_true",
+        help="torch.compile the model: a minute at each new size of pictures, then faster")
+    add("--dry-run", action="store_true",
+        help="load the checkpoint, look at the data, print the plan or what is missing")
+
+    add = parser.add_argument_group("results").add_argument
+    add("--json", metavar="FILE",
+        help="write scores and protocol")
+    add("--save-labels", metavar="DIR",
+        help="write one png a picture, with the values of the data set's own label files")
+    add("--show", metavar="DIR",
+        help="write one sheet a picture: picture, truth, prediction, legend; or an overlay")
+    add("--opacity", type=float, default=0.6,
+        help="of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
+
+    args = parser.parse_args(argv)
+    if (args.slide or 0) < (args.stride or 0) or (args.slide and not args.stride):
+        parser.error("--slide needs a --stride, of as many pixels or fewer")
+    if not 0 <= args.opacity <= 1:
+        parser.error(f"--opacity {args.opacity} must be 0 to 1")
+    if args.image and not (args.show or args.save_labels):
+        parser.error("--image needs --show DIR or --save-labels DIR, or nothing would come out")
+    if args.image and args.json:
+        parser.error("--json holds scores, and --image has no labels to score with")
+    return args
 
 
 def checkpoints(folder: str) -> list[str]:
     """The checkpoint_*.pt in a work directory and in those below it, the last written first.
     UsageError if there is none."""
-    found = glob(os.path.join(folder, "checkpoint_*.pt")) + glob(
-        os.path.join(folder, "*", "checkpoint_*.pt")
-    )
+    places = (folder, os.path.join(folder, "*"))
+    found = [path for place in places for path in glob(os.path.join(place, "checkpoint_*.pt"))]
     if not found:
         raise UsageError(
-            f"{folder}: no checkpoint_*.pt in it, train one with `python train.py --data toy` or name a "
-            "file with --checkpoint"
+            f"{folder}: no checkpoint_*.pt in it, train one with `python train.py --data toy` or "
+            "name a file with --checkpoint"
         )
     return sorted(found, key=os.path.getmtime, reverse=True)
+
+
+def choose_checkpoint(folder: str) -> tuple[str, str]:
+    """-> (path, why). Of a work directory the checkpoint with the best validation, as its log says;
+    where there was none, and of a folder of work directories, the newest."""
+    found = checkpoints(folder)
+    scored = {}
+    log = os.path.join(folder, "log.jsonl")
+    if os.path.exists(log):
+        with open(log) as file:
+            for entry in map(json.loads, file):
+                path = os.path.join(folder, f"checkpoint_{entry['iteration']}.pt")
+                if path in found and entry.get("mIoU") is not None:
+                    scored[path] = entry["mIoU"]
+
+    if not scored:
+        return found[0], "the newest"
+    best = max(scored, key=scored.get)
+    return best, f"the best of its run, mIoU {scored[best]:.2f}"
 
 
 def load_model(path: str) -> tuple[nn.Module, dict]:
@@ -475,230 +583,206 @@ def load_model(path: str) -> tuple[nn.Module, dict]:
             f"{path}: a {facts['kind']} has no segmentation head to evaluate, train it first with "
             "`python train.py --pretrained FILE`"
         )
+
     with torch.device("meta"):  # no initialisation: load_into sets every value, or fails
         model = build_model(facts["arch"], facts["neck"], facts["num_classes"])
     load_into(model.to_empty(device="cpu"), state_dict, facts)
     return model.eval(), facts
 
 
-def inputs(
-    args: argparse.Namespace, path: str, facts: dict
-) -> tuple[list[tuple[str, str | None]], Classes]:
-    """The (image, label or None) paths that the command line asks for, and what their labels mean
-    to the checkpoint."""
-    n = facts[
-        "num_classes"
-    ]  # of a file that does not name its classes: ADE20K's, or numbers for names
-    classes = (
-        Classes(*facts["classes"])
-        if "classes" in facts
-        else (
-            Classes()
-            if n == len(Classes().names)
-            else Classes(tuple(f"class {k}" for k in range(n)), (Classes().palette * 2)[:n])
+def known_classes(facts: dict) -> Classes:
+    """What a checkpoint was trained on: as it says itself, or ADE20K, or numbers for names."""
+    if "classes" in facts:
+        return Classes(*facts["classes"])
+    n = facts["num_classes"]
+    if n == len(Classes().names):
+        return Classes()
+    names = tuple(f"class {k}" for k in range(n))
+    return Classes(names, (Classes().palette * 2)[:n])
+
+
+def check_classes(path: str, facts: dict, root: str, there: tuple[str, ...]) -> None:
+    """UsageError if the checkpoint in path knows other classes than the data in root has; where it
+    knows no names, another number of them."""
+    known = known_classes(facts).names
+    if "classes" not in facts and len(known) == len(there):
+        return
+    if known != there:
+        raise UsageError(
+            f"{path}: knows {len(known)} classes ({', '.join(known[:3])}, ...), {root} has "
+            f"{len(there)} ({', '.join(there[:3])}, ...): train on that data first"
         )
-    )
-    if not args.image:
+
+
+def find_pictures(path: str) -> list[tuple[str, None]]:
+    """(path, no label) of one picture, or of all files in a folder but hidden ones."""
+    if not os.path.isdir(path):
+        return [(path, None)]
+    names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    files = [os.path.join(path, name) for name in names]
+    pairs = [(file, None) for file in files if os.path.isfile(file)]
+    if not pairs:
+        raise DataError(f"{path}: holds no files")
+    return pairs
+
+
+def protocol(args: argparse.Namespace) -> dict:
+    """What scores depend on."""
+    names = ("checkpoint", "data", "split", "scales", "flip", "short_side")
+    return {name: getattr(args, name) for name in (*names, "slide", "stride", "dtype")}
+
+
+def plan(args: argparse.Namespace, device: torch.device, say: Callable) -> tuple:
+    """Fill in what the command line leaves to the checkpoint and the machine, and say it. -> (model
+    on the CPU, pairs, classes)"""
+    if os.path.isdir(args.checkpoint) or args.checkpoint == "runs":
+        args.checkpoint, why = choose_checkpoint(args.checkpoint)
+        say(f"{args.checkpoint}: {why}")
+    model, facts = load_model(args.checkpoint)
+    say(f"{args.checkpoint}: {describe(facts)}")
+
+    trained = facts.get("args", {})  # of our own checkpoints
+    args.data = args.data or trained.get("data", DEFAULT_ROOT)
+    args.short_side = args.short_side or trained.get("short_side", 512)
+    args.dtype = str(choose_dtype(args.dtype, device)).removeprefix("torch.")
+
+    if args.image:
+        pairs = find_pictures(args.image)
+        classes = known_classes(facts)
+    else:
         root = data_root(args.data)
-        there = read_classes(root)
-        if (
-            len(there.names) != len(classes.names)
-            or "classes" in facts
-            and there.names != classes.names
-        ):
+        classes = read_classes(root)
+        check_classes(args.checkpoint, facts, root, classes.names)
+        pairs = find_pairs(root, args.split)
+
+    how = ", ".join(f"{name} {value}" for name, value in protocol(args).items())
+    say(f"{args.image or args.data}: {len(pairs)} pictures on {device.type}; {how}")
+    return model, pairs, classes
+
+
+def destination(folder: str, path: str) -> str:
+    """Where the result for the picture in path goes."""
+    stem = os.path.splitext(os.path.basename(path))[0]
+    return os.path.join(folder, stem + ".png")
+
+
+def file_id(path: str) -> tuple | str:
+    """Equal for all paths of one file, however they are written, links among them."""
+    if os.path.exists(path):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    return os.path.normcase(os.path.realpath(path))
+
+
+def refuse_overwriting(args: argparse.Namespace, pairs: list) -> None:
+    """UsageError where an output would replace a file that is read, or another output."""
+    inputs = [args.checkpoint, os.path.join(args.data, "classes.txt")]
+    inputs += [path for pair in pairs for path in pair if path]
+    read = {file_id(path): path for path in inputs}
+
+    folders = [folder for folder in (args.save_labels, args.show) if folder]
+    outputs = [(destination(folder, path), path) for folder in folders for path, _ in pairs]
+    if args.json:
+        outputs.append((args.json, "the scores"))
+
+    written = {}
+    for output, source in outputs:
+        key = file_id(output)
+        if key in read:
+            raise UsageError(f"{output} would replace {read[key]}, which is read: write elsewhere")
+        if key in written:
             raise UsageError(
-                f"{path}: knows {len(classes.names)} classes ({', '.join(classes.names[:3])}, ...), {root} has "
-                f"{len(there.names)} ({', '.join(there.names[:3])}, ...): train on that data first"
+                f"{output} would hold both what is made of {written[key]} and of {source}: "
+                "write to another folder, or rename one of them"
             )
-        return find_pairs(root, args.split), there
-    if not os.path.isdir(args.image):
-        return [(args.image, None)], classes
-    files = sorted(
-        f
-        for f in os.listdir(args.image)
-        if f.lower().endswith(tuple(Image.registered_extensions()))
-    )
-    if not files:
-        raise DataError(f"{args.image}: holds no pictures")
-    return [(os.path.join(args.image, f), None) for f in files], classes
+        written[key] = source
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; what cannot be met together is refused here."""
-    parser = argparse.ArgumentParser(
-        description="Evaluate a checkpoint on a data set, or label pictures with it.",
-        epilog="example: python evaluate.py --checkpoint upernet_deit-s16.pth --flip --scales 0.5,...,1.75",
-    )
-    add = parser.add_argument_group("what").add_argument
-    add(
-        "--checkpoint",
-        metavar="FILE",
-        help="any file convert_weights.py reads, a URL, or a work directory (default: the "
-        "newest under runs/)",
-    )
-    add(
-        "--data",
-        metavar="DIR",
-        help=f"data set, or toy (default: what the checkpoint was trained on, else {DEFAULT_ROOT})",
-    )
-    add(
-        "--split",
-        default="validation",
-        help="images/SPLIT and annotations/SPLIT (default: validation)",
-    )
-    add(
-        "--image",
-        metavar="FILE_OR_DIR",
-        help="label these pictures instead; needs --show or --save-labels",
-    )
-    add = parser.add_argument_group("how").add_argument
-    add(
-        "--scales",
-        type=parse_scales,
-        default=(1.0,),
-        metavar="S,S,...",
-        help="sizes relative to (2048, 512); 0.5,...,1.75 means steps of 0.25 (default: 1)",
-    )
-    add("--flip", action="store_true", help="add the mirrored picture at every scale")
-    add(
-        "--short-side",
-        type=int,
-        metavar="PIXELS",
-        help="of pictures at scale 1 (default: as trained, else 512)",
-    )
-    add(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        default="auto",
-        help="auto (default): bfloat16 if in hardware, else float32",
-    )
-    add("--workers", type=int, default=2, help="processes that read pictures (default: 2)")
-    add(
-        "--compile",
-        action="store_true",
-        help="torch.compile the model: a minute at each new size of pictures, then faster",
-    )
-    add(
-        "--dry-run",
-        action="store_true",
-        help="load the checkpoint, look at the data, print the plan or what is missing",
-    )
-    add = parser.add_argument_group("results").add_argument
-    add("--json", metavar="FILE", help="write scores and protocol")
-    add(
-        "--save-labels",
-        metavar="DIR",
-        help="write one png a picture, with the values of the data set's own label files",
-    )
-    add(
-        "--show",
-        metavar="DIR",
-        help="write one sheet a picture: picture, truth, prediction, legend; with --image an overlay",
-    )
-    add(
-        "--opacity",
-        type=float,
-        default=0.6,
-        help="of the classes' colours over the pictures, 0 to 1 (default: 0.6)",
-    )
-    args = parser.parse_args(argv)
-    if not 0 <= args.opacity <= 1:
-        parser.error(f"--opacity {args.opacity} must be 0 to 1")
-    if args.image and not (args.show or args.save_labels):
-        parser.error("--image needs --show DIR or --save-labels DIR, or nothing would come out")
-    if args.image and args.json:
-        parser.error("--json holds scores, and --image has no labels to score with")
-    return args
+def open_outputs(args: argparse.Namespace, rank: int) -> None:
+    """Make the folders and try to write the scores: an error comes now, not after an hour."""
+    for folder in (args.show, args.save_labels, os.path.dirname(args.json or "")):
+        os.makedirs(folder or ".", exist_ok=True)
+    if args.json and rank == 0:
+        open(args.json, "a").close()  # what is in it stays until there is more to write
+
+
+def write(args: argparse.Namespace, classes: Classes, path: str, image, label, prediction) -> None:
+    """Save what is asked for of one picture, as evaluate() gives it."""
+    if args.save_labels:
+        values = prediction + 1 if classes.zero_ignored else prediction
+        Image.fromarray(values).save(destination(args.save_labels, path))
+    if args.show:
+        drawn = sheet([(image, label, prediction)], classes, args.opacity)
+        drawn.save(destination(args.show, path))
+
+
+def report(args: argparse.Namespace, classes: Classes, matrix: np.ndarray, images: int) -> None:
+    """Print the scores and what was written, and write the scores."""
+    for folder in (args.show, args.save_labels):
+        if folder:
+            print(f"{folder}: {images} files written")
+    if args.image:
+        return
+
+    result = scores(matrix)
+    print(table(result, classes.names))
+    if args.json:
+        result["classes"] = classes.names
+        result["confusion"] = matrix.tolist()  # row: the true class, column: the predicted one
+        result["protocol"] = protocol(args) | {"images": images}
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
+        with open(args.json, "w") as file:
+            file.write("{" + ",\n ".join(lines) + "}\n")
+
+
+def silent(*words) -> None:
+    """What processes but the first say."""
 
 
 def run(args: argparse.Namespace) -> None:
+    """Plan, label, report; what the command line says, on every process."""
     rank, world, device = setup_processes()
-    dtype, path = choose_dtype(args.dtype, device), args.checkpoint or "runs"
-    missing = [
-        x for x in (path, args.image or args.data or path) if not os.path.exists(x) and x != "toy"
-    ]
+    say = partial(print, flush=True) if rank == 0 else silent
+    paths = {args.checkpoint, args.image or args.data} - {None, "toy"}
+    missing = sorted(path for path in paths if not os.path.exists(path))
     if args.dry_run and missing:
-        if rank == 0:
-            print(f"{missing[0]}: not there yet, the rest of the command is in order")
+        say(f"{missing[0]}: not there yet, the rest of the command is in order")
         return
-    path = checkpoints(path)[0] if os.path.isdir(path) or not args.checkpoint else path
-    model, facts = load_model(path)
-    trained = facts.get("args", {})  # of our own checkpoints
-    args.data = args.data or trained.get("data", DEFAULT_ROOT)
-    short = args.short_side or trained.get("short_side", 512)
-    pairs, classes = inputs(args, path, facts)
-    if rank == 0:
-        print(
-            f"{path}: {describe(facts)}\n{args.image or args.data}: {len(pairs)} pictures, short side {short}, scales "
-            f"{','.join(f'{s:g}' for s in args.scales)}{' with flip' if args.flip else ''}, {dtype}, {world} x {device.type}".replace(
-                "torch.", ""
-            ),
-            flush=True,
-        )
+
+    model, pairs, classes = plan(args, device, say)
+    refuse_overwriting(args, pairs)
     if args.dry_run:
         return
-    for folder in filter(None, (args.show, args.save_labels)):
-        os.makedirs(folder, exist_ok=True)
 
-    def write(
-        i: int, path: str, image: np.ndarray, label: np.ndarray | None, prediction: np.ndarray
-    ) -> None:
-        stem = os.path.splitext(os.path.basename(path))[0]
-        if args.save_labels:
-            values = prediction + np.uint8(classes.zero_ignored)
-            Image.fromarray(values).save(os.path.join(args.save_labels, stem + ".png"))
-        if args.show:
-            sheet([(image, label, prediction)], classes, args.opacity).save(
-                os.path.join(args.show, stem + ".png")
-            )
+    open_outputs(args, rank)
+    slide = (args.slide, args.stride) if args.slide else None
+    dtype = DTYPES[args.dtype]
+    how = dict(scales=args.scales, flip=args.flip, short=args.short_side, dtype=dtype, slide=slide)
+    model = prepare(model, device, dtype, args.compile)
+    matrix = np.zeros((len(classes.names), len(classes.names)), np.int64)
+    faults = [] if os.path.isdir(args.image or "") else None  # one bad picture ends no folder
 
     started = time.monotonic()
-    matrix = np.zeros((len(classes.names),) * 2, np.int64)
-    for row in evaluate(
-        prepare(model, device, dtype, args.compile),
-        pairs,
-        classes,
-        matrix,
-        rank,
-        world,
-        args.workers,
-        scales=args.scales,
-        flip=args.flip,
-        short=short,
-        dtype=dtype,
-    ):
-        write(*row)
-    if rank == 0:
-        progress(
-            f"{len(pairs)} pictures, {len(pairs) / (time.monotonic() - started):.2f} a second",
-            started,
-            done=True,
-        )
-        for folder in filter(None, (args.show, args.save_labels)):
-            print(f"{folder}: {len(pairs)} files written")
-        if not args.image:
-            result = scores(matrix)
-            print(table(result, classes.names))
-            if args.json:
-                protocol = dict(
-                    checkpoint=path,
-                    data=args.data,
-                    split=args.split,
-                    images=len(pairs),
-                    scales=list(args.scales),
-                    flip=args.flip,
-                    short_side=short,
-                    dtype=str(dtype).removeprefix("torch."),
-                )
-                with open(args.json, "w") as file:
-                    json.dump(
-                        result | {"classes": list(classes.names), "protocol": protocol},
-                        file,
-                        indent=1,
-                    )
+    parts = (model, pairs, classes, matrix, rank, world, args.workers, faults)
+    for _, *picture in evaluate(*parts, **how):
+        write(args, classes, *picture)
+
+    gathered = [faults] * world
     if world > 1:
+        dist.all_gather_object(gathered, faults)
         dist.barrier()  # nobody leaves while another may still be talking to it
         dist.destroy_process_group()
+    faults = [fault for part in gathered for fault in part or ()]
+
+    if rank == 0:
+        images = len(pairs) - len(faults)
+        rate = images / (time.monotonic() - started)
+        progress(f"{images} pictures, {rate:.2f} a second", started, done=True)
+        report(args, classes, matrix, images)
+        for fault in faults:
+            print(f"not labelled: {fault}", file=sys.stderr)
+    if faults:
+        sys.exit(1)
 
 
 @contextmanager
@@ -707,9 +791,17 @@ def errors_in_one_sentence() -> Iterator[None]:
     traceback."""
     try:
         yield
-    except (DataError, WeightsError, UsageError, OSError) as error:
+    except (DataError, WeightsError, UsageError, OSError, RuntimeError) as error:
         # A loader's process wraps the sentence in its traceback: keep the sentence.
-        print(f"error: {str(error).rsplit('DataError: ', 1)[-1].strip()}", file=sys.stderr)
+        sentence = str(error).rsplit("DataError: ", 1)[-1].strip()
+        if re.search("Bus error|shared memory|</torch_", sentence):
+            sentence = (
+                "too little shared memory (/dev/shm) for the loader's processes to hand over their "
+                "pictures: use --workers 0, or start the container with --shm-size 8g"
+            )
+        elif isinstance(error, RuntimeError):
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -717,6 +809,95 @@ def main() -> None:
     args = parse()
     with errors_in_one_sentence():
         run(args)
+
+
+# ---- processes -----------------------------------------------------------------------------------
+# What one platform or another lacks is asked for here and nowhere else. Without it everything
+# works, with less comfort.
+
+# What asks to stop: Ctrl-C, and clusters in two customs (Windows has no SIGUSR1).
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
+
+
+def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
+    """-> (rank, number of processes, device). Under torchrun joins the others: NCCL for tensors on
+    GPUs, gloo on CPUs; RuntimeError in all of them when one has not answered for `timeout`
+    seconds."""
+    keep_memory()
+    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        raise UsageError(
+            "of RANK and WORLD_SIZE the environment sets one alone: start with torchrun, which "
+            "sets both, or unset it"
+        )
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world == 1 or dist.is_initialized():
+        return rank, world, device
+
+    # Where torchrun restarts its processes, its store still holds the addresses of the dead ones,
+    # and the new ones wait for them in vain (pytorch issue 135712 is closed; in torch 2.13 it is so
+    # for all but --standalone). A prefix for each try keeps them apart. Several nodes count their
+    # tries each by itself, and prefixes would part those that belong together.
+    meet = {}
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False)
+        prefix = f"try {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        meet = dict(store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
+
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **meet)
+    return rank, world, device
+
+
+def libc(name: str) -> Callable:
+    """A function of the C library; where there is none of this name, one that does nothing."""
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (TypeError, OSError, AttributeError):  # Windows has no such library, others no such name
+        return lambda *arguments: None
+
+
+def keep_memory() -> None:
+    """glibc gives large arrays back when they are freed, and gets the next ones zeroed, page by
+    page: 40% of the time of the transforms, 10% of the model's on a CPU. From here on it keeps
+    those below 80 MB (larger ones would leave large holes)."""
+    mallopt = libc("mallopt")
+    mallopt(-3, 80_000_000)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
+    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: which does not shrink
+
+
+def start_worker(worker: int) -> None:
+    """In each of a loader's processes."""
+    # A signal to the whole group is the main process's to answer: a loader that obeyed it would be
+    # missed before the checkpoint is saved.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    keep_memory()
+
+    # Where the main process is killed, its loaders die with it. torch has them look for it between
+    # two pictures, which one does not reach that waits for somebody to read the last: it would stay
+    # for good, hold the run's connections open, and the other processes would wait on them.
+    libc("prctl")(1, 9)  # PR_SET_PDEATHSIG: SIGKILL when the parent dies (Linux)
+    if get_start_method() == "fork" and os.getppid() != parent_process().pid:
+        os._exit(1)  # it has died already
+
+
+@atexit.register
+def kill_workers() -> None:
+    """When the main process ends: multiprocessing would send its loaders SIGTERM, which they
+    ignore, and wait for them."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as lost
+    for child in active_children():
+        if child.daemon:
+            child.kill()
 
 
 if __name__ == "__main__":

@@ -264,51 +264,16 @@ class VisionTransformer(nn.Module):
         return maps
 
 
-class MultiLevelNeck(nn.Module):
-    """ "MLN": gives the four maps of a ViT, all at stride 16, the strides 4, 8, 16 and 32 that
-    UPerNet was made for.
-
-    Per level a 1x1 convolution, a bilinear resize by 4, 2, 1 or 1/2, and a 3x3 convolution; no
-    norm, no activation. The resize is by factor, not to a size: at odd sizes (7 -> 3) the two
-    sample different points."""
-
-    scales = (4, 2, 1, 0.5)
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.lateral_convs = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in self.scales)
-        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in self.scales)
-        for conv in (*self.lateral_convs, *self.convs):
-            nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
-
-    def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """four (B, D, h, w) -> (B, D, 4h, 4w), (B, D, 2h, 2w), (B, D, h, w), (B, D, h//2, w//2)"""
-        out = []
-        for x, scale, lateral, conv in zip(maps, self.scales, self.lateral_convs, self.convs):
-            x = lateral(x)
-            if scale != 1:
-                x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-            out.append(conv(x))
-        return out
-
-
-def build_backbone(arch: str, neck: str) -> tuple[VisionTransformer, MultiLevelNeck | None]:
-    """The backbone and the neck (None for necks without "mln") of an architecture in ARCHS.
-    ValueError if unknown."""
+def build_backbone(arch: str, neck: str) -> VisionTransformer:
+    """The backbone of an architecture in ARCHS, as the neck (one of NECKS) wants it: with a final norm
+    or without. ValueError if one is unknown."""
     if arch not in ARCHS:
         raise ValueError(f"arch {arch!r} is unknown, choose one of {', '.join(ARCHS)}")
     if neck not in NECKS:
         raise ValueError(f"neck {neck!r} is unknown, choose one of {', '.join(NECKS)}")
     a = ARCHS[arch]
-    final_norm, multi_level = NECKS[neck]
-    backbone = VisionTransformer(
-        a["width"],
-        a["depth"],
-        a["heads"],
-        a["patch"],
-        a["grid"],
-        a["drop_path_ln" if final_norm else "drop_path"],
-        final_norm,
+    final_norm, _ = NECKS[neck]
+    drop_path = a["drop_path_ln"] if final_norm else a["drop_path"]
+    return VisionTransformer(
+        a["width"], a["depth"], a["heads"], a["patch"], a["grid"], drop_path, final_norm
     )
-    return backbone, MultiLevelNeck(a["width"]) if multi_level else None

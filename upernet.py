@@ -1,46 +1,184 @@
-"""The head: UPerNet, which turns four feature maps into one label per pixel; the auxiliary head;
-the loss; build_model.
+"""The head: UPerNet turns four feature maps into one label per pixel. Also here: the neck that gives
+the maps their four sizes, the auxiliary head, the loss, and build_model.
 
 In:  images (B, 3, H, W) normalised float, and in training labels (B, H, W) int64 with 255 = "no
-label here". Out: logits (B, C, H, W) without labels; (loss, parts) with labels.
+     label here".
+Out: logits (B, C, H, W) without labels; (loss, parts) with labels.
 
     level 1 --1x1--------------------(+)--3x3--+
-    level 2 --1x1------------(+)------^---3x3--+--> concatenate --3x3--> dropout --1x1--> logits at level 1's size
-    level 3 --1x1----(+)------^-----------3x3--+        ^
-    level 4 --PPM-----^-----------------------/        (all at level 1's size)
+    level 2 --1x1------------(+)------^---3x3--+--> 3x3 over all four --dropout--1x1--> logits
+    level 3 --1x1----(+)------^-----------3x3--+        (at the size of level 1)
+    level 4 --PPM-----^-----------------------/
 
 Paper: UPerNet (Xiao et al. 2018, arXiv:1807.10221): a feature pyramid (FPN, Lin et al. 2017,
 arXiv:1612.03144) on top of the pyramid pooling of PSPNet (Zhao et al. 2017, arXiv:1612.01105). "^"
 is an upsampling that is added.
 
 Departures from the paper, all of them the reference's: 512 channels throughout, dropout before the
-classifier, an auxiliary head on level 4, and only the one task, scene parsing."""
+classifier, an auxiliary head on level 4, and only the one task, scene parsing.
+
+Names of dimensions: B batch, C channels or classes, h w the size of a map, H W the larger size it is
+brought to, O output channels.
+"""
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import ARCHS, build_backbone
+from model import ARCHS, NECKS, build_backbone
 
 IGNORE_INDEX = 255  # the label of pixels that nobody labelled: no loss, no metric
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (PSPNet, section 3.3)
-BLOCK = {
-    "cpu": 2**20
-}  # logits that exist at once in loss and inference: 4 MB stay in a cache; elsewhere 2 ** 26
+
+
+# ---- Resizing is two small matrices --------------------------------------------------------------
+#
+# Bilinear resizing is linear, and acts along each axis by itself: resize(x) = My x Mx^T, where a row
+# of M says which old pixels a new one is mixed from. Four pixels brought to eight:
+#
+#     old    |     0     |     1     |     2     |     3     |      M[0] = 1    0    0    0
+#     new    |  0  |  1  |  2  |  3  |  4  |  5  |  6  |  7  |      M[1] = 3/4  1/4  0    0
+#                     ^                                             M[2] = 1/4  3/4  0    0
+#          new pixel 1 lies 1/4 of the way from old 0 to old 1      ...
+#
+# Whatever is linear and comes next can change places with it, and so be done on the small map:
+# - a 3x3 convolution of an upsampled map (conv3x3_of_resized, below). Neck and head consist of these;
+# - the loss and the prediction, which want the logits at the picture's size. They take some rows of
+#   My at a time, and never hold the large logits as a whole (UpsampledCrossEntropy, evaluate.predict);
+# - two resizings in a row are one, whose matrix is the product of the two (evaluate.predict).
+
+
+def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
+    """The (new, old) matrix of bilinear resizing along one axis, align_corners=False.
+
+    New pixel i has its centre at x = (i + 1/2) old / new - 1/2 of the old pixels, and mixes the two
+    on either side by how near they are. On the device of `like`, in its dtype."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    x = (torch.arange(new, dtype=dtype, device=like.device) + 0.5) * (old / new) - 0.5
+    x = x.clamp(0, old - 1)  # beyond the outermost centres the outermost pixel goes on
+    distance = x[:, None] - torch.arange(old, dtype=dtype, device=like.device)  # (new, old)
+    return (1 - distance.abs()).clamp(min=0).to(like.dtype)
+
+
+def source_rows(start: int, stop: int, old: int, new: int) -> tuple[int, int]:
+    """The old rows first..last (last excluded) that the rows start..stop of resize_matrix read."""
+    first = int((start + 0.5) * old / new - 0.5)
+    last = int((stop - 0.5) * old / new - 0.5) + 2
+    return max(first, 0), min(last, old)
+
+
+def pool_matrix(old: int, new: int, like: Tensor) -> Tensor:
+    """The (new, old) matrix of adaptive average pooling along one axis.
+
+    New cell i averages the old pixels from floor(i old / new) to ceil((i + 1) old / new)."""
+    i = torch.arange(new, device=like.device)[:, None]
+    k = torch.arange(old, device=like.device)
+    inside = (k >= i * old // new) & (k * new < (i + 1) * old)  # (new, old)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, align_corners=False: (B, C, h, w) -> (B, C, *size). Nothing to do (and nothing
-    copied) at equal sizes."""
+    """Bilinear, align_corners=False: (B, C, h, w) -> (B, C, *size). Copies nothing at equal sizes."""
     if x.shape[2:] == tuple(size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
+def conv3x3_of_resized(maps: list[Tensor], weight: Tensor) -> Tensor:
+    """A 3x3 convolution over maps that are brought to the size of the first one and laid side by side.
+    The plain form:
+
+        F.conv2d(torch.cat([resize(x, maps[0].shape[2:]) for x in maps], dim=1), weight, padding=1)
+
+    maps: (B, C_i, h_i, w_i), the C_i in sum C; weight (O, C, 3, 3); -> (B, O, h_1, w_1). A convolution
+    is a sum over its input channels, so each map adds its own share, from its own size. The list is
+    emptied on the way: what is in the sum need not be kept."""
+    widths, size = [x.shape[1] for x in maps], maps[0].shape[2:]
+    total = None
+    for part in weight.split(widths, dim=1):
+        x = maps.pop(0)
+        if x.shape[2:] == size:
+            x = F.conv2d(x, part, padding=1)
+            total = x if total is None else total + x
+        else:
+            total = add_upsampled_conv3x3(total, x, part)
+    return total
+
+
+def add_upsampled_conv3x3(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """total (B, O, H, W) plus a convolution with weight (O, C, 3, 3) of x (B, C, h, w) brought to
+    (H, W). Exact. The plain form:
+
+        total + F.conv2d(resize(x, (H, W)), weight, padding=1)
+
+    A 3x3 convolution adds up nine taps: the map, shifted by a pixel or not along y and x, times a
+    (C, O) matrix each. Shifting, resizing and that product are linear and act on different axes, so
+    they may be done in any order. Here the product comes first, on the small map; then the row of M
+    that a pixel reads is the one above, its own, or the one below: M shifted, with zeros beyond the
+    edge for the zero padding. With 2x upsampling that is a third of the operations, with 8x 3%.
+    """
+    (B, C, h, w), (_, O, H, W) = x.shape, total.shape  # noqa: E741
+    # Zeros above and below M, and then three windows of it.
+    rows = F.pad(resize_matrix(h, H, x), (0, 0, 1, 1)).unfold(0, H, 1).mT  # (3, H, h)
+    columns = F.pad(resize_matrix(w, W, x), (0, 0, 1, 1)).unfold(0, W, 1)  # (3, w, W)
+    columns = columns.permute(2, 1, 0).reshape(W, w * 3)
+    weight = weight.permute(2, 1, 3, 0).reshape(3, C, 3 * O)  # for each ky from C to kx and O
+
+    x = x.permute(0, 2, 3, 1).reshape(B, h * w, C)
+    total = total.permute(0, 2, 3, 1).reshape(B, H, W * O)
+    for ky in range(3):  # one after the other, in place: a fraction of the memory
+        wide = columns @ (x @ weight[ky]).view(B, h, w * 3, O)  # (B, h, W, O)
+        wide = wide.view(B, h, W * O)
+        total.baddbmm_(rows[ky].to(wide.dtype).expand(B, H, h), wide)
+    return total.view(B, H, W, O).permute(0, 3, 1, 2)
+
+
+# ---- The neck ------------------------------------------------------------------------------------
+
+
+class MultiLevelNeck(nn.Module):
+    """"MLN" in the names of the recipes: gives the four maps of a ViT, all at stride 16, the strides
+    4, 8, 16 and 32 of the convolutional networks that UPerNet was made for.
+
+    Per level a 1x1 convolution, a bilinear resize by 4, 2, 1 or 1/2, and a 3x3 convolution; no norm,
+    no activation. It adds no information, but it lets the head draw its borders on a grid of 4
+    pixels instead of 16: published, one point of mIoU for DeiT-S, at 4.5 times the operations."""
+
+    scales = (4, 2, 1, 0.5)
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.lateral_convs = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in self.scales)
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in self.scales)
+        for conv in (*self.lateral_convs, *self.convs):
+            nn.init.xavier_uniform_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """four (B, D, h, w) -> (B, D, 4h, 4w), (B, D, 2h, 2w), (B, D, h, w), (B, D, h//2, w//2)"""
+        out = []
+        for x, scale, lateral, conv in zip(maps, self.scales, self.lateral_convs, self.convs):
+            x = lateral(x)
+            if scale > 1:
+                B, _, h, w = x.shape
+                bias = conv.bias.to(x.dtype)[:, None, None].expand(B, -1, scale * h, scale * w)
+                x = add_upsampled_conv3x3(bias, x, conv.weight)
+            else:
+                # Halving goes by the factor: at an odd size (7 to 3) the points lie elsewhere than
+                # those of a resize to the size.
+                if scale < 1:
+                    x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+                x = conv(x)
+            out.append(x)
+        return out
+
+
+# ---- The heads -----------------------------------------------------------------------------------
+
+
 class ConvBNReLU(nn.Module):
-    """Convolution (no bias: BatchNorm has one) + BatchNorm + ReLU, at the input's size. (B, i, h,
-    w) -> (B, o, h, w)"""
+    """Convolution (no bias: BatchNorm has one) + BatchNorm + ReLU. (B, i, h, w) -> (B, o, h, w)"""
 
     def __init__(self, i: int, o: int, kernel: int):
         super().__init__()
@@ -51,10 +189,14 @@ class ConvBNReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
+    def of_resized(self, maps: list[Tensor]) -> Tensor:
+        """The same of maps that are resized to the first one's size and laid side by side."""
+        return F.relu(self.bn(conv3x3_of_resized(maps, self.conv.weight)), inplace=True)
+
 
 def classifier(channels: int, num_classes: int) -> nn.Conv2d:
-    """A 1x1 convolution from features to logits; starts near zero, so that training starts from
-    "all classes alike"."""
+    """A 1x1 convolution from features to logits. Its weights start near zero, so that training
+    starts from "all classes alike"."""
     conv = nn.Conv2d(channels, num_classes, 1)
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)
@@ -64,10 +206,10 @@ def classifier(channels: int, num_classes: int) -> nn.Conv2d:
 class UPerHead(nn.Module):
     """Four maps (B, width, h_i, w_i), of four sizes or all of one -> logits (B, C, h_1, w_1)."""
 
+    pool_sizes = (1, 2, 3, 6)
+
     def __init__(self, width: int, channels: int, num_classes: int):
         super().__init__()
-        # PPM: averages over a 1x1, 2x2, 3x3 and 6x6 grid tell each place what scene it is part of.
-        self.pool_sizes = (1, 2, 3, 6)
         self.ppm = nn.ModuleList(ConvBNReLU(width, channels, 1) for _ in self.pool_sizes)
         self.bottleneck = ConvBNReLU(width + len(self.pool_sizes) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvBNReLU(width, channels, 1) for _ in range(3))
@@ -77,35 +219,36 @@ class UPerHead(nn.Module):
         self.classifier = classifier(channels, num_classes)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
+        # Pooling: averages over a 1x1, 2x2, 3x3 and 6x6 grid tell each place of the last map what
+        # scene it is part of.
         top = maps[-1]  # (B, width, h_4, w_4)
-        pooled = [
-            resize(
-                conv(F.adaptive_avg_pool2d(top, size)), top.shape[2:]
-            )  # four of (B, channels, h_4, w_4)
-            for conv, size in zip(self.ppm, self.pool_sizes)
-        ]
-        top = self.bottleneck(torch.cat([top, *pooled], dim=1))  # (B, channels, h_4, w_4)
+        h, w = top.shape[2:]
+        pyramid = [top]
+        for conv, n in zip(self.ppm, self.pool_sizes):
+            pooled = pool_matrix(h, n, top) @ top @ pool_matrix(w, n, top).mT  # (B, width, n, n)
+            pyramid.append(conv(pooled))
+        top = self.bottleneck.of_resized(pyramid)  # (B, channels, h_4, w_4)
 
-        levels = [conv(x) for conv, x in zip(self.lateral_convs, maps)] + [top]
-        for i in (2, 1, 0):  # FPN: from coarse and wise to fine and naive
+        # Laterals: all levels get the same number of channels.
+        levels = [conv(x) for conv, x in zip(self.lateral_convs, maps)]  # (B, channels, h_i, w_i)
+        levels.append(top)
+
+        # Top-down: each level is told what the coarser one has understood.
+        for i in (2, 1, 0):
             levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[2:])
-        # The fusion is a 3x3 convolution over the four levels side by side. Taken as the sum of one
-        # over each, it needs no copy of all four, and none of the levels that are in the sum
-        # already: half the memory, same speed.
-        size, fused = levels[0].shape[2:], 0
-        for conv, weight in zip(
-            (*self.fpn_convs, nn.Identity()), self.fpn_bottleneck.conv.weight.chunk(4, dim=1)
-        ):
-            x = conv(levels.pop(0))
-            fused += F.conv2d(resize(x, size), weight, padding=1)  # (B, channels, h_1, w_1)
-        x = F.relu(self.fpn_bottleneck.bn(fused), inplace=True)
-        return self.classifier(self.dropout(x))
+
+        # Fusion: a 3x3 convolution over the four levels side by side, at the size of the finest.
+        for i, conv in enumerate(self.fpn_convs):
+            levels[i] = conv(levels[i])
+        x = self.fpn_bottleneck.of_resized(levels)  # (B, channels, h_1, w_1)
+        return self.classifier(self.dropout(x))  # (B, C, h_1, w_1)
 
 
 class FCNHead(nn.Module):
-    """The auxiliary head, a classifier straight on level 4. Used in training only: it brings
-    gradient to the backbone without passing the whole head (PSPNet, section 3.3). (B, width, h_4,
-    w_4) -> (B, C, h_4, w_4)"""
+    """The auxiliary head, a classifier straight on level 4. It serves training alone: it brings
+    gradient to the backbone past the whole other head (PSPNet, section 3.3).
+
+    Four maps, of which it reads the last (B, width, h_4, w_4) -> logits (B, C, h_4, w_4)."""
 
     def __init__(self, width: int, channels: int, num_classes: int):
         super().__init__()
@@ -117,53 +260,54 @@ class FCNHead(nn.Module):
         return self.classifier(self.dropout(self.conv(maps[-1])))
 
 
-def interpolation_matrix(old: int, new: int, like: Tensor) -> Tensor:
-    """(new, old), two numbers a row: the product with it is `resize` along one axis. Of the dtype
-    and device of `like`."""
-    identity = torch.eye(old, dtype=like.dtype, device=like.device)
-    return F.interpolate(identity[None], size=new, mode="linear", align_corners=False)[
-        0
-    ].T.contiguous()
+# ---- The loss ------------------------------------------------------------------------------------
+
+
+def rows_at_once(device: torch.device, numbers: int) -> int:
+    """How many rows of `numbers` logits each loss and prediction take at a time: on a CPU what stays
+    in its cache (4 MB, which is 4 times as fast as all at once), on a GPU large launches."""
+    block = 2**20 if device.type == "cpu" else 2**26
+    return max(1, block // numbers)
 
 
 class UpsampledCrossEntropy(torch.autograd.Function):
-    """cross_entropy below, a block of rows after the other, so that the logits at full size never
-    exist as a whole.
+    """cross_entropy below, some rows of pixels after the other, so that the logits at the picture's
+    size never exist as a whole. They, their softmax and the gradients of both would be the largest
+    tensors of a training step: 2.5 GB each for 16 x 150 x 512 x 512 floats.
 
-    All at once they, their softmax and the gradients of both would be the largest tensors of the
-    training step: 2.5 GB each for 16 x 150 x 512 x 512 floats. Blocks that stay in a cache are also
-    4 times as fast on a CPU. Bilinear interpolation is one step along x, done for a whole (small)
-    picture, and one along y, a product with a matrix M of two numbers a row, done by block. The
-    gradient of the cross entropy is softmax - one_hot(label), so it is found on the way forward,
-    while a block exists; the way back only scales it."""
+    resize(x) = My x Mx^T: the product along x is taken for the whole (small) map, the one along y for
+    some rows of My at a time. The gradient of the cross entropy is softmax - one_hot(label), so it
+    is found on the way forward, while the rows exist; the way back only scales it."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
-        (_, C, h, _), (H, W) = logits.shape, labels.shape[1:]
-        M = interpolation_matrix(h, H, like=logits)
-        step = max(1, BLOCK.get(logits.device.type, 2**26) // (C * W))  # rows of a block
-        loss, grads = 0, []
-        for x, y in zip(logits.split(1), labels):  # (1, C, h, w), (H, W)
-            x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-            with torch.enable_grad():  # the C logits of a pixel side by side
-                wide = resize(x, (h, W)).permute(0, 2, 3, 1).reshape(h, W * C)
-            grad = torch.zeros_like(wide)
-            for start in range(0, H, step):
-                stop = min(start + step, H)
-                # The rows a..b of x that the matrix rows start..stop read.
-                a, b = max(int((start + 0.5) * h / H - 0.5), 0), min(
-                    int((stop - 0.5) * h / H - 0.5) + 2, h
-                )
-                m, label = M[start:stop, a:b], y[start:stop].reshape(-1, 1)
-                log_p = (m @ wide.detach()[a:b]).view(-1, C).log_softmax(1)  # (rows * W, C)
-                kept = label != IGNORE_INDEX
-                label = label.where(kept, 0)
-                loss = loss - log_p.gather(1, label)[kept].sum()
+        (B, C, h, w), (H, W) = logits.shape, labels.shape[1:]
+        my, mx = resize_matrix(h, H, logits), resize_matrix(w, W, logits)
+        wide = (mx @ logits.permute(0, 2, 3, 1)).flatten(2)  # (B, h, W C)
+        wanted = ctx.needs_input_grad[0]
+        grad = torch.zeros_like(wide) if wanted else None
+
+        loss = torch.zeros((), dtype=logits.dtype, device=logits.device)
+        step = rows_at_once(logits.device, B * W * C)
+        for start in range(0, H, step):
+            stop = min(start + step, H)
+            first, last = source_rows(start, stop, h, H)
+            m = my[start:stop, first:last]
+            log_p = (m @ wide[:, first:last]).view(B, -1, W, C).log_softmax(3)  # (B, rows, W, C)
+
+            label = labels[:, start:stop, :, None]
+            kept = label != IGNORE_INDEX
+            label = label.where(kept, 0)  # of an ignored pixel any class will do: it counts nothing
+            loss -= (log_p.gather(3, label) * kept).sum()
+
+            if wanted:
                 p = log_p.exp_()
-                p.scatter_add_(1, label, -torch.ones_like(p[:, :1]))  # softmax - one_hot
-                grad[a:b] += m.T @ p.mul_(kept).view(stop - start, W * C)
-            grads += torch.autograd.grad(wide, x, grad)
-        ctx.save_for_backward(torch.cat(grads) / labels.numel())
+                p.scatter_add_(3, label, -torch.ones_like(p[..., :1]))  # softmax - one_hot
+                p *= kept
+                grad[:, first:last] += m.mT @ p.view(B, -1, W * C)
+        if wanted:
+            grad = mx.mT @ grad.view(B, h, W, C)  # (B, h, w, C)
+            ctx.save_for_backward(grad.permute(0, 3, 1, 2) / labels.numel())
         return loss / labels.numel()
 
     @staticmethod
@@ -172,18 +316,21 @@ class UpsampledCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of logits (B, C, h, w) against labels (B, H, W) int64; logits are
-    upsampled to (H, W) first.
+    """Mean cross entropy of logits (B, C, h, w) against labels (B, H, W) int64. The plain form:
 
-    The mean is over *all* pixels: ignored ones add no loss but count in the divisor, as in the
-    reference. A mean over the labelled ones alone would weigh pictures with large unlabelled parts
-    more."""
-    with torch.autocast(
-        logits.device.type, enabled=False
-    ):  # in float32 also under autocast, as there
-        return UpsampledCrossEntropy.apply(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), labels
-        )
+        losses = F.cross_entropy(resize(logits, labels.shape[1:]), labels, ignore_index=255,
+                                 reduction="none")
+        return losses.mean()
+
+    The mean is over all pixels: ignored ones add no loss but count in the divisor, as in the
+    reference. A mean over the labelled ones alone would give the few labelled pixels of a picture
+    that is hardly labelled the weight of a whole picture."""
+    with torch.autocast(logits.device.type, enabled=False):  # in float32 also under autocast, as there
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return UpsampledCrossEntropy.apply(logits, labels)
+
+
+# ---- The whole model -----------------------------------------------------------------------------
 
 
 class Segmenter(nn.Module):
@@ -191,10 +338,12 @@ class Segmenter(nn.Module):
 
     def __init__(self, arch: str, neck: str, num_classes: int):
         super().__init__()
-        self.backbone, self.neck = build_backbone(arch, neck)  # refuses what it does not know
-        a = ARCHS[arch]
-        self.decode_head = UPerHead(a["width"], a["channels"], num_classes)
-        self.auxiliary_head = FCNHead(a["width"], a["channels"] // 2, num_classes)
+        self.backbone = build_backbone(arch, neck)  # refuses what it does not know
+        width, channels = ARCHS[arch]["width"], ARCHS[arch]["channels"]
+        _, multi_level = NECKS[neck]
+        self.neck = MultiLevelNeck(width) if multi_level else None
+        self.decode_head = UPerHead(width, channels, num_classes)
+        self.auxiliary_head = FCNHead(width, channels // 2, num_classes)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> the four maps that the heads see."""
@@ -220,6 +369,6 @@ class Segmenter(nn.Module):
 def build_model(arch: str, neck: str = "none", num_classes: int = 150) -> Segmenter:
     """A randomly initialised model in training mode.
 
-    arch: vit_b16, deit_b16, deit_s16, deit_t16 or toy_p8 (model.ARCHS). neck: none, ln (a LayerNorm
-    after the last layer), mln (the multi-level neck), ln_mln. ValueError if one is unknown."""
+    arch: one of model.ARCHS. neck: none, ln (a LayerNorm after the last layer), mln (the multi-level
+    neck), ln_mln. ValueError if one is unknown."""
     return Segmenter(arch, neck, num_classes)

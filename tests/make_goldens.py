@@ -297,6 +297,32 @@ def evaluation():
     store("evaluation", IoU=metrics["IoU"], Acc=metrics["Acc"], aAcc=metrics["aAcc"], **out)
 
 
+def slide():
+    """Label maps of the six validation pictures by windows (mode slide), single scale and two
+    scales with flip."""
+    model, cfg = build_small("mln")
+    filled(model).eval()
+    crop = dict(mode="slide", crop_size=(512, 512), stride=(341, 341))
+    model.test_cfg = mmseg017.Config(crop)
+    out = {}
+    for path, _ in pairs("validation"):
+        for mode, ratios in (("single", [1.0]), ("multi", [0.75, 1.25])):
+            test = cfg.test_pipeline[1].copy()
+            test.update(img_ratios=ratios, flip=mode == "multi")
+            data = Compose([cfg.test_pipeline[0], test])(
+                dict(img_info=dict(filename=path), img_prefix=None)
+            )
+            imgs, metas = [i[None] for i in data["img"]], [[m.data] for m in data["img_metas"]]
+            with torch.no_grad():
+                result = model.forward_test(imgs, metas)[0]
+            key = f"{os.path.basename(path)[:-4]}_{mode}"
+            out[key] = result[::3, ::3].astype(np.uint8)
+            print(key, imgs[0].shape, len(np.unique(result)), flush=True)
+    store("slide", **out)
+
+
 if __name__ == "__main__":
-    for part in sys.argv[3:] or ("optimizers", "backbones", "transforms", "evaluation", "models"):
+    for part in sys.argv[3:] or (
+        "optimizers", "backbones", "transforms", "evaluation", "slide", "models"
+    ):
         globals()[part]()

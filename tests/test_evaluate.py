@@ -39,6 +39,35 @@ def test_label_maps_equal_the_references_on_real_pictures(mode, sample, golden, 
     assert len(shares) == 6
 
 
+@pytest.mark.parametrize("mode", ["single", "multi"])
+def test_label_maps_by_windows_equal_the_references_on_real_pictures(mode, sample, golden, filled):
+    gold, net = golden("slide"), filled("small", "mln").eval()
+    how = {} if mode == "single" else dict(scales=(0.75, 1.25), flip=True)
+    for image_path, _ in ade20k.find_pairs(sample, "validation"):
+        image, key = ade20k.load_image(image_path), os.path.basename(image_path)[:-4]
+        prediction = evaluate.predict(net, image, slide=(512, 341), **how)
+        same = (prediction[::3, ::3] == gold[f"{key}_{mode}"]).mean()
+        assert same >= (0.99 if mode == "single" else 0.98), (key, same)
+        if mode == "single" and min(image.shape[:2]) == 512:  # nothing is resized
+            assert same == 1, (key, same)
+
+
+@pytest.mark.parametrize("h,w,windows", [(70, 95, 6), (40, 200, 6), (20, 30, 1)])
+def test_windows_are_summed_and_divided_by_how_often_each_pixel_was_seen(h, w, windows, small):
+    net, x = small[0].eval(), torch.from_numpy(formulas.image(h, w, batch=2))
+    total, seen, count = torch.zeros(2, 6, h, w), torch.zeros(h, w), 0
+    with torch.no_grad():
+        for i in range(max(h - 48 + 31, 0) // 32 + 1):
+            for k in range(max(w - 48 + 31, 0) // 32 + 1):
+                y, z = max(min(32 * i, h - 48), 0), max(min(32 * k, w - 48), 0)
+                total[:, :, y : y + 48, z : z + 48] += net(x[:, :, y : y + 48, z : z + 48])
+                seen[y : y + 48, z : z + 48] += 1
+                count += 1
+        got = evaluate.slide_logits(net, x, torch.float32, 48, 32)
+    assert count == windows and seen.min() == 1
+    torch.testing.assert_close(got, (total / seen).permute(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
+
+
 def test_metric_equals_the_references(sample, golden):
     gold, matrix = golden("evaluation"), 0
     for pair in ade20k.find_pairs(sample, "validation"):
@@ -57,9 +86,7 @@ def test_metric_equals_the_references(sample, golden):
 
 def test_confusion_matrix_and_scores_equal_a_plain_loop():
     r = np.random.RandomState(0)
-    label, guess = r.randint(0, 4, (9, 11)).astype(np.uint8), r.randint(0, 4, (9, 11)).astype(
-        np.uint8
-    )
+    label, guess = r.randint(0, 4, (2, 9, 11)).astype(np.uint8)
     label[label == 3] = 255  # class 3 is predicted but never true, 4 neither
     matrix = evaluate.confusion_matrix(label, guess, 5)
     want = np.zeros((5, 5), int)
@@ -162,9 +189,8 @@ def run(tmp_path):
         Image.fromarray(formulas.picture(*size, seed=i)).save(
             tmp_path / f"set/images/validation/p{i}.jpg"
         )
-        label = (formulas.labels(*size, seed=i)[0].astype(np.uint8) + 1).astype(
-            np.uint8
-        )  # 255 -> 0
+        label = formulas.labels(*size, seed=i)[0]
+        label = np.where(label == 255, 0, label + 1).astype(np.uint8)
         Image.fromarray(label).save(tmp_path / f"set/annotations/validation/p{i}.png")
 
     def call(*arguments, launch=()):
@@ -176,45 +202,150 @@ def run(tmp_path):
 
 
 def test_command_line_writes_table_json_labels_and_pictures(run):
-    done = run(
-        "--json",
-        "out.json",
-        "--save-labels",
-        "labels",
-        "--show",
-        "show",
-        "--flip",
-        "--scales",
-        "0.5,1",
-    )
+    outputs = ("--json", "out.json", "--save-labels", "labels", "--show", "show")
+    done = run(*outputs, "--flip", "--scales", "0.5,1")
     assert done.returncode == 0, done.stderr
     with open(run.folder / "out.json") as file:
         out = json.load(file)
     assert f"{out['mIoU']:8.2f}" in done.stdout and out["protocol"]["images"] == 5
-    assert (
-        out["protocol"]["scales"] == [0.5, 1]
-        and out["protocol"]["flip"]
-        and out["protocol"]["data"] == "set"
-    )
+    assert out["protocol"]["scales"] == [0.5, 1] and out["protocol"]["flip"]
+    assert out["protocol"]["data"] == "set"
+    assert out["protocol"]["checkpoint"] == os.path.join("runs", "a", "checkpoint_5.pt")
     assert len(out["IoU"]) == 150 and None in out["IoU"]
+    confusion = np.array(out["confusion"])
+    assert confusion.shape == (150, 150) and evaluate.scores(confusion)["IoU"] == out["IoU"]
     matrix = 0
     for i in range(5):  # the files alone give the same score
         written = np.asarray(Image.open(run.folder / f"labels/p{i}.png"))
         label = ade20k.load_label(str(run.folder / f"set/annotations/validation/p{i}.png"))
         assert written.min() >= 1
         matrix = matrix + evaluate.confusion_matrix(label, written - np.uint8(1), 150)
-        assert Image.open(run.folder / f"show/p{i}.png").width > 3 * 160
+        assert Image.open(run.folder / f"show/p{i}.png").width >= 3 * (60 + 8)
     assert evaluate.scores(matrix)["mIoU"] == pytest.approx(out["mIoU"])
+
+
+@pytest.fixture
+def small():
+    """A model of six classes, and three pictures with labels of two classes, in memory."""
+    torch.manual_seed(0)
+    net = build_model("toy_p8", "none", 6)
+    torch.nn.init.normal_(net.decode_head.classifier.weight)
+    return net, ade20k.Classes(tuple("abcdef"), [[0, 0, 0]] * 6)
+
+
+@pytest.mark.parametrize("left_early", [False, True])
+def test_evaluate_yields_every_picture_counts_it_and_leaves_the_model_as_it_was(
+    left_early, small, run
+):
+    (net, classes), matrix, seen = small, np.zeros((6, 6), np.int64), []
+    pairs = [(str(run.folder / f"set/images/validation/p{i}.jpg"), None) for i in range(5)]
+    label = np.zeros((40, 60), np.uint8) + 1
+    Image.fromarray(label).save(run.folder / "label.png")
+    pairs[0] = (pairs[0][0], str(run.folder / "label.png"))
+    how = dict(workers=0, short=32)
+    net.train()
+    for i, path, image, label, prediction in evaluate.evaluate(net, pairs, classes, matrix, **how):
+        seen.append(path)
+        assert not net.training and (path, label is None) == (pairs[i][0], i > 0)
+        assert prediction.shape == image.shape[:2] and prediction.max() < 6
+        assert matrix.sum() == 40 * 60
+        if left_early:
+            break
+    assert net.training and seen == [path for path, _ in pairs][: 1 if left_early else 5]
+    net.eval()
+    list(evaluate.evaluate(net, pairs[:1], classes, matrix, **how))
+    assert not net.training and matrix.sum() == 2 * 40 * 60
+
+
+LACKING = """
+import multiprocessing, signal, sys, ctypes, torch, torch.multiprocessing
+import torch.utils.data._utils.signal_handling as handling
+del signal.SIGUSR1, signal.SIGCHLD
+handling.IS_WINDOWS = True  # torch itself then asks for none of it
+library = ctypes.CDLL
+def cdll(name, *more, **how):
+    if name is None:
+        raise TypeError("argument of type 'NoneType' is not iterable")
+    return library(name, *more, **how)
+ctypes.CDLL = cdll
+sys.modules["fcntl"] = None
+import model, upernet, ade20k, evaluate, train, convert_weights
+assert [s.name for s in evaluate.SIGNALS] == ["SIGINT", "SIGTERM"]
+if __name__ == "__main__":
+    evaluate.main()
+"""
+
+
+@pytest.mark.parametrize("lacking,workers", [(True, 0), (True, 1), (False, 1)])
+def test_without_what_a_platform_lacks_and_with_spawn_evaluation_works(lacking, workers, run):
+    """Windows has no fork, fcntl, SIGUSR1, SIGCHLD, and no C library under the name None."""
+    code = "import multiprocessing, sys\nsys.path.insert(0, sys.argv.pop(1))\n"
+    code += "if __name__ == '__main__':\n    multiprocessing.set_start_method('spawn')\n"
+    code += LACKING if lacking else "import evaluate\nif __name__ == '__main__': evaluate.main()"
+    (run.folder / "a folder").mkdir()
+    (run.folder / "a folder" / "program.py").write_text(code)
+    arguments = ("--image", "set/images/validation/p0.jpg", "--show", "a folder/out")
+    command = [sys.executable, "a folder/program.py", ROOT, *arguments, "--workers", str(workers)]
+    done = subprocess.run(command, cwd=run.folder, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert os.listdir(run.folder / "a folder" / "out") == ["p0.png"]
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_first_picture(
+    run, main, monkeypatch, capsys
+):
+    monkeypatch.chdir(run.folder)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **how: pytest.fail("it was evaluated"))
+    (run.folder / "file").touch()
+    for arguments in (("--json", "set"), ("--json", "file/out.json"), ("--show", "file")):
+        with pytest.raises(SystemExit) as end:
+            main(evaluate, *arguments)
+        assert end.value.code == 2 and arguments[1].split("/")[0] in capsys.readouterr().err
+    with pytest.raises(pytest.fail.Exception):
+        main(evaluate, "--json", "new/folder/out.json")
+    assert os.path.exists(run.folder / "new/folder/out.json")
+
+
+def test_no_output_replaces_what_was_read_or_another_output(run, main, monkeypatch, capsys):
+    monkeypatch.chdir(run.folder)
+    os.makedirs("own/deep")
+    for name in ("x.png", "y.jpg"):
+        Image.fromarray(formulas.picture(40, 60)).save(f"own/{name}")
+    os.symlink("own", "link")
+    os.link("own/x.png", "own/deep/x.png")
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    absolute, truth = str(run.folder / "own"), "set/annotations/validation"
+    for arguments, words in (
+        (("--image", "own", "--save-labels", "own"), "own/x.png would replace own/x.png"),
+        (("--image", "own", "--show", absolute), f"{absolute}/x.png would replace own/x.png"),
+        (("--image", "own", "--show", "own/../own"), "own/../own/x.png would replace own/x.png"),
+        (("--image", "own", "--show", "link"), "link/x.png would replace own/x.png"),
+        (("--image", "link/x.png", "--show", "own"), "own/x.png would replace link/x.png"),
+        (("--image", "own", "--show", "own/deep"), "own/deep/x.png would replace own/x.png"),
+        (("--save-labels", truth), f"{truth}/p0.png would replace {truth}/p0.png"),
+        (("--json", f"{truth}/p1.png"), "p1.png would replace"),
+        (("--json", "runs/a/checkpoint_5.pt"), "would replace runs/a/checkpoint_5.pt"),
+        (("--save-labels", "new", "--show", "./new"), "new/p0.png would hold both"),
+        (("--save-labels", "new", "--json", "new/p1.png"), "new/p1.png would hold both"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(evaluate, *arguments)
+        assert end.value.code == 2 and words in capsys.readouterr().err
+    Image.fromarray(formulas.picture(40, 60)).save("own/x.jpg")
+    for dry in ((), ("--dry-run",)):
+        with pytest.raises(SystemExit) as end:
+            main(evaluate, "--image", "own", "--show", "new", *dry)
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and "made of own/x.jpg and of own/x.png" in error
+    assert not os.path.exists("new") and all(p.read_bytes() == b for p, b in before.items())
 
 
 def test_two_and_three_processes_give_the_same_result_as_one(run):
     results = []
     for n in (1, 2, 3):
-        launch = (
-            ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n))
-            if n > 1
-            else ()
-        )
+        launch = ()
+        if n > 1:
+            launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n))
         done = run("--json", f"{n}.json", launch=launch)
         assert done.returncode == 0, done.stderr
         with open(run.folder / f"{n}.json") as file:
@@ -226,9 +357,31 @@ def test_any_folder_of_pictures_is_labelled_without_truth(run):
     done = run("--image", "set/images/validation", "--show", "out")
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(run.folder / "out")) == [f"p{i}.png" for i in range(5)]
-    assert Image.open(run.folder / "out/p0.png").width >= 160 + 16
+    assert Image.open(run.folder / "out/p0.png").width >= 60 + 8
     done = run("--image", "set/images/validation/p3.jpg", "--save-labels", "one")
     assert done.returncode == 0 and os.listdir(run.folder / "one") == ["p3.png"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_unreadable_files_of_a_folder_are_named_at_the_end_and_the_others_labelled(processes, run):
+    folder = run.folder / "set/images/validation"
+    (folder / "notes.txt").write_text("no picture")
+    (folder / ".hidden").write_text("no picture")
+    (folder / "below").mkdir()
+    Image.fromarray(formulas.picture(40, 60)).save(folder / "z.WEBP", format="webp")
+    with open(folder / "p2.jpg", "r+b") as file:
+        file.truncate(700)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    arguments = ("--image", "set/images/validation", "--save-labels", "out")
+    done = run(*arguments, launch=launch if processes > 1 else ())
+    assert done.returncode == 1 and "out: 5 files written" in done.stdout, done.stderr
+    names = [f"{name}.png" for name in ("p0", "p1", "p3", "p4", "z")]
+    assert sorted(os.listdir(run.folder / "out")) == names
+    for name in ("notes.txt", "p2.jpg"):
+        path = os.path.join("set/images/validation", name)
+        assert done.stderr.count(f"not labelled: {path}: cannot be read as a picture") == 1
+    assert "hidden" not in done.stderr and "below" not in done.stderr
+    assert processes > 1 or "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -239,6 +392,14 @@ def test_any_folder_of_pictures_is_labelled_without_truth(run):
         (("--scales", "-1"), "above 0"),
         (("--dry-run", "--scales", "0"), "above 0"),
         (("--opacity", "1.5"), "--opacity 1.5 must be 0 to 1"),
+        (("--opacity", "nan"), "--opacity nan must be 0 to 1"),
+        (("--short-side", "-5"), "--short-side: -5 must be 1 or more"),
+        (("--short-side", "0"), "--short-side: 0 must be 1 or more"),
+        (("--workers", "-1"), "--workers: -1 must be 0 or more"),
+        (("--slide", "0", "--stride", "1"), "--slide: 0 must be 1 or more"),
+        (("--slide", "64"), "--slide needs a --stride"),
+        (("--stride", "64"), "--slide needs a --stride"),
+        (("--slide", "64", "--stride", "65"), "as many pixels or fewer"),
         (("--checkpoint", "none.pt"), "none.pt: no such file"),
         (("--data", "nowhere"), "nowhere/images/validation: no such folder"),
         (("--image", "set/images/validation/none.jpg", "--show", "x"), "none.jpg: cannot be read"),
@@ -252,6 +413,58 @@ def test_wrong_inputs_end_with_one_sentence(run, main, arguments, message, monke
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_stray_variable_of_torchrun_ends_with_one_sentence(
+    name, run, main, monkeypatch, capsys
+):
+    monkeypatch.chdir(run.folder)
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(SystemExit) as end:
+        main(evaluate)
+    assert end.value.code == 2 and "start with torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that "
+        "dataloader's workers are out of shared memory.",
+        "Caught RuntimeError in DataLoader worker process 0.\nTraceback (most recent call last):\n"
+        "RuntimeError: unable to allocate shared memory(shm) for file </torch_1_2>: No space left",
+    ],
+)
+def test_little_shared_memory_ends_with_one_sentence(words, capsys):
+    with pytest.raises(SystemExit) as end, evaluate.errors_in_one_sentence():
+        raise RuntimeError(words)
+    assert end.value.code == 2 and "use --workers 0" in capsys.readouterr().err
+    with pytest.raises(RuntimeError), evaluate.errors_in_one_sentence():
+        raise RuntimeError("CUDA out of memory")  # another matter
+
+
+def test_of_a_work_directory_the_best_checkpoint_is_taken_of_many_the_newest(
+    run, main, monkeypatch, capsys
+):
+    monkeypatch.chdir(run.folder)
+    content = torch.load("runs/a/checkpoint_5.pt", weights_only=True)
+    for n in (10, 15):
+        torch.save(content | {"iteration": n}, f"runs/a/checkpoint_{n}.pt")
+        os.utime(f"runs/a/checkpoint_{n}.pt", (2e9 + n, 2e9 + n))
+    newest = os.path.join("runs", "a", "checkpoint_15.pt")
+    main(evaluate, "--checkpoint", "runs/a", "--dry-run")
+    assert f"{newest}: the newest" in capsys.readouterr().out
+    entries = [dict(iteration=0, args={}), dict(iteration=5, mIoU=12.5), dict(iteration=10, loss=1)]
+    entries += [dict(iteration=10, mIoU=12.25), dict(iteration=15, mIoU=None)]
+    entries += [dict(iteration=20, mIoU=50.0)]  # its file is gone
+    with open("runs/a/log.jsonl", "w") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
+    main(evaluate, "--checkpoint", "runs/a", "--dry-run")
+    assert "checkpoint_5.pt: the best of its run, mIoU 12.50" in capsys.readouterr().out
+    main(evaluate, "--dry-run")
+    assert f"{newest}: the newest" in capsys.readouterr().out
+    main(evaluate, "--checkpoint", newest, "--dry-run")
+    assert f"{newest}: kind ours" in capsys.readouterr().out
+
+
 def test_damage_met_on_the_way_is_named_too(run):
     with open(run.folder / "set/images/validation/p2.jpg", "r+b") as file:
         file.truncate(700)  # the header is whole, the picture is not
@@ -263,9 +476,10 @@ def test_damage_met_on_the_way_is_named_too(run):
 def test_dry_run_says_what_would_be_evaluated_or_what_is_missing(run, main, monkeypatch, capsys):
     monkeypatch.chdir(run.folder)
     for arguments, want in (
-        ((), "set: 5 pictures, short side 64"),
+        ((), "set: 5 pictures on "),
         (("--checkpoint", "later"), "later: not there yet"),
         (("--data", "later"), "later: not there yet"),
+        ((), "short_side 64"),
     ):
         main(evaluate, *arguments, "--dry-run", "--show", "never")
         assert want in capsys.readouterr().out
@@ -276,27 +490,35 @@ def test_overlay_is_the_picture_at_its_own_size_with_colours_of_the_opacity_aske
     image, label = formulas.picture(200, 333), formulas.labels(200, 333)[0].astype(np.uint8)
     classes = ade20k.Classes()
     canvas = np.asarray(evaluate.sheet([(image, None, label)], classes, 0.25)).astype(float)
-    got = canvas[31 : 31 + 200, 8 : 8 + 333]
+    got = canvas[36 : 36 + 200, 4 : 4 + 333]
     palette = np.array(classes.palette + [[0, 0, 0]] * 106)
     assert np.abs(got - (0.75 * image + 0.25 * palette[label])).max() <= 1
 
 
 def test_curves_draw_every_value_where_the_axes_say():
-    entries = [dict(iteration=0, args={})] + [
-        dict(iteration=i, loss=5.0 - i / 25, lr=1e-4) for i in range(10, 101, 10)
-    ]
-    entries += [
-        dict(iteration=50, mIoU=20.0),
-        dict(iteration=100, mIoU=40.0),
-        dict(iteration=100, mIoU=None),
-    ]
+    entries = [dict(iteration=0, args={})]
+    entries += [dict(iteration=i, loss=5.0 - i / 25, lr=1e-4) for i in range(10, 101, 10)]
+    entries += [dict(iteration=i, mIoU=mIoU) for i, mIoU in ((50, 20.0), (100, 40.0), (100, None))]
     canvas = np.asarray(evaluate.curves(entries)).astype(int)
     assert canvas.shape[1] == 800
-    blue = np.argwhere((np.abs(canvas - (31, 119, 180)).sum(2) < 30))
+    blue = np.argwhere((np.abs(canvas - (70, 130, 180)).sum(2) < 30))
     rows = blue[blue[:, 0] > 2 * 210]  # the third plot, mIoU, from 90 to 780: base 610, top 470
     left, right = rows[rows[:, 1].argmin()], rows[rows[:, 1].argmax()]
     assert abs(left[1] - (90 + 690 * 0.5)) <= 4 and abs(right[1] - 780) <= 4
     assert abs(left[0] - (610 - 140 * 0.5)) <= 4 and abs(right[0] - 470) <= 4
+
+
+@pytest.mark.parametrize("height,width", [(1, 1), (1, 10000), (10000, 1), (2600, 2), (7, 300)])
+def test_any_strip_is_labelled_and_drawn(height, width, small):
+    (net, classes), image = small, np.full((height, width, 3), 99, np.uint8)
+    label = evaluate.predict(net.eval(), image, short=32)
+    assert label.shape == (height, width)
+    for truth in (label, None):
+        drawn = evaluate.sheet([(image, truth, label)], classes)
+        panels = 1 if truth is None else 3
+        side = min(width, 4000 if truth is None else 400)
+        assert side / 2 < drawn.width / panels < side + 160
+        assert height * side / width / 2 < drawn.height < height + 260
 
 
 def test_sheet_has_room_for_every_name_and_colour():

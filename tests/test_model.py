@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import speed
 from conftest import write_mmseg
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluate
 import model
 import upernet
 from convert_weights import MMSEG, load_into, load_weights, rename, to_mmseg
@@ -133,6 +136,144 @@ def test_attention_is_the_plain_formula():
     )
 
 
+# ---- Resizing is two small matrices ----
+
+# (h, w) -> (H, W): equal, twice, odd, one pixel, thin, not by whole numbers, smaller.
+RESIZED = [
+    ((4, 6), (4, 6)),
+    ((4, 6), (8, 12)),
+    ((5, 7), (9, 13)),
+    ((1, 1), (6, 5)),
+    ((1, 7), (1, 20)),
+    ((3, 1), (4, 1)),
+    ((6, 4), (7, 11)),
+    ((8, 9), (5, 3)),
+]
+
+
+@pytest.mark.parametrize("old,new", RESIZED)
+def test_resize_matrices_are_bilinear_resizing(old, new):
+    x = torch.randn(2, 3, *old, dtype=torch.float64)
+    rows, columns = (upernet.resize_matrix(a, b, x) for a, b in zip(old, new))
+    want = F.interpolate(x, new, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(rows @ x @ columns.mT, want, rtol=1e-12, atol=1e-12)
+    assert (rows.count_nonzero(1) <= 2).all() and torch.allclose(rows.sum(1), torch.ones(()).double())
+
+
+@pytest.mark.parametrize("old,new", [(32, 6), (7, 3), (5, 6), (1, 2), (40, 1), (13, 6), (6, 6)])
+def test_pool_matrix_is_adaptive_average_pooling_also_where_sizes_do_not_divide(old, new):
+    x = torch.randn(2, 3, old, 4, dtype=torch.float64)
+    got = upernet.pool_matrix(old, new, x) @ x @ upernet.pool_matrix(4, 3, x).mT
+    torch.testing.assert_close(got, F.adaptive_avg_pool2d(x, (new, 3)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("old,new", RESIZED)
+def test_convolution_of_the_small_map_equals_the_one_of_the_resized_and_passes_gradcheck(old, new):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, *old, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    total = torch.randn(2, 4, *new, dtype=torch.float64, requires_grad=True)
+    want = total + F.conv2d(F.interpolate(x, new, mode="bilinear"), weight, padding=1)
+    parts = (total * 1, x, weight)  # (what it adds to is written over, so no leaf)
+    torch.testing.assert_close(upernet.add_upsampled_conv3x3(*parts), want, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda total, *rest: upernet.add_upsampled_conv3x3(total * 1, *rest), (total, x, weight)
+    )
+
+
+def test_convolution_over_maps_of_many_sizes_equals_the_one_of_all_resized_side_by_side():
+    torch.manual_seed(0)
+    sizes, widths = ((9, 13), (5, 7), (9, 13), (3, 1), (1, 1)), (2, 3, 1, 4, 2)
+    maps = [torch.randn(2, c, *size, dtype=torch.float64) for c, size in zip(widths, sizes)]
+    weight = torch.randn(5, sum(widths), 3, 3, dtype=torch.float64)
+    resized = [F.interpolate(x, (9, 13), mode="bilinear", align_corners=False) for x in maps]
+    want = F.conv2d(torch.cat(resized, 1), weight, padding=1)
+    got = upernet.conv3x3_of_resized(maps, weight)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("old,new", [(4, 11), (32, 512), (7, 3), (1, 9), (9, 9), (128, 683)])
+def test_source_rows_are_all_the_rows_that_are_read_and_hardly_more(old, new):
+    matrix = upernet.resize_matrix(old, new, torch.zeros(()).double())
+    for start in range(0, new, 3):
+        stop = min(start + 3, new)
+        first, last = upernet.source_rows(start, stop, old, new)
+        read = matrix[start:stop].any(0).nonzero().flatten().tolist()
+        assert 0 <= first <= read[0] <= first + 1 and last - 2 <= read[-1] < last <= old
+
+
+@pytest.mark.parametrize(
+    "arch,neck,most",
+    [
+        ("deit_s16", "none", 105),
+        ("deit_s16", "mln", 310),
+        ("deit_b16", "none", 262),
+        ("vit_b16", "mln", 505),
+    ],
+)
+def test_operations_of_a_512x512_picture_stay_below(arch, neck, most):
+    """In units of 10^9. With each map resized before it is convolved: 122, 550, 277, 887."""
+    assert speed.count_flops(arch, neck, 512, 512) <= most * 1e9
+
+
+def test_operations_are_counted_as_the_formula_does():
+    """deit_t16 at 64x96: 24 patches and the class token, 12 layers; the head's maps are all 4x6."""
+    n, d, c = 25, 192, 512
+    layers = 12 * (12 * n * d * d + 2 * n * n * d)  # qkv, proj, MLP; scores and mixing
+    patches = 24 * d * 3 * 16 * 16
+    convs = 24 * (9 * d * c + 3 * d * c + 3 * 9 * c * c + 9 * 4 * c * c + c * 150)
+    pooled = 0
+    for k in (1, 2, 3, 6):
+        pooled += d * (k * 4 * 6 + k * 6 * k)  # the averages along y and x
+        pooled += k * k * d * c  # 1x1
+        pooled += 9 * k * k * c * c  # nine taps, each a product with a (c, c) matrix
+        pooled += 3 * k * (6 * 3 * k * c)  # along x: (6, 3 k), for each of three rows of taps
+        pooled += 3 * 4 * k * (6 * c)  # along y: (4, k), for each of them
+    assert speed.count_flops("deit_t16", "none", 64, 96) == 2 * (layers + patches + convs + pooled)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on what makes a GPU's program wait for its result, and counts the other operations."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masks = [
+            i
+            for i in (args[1] if name in ("index", "index_put_") else ())
+            if i is not None and i.dtype in (torch.bool, torch.uint8)
+        ]
+        assert name not in self.WAITS and not masks, f"{name} would wait for the device"
+        self.operations.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_neither_a_training_step_nor_a_prediction_waits_for_the_device():
+    net = build_model("toy_p8", "ln_mln", 6)
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 6, (2, 64, 64))
+    with NoWaiting():
+        net(images, labels)[0].backward()
+    with NoWaiting():
+        evaluate.predict(net.eval(), formulas.picture(70, 95), (0.5, 1.0), flip=True, short=64)
+    with pytest.raises(AssertionError, match="would wait"), NoWaiting():
+        labels[labels != 255].sum()
+
+
+def test_loss_without_gradient_computes_none():
+    net, seen = build_model("toy_p8", "none", 6), []
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 6, (2, 64, 64))
+    for wanted in (True, False):
+        with torch.set_grad_enabled(wanted), NoWaiting() as mode:
+            net(images, labels)
+        seen.append("scatter_add_" in mode.operations)
+    assert seen == [True, False]
+
+
 @pytest.mark.parametrize("size", [(11, 13), (3, 5), (4, 6)])
 def test_loss_in_blocks_equals_the_whole_and_passes_gradcheck(size, monkeypatch):
     torch.manual_seed(0)
@@ -145,7 +286,7 @@ def test_loss_in_blocks_equals_the_whole_and_passes_gradcheck(size, monkeypatch)
     ).mean()
     (want,) = torch.autograd.grad(whole, logits)
     for block in (1, 2**20):  # row by row, and all rows at once
-        monkeypatch.setattr(upernet, "BLOCK", {"cpu": block})
+        monkeypatch.setattr(upernet, "rows_at_once", lambda device, numbers: max(1, block // numbers))  # noqa: B023
         loss = upernet.cross_entropy(logits, labels)
         (got,) = torch.autograd.grad(loss, logits)
         torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)

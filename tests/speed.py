@@ -1,0 +1,371 @@
+"""Every timing there is. Nothing else should run meanwhile.
+
+    python tests/speed.py                       # the published models on this machine
+    python tests/speed.py models --arch deit_s16 --neck mln --dtype float32
+    python tests/speed.py scaling               # against the picture's area, and against the batch
+    python tests/speed.py data --data DIR       # training pictures, from file to crop
+    python tests/speed.py peers --data DIR      # beside mmsegmentation 1.2.2; half an hour
+
+Every figure is taken in a process of its own, after a warm-up: the fastest of several runs, and the
+peak memory: on a GPU what torch gave out, on a CPU that of the whole process. "Of peak" is the share
+of what one large matrix product reaches right before, in the same process (a shared machine's speed
+drifts). --dtype auto, the default, is bfloat16 where the hardware has it.
+
+peers needs an environment with both: pip install -r requirements.txt, then mmsegmentation==1.2.2
+mmcv-lite==2.1.0 mmengine==0.10.7 ftfy regex opencv-python-headless. Both sides get random weights of
+the same shapes, the same pictures and all threads (training pictures one), and are measured in turn.
+mmsegmentation computes in float32, its default on CPUs.
+"""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import types
+import warnings
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import ade20k  # noqa: E402
+import evaluate  # noqa: E402
+import train  # noqa: E402
+from model import ARCHS, NECKS  # noqa: E402
+from upernet import build_model  # noqa: E402
+
+# The "ln" variants differ by one LayerNorm, DeiT-B + MLN and ViT-B + MLN by their weights alone.
+PAIRS = [("deit_s16", "none"), ("deit_s16", "mln"), ("deit_b16", "none"), ("vit_b16", "mln")]
+PEER_PAIRS = [("deit_s16", "none"), ("deit_s16", "mln"), ("vit_b16", "mln")]
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+
+def baddbmm_flops(total, a, b, out_shape=None):
+    """Of Tensor.baddbmm_: torch's counter knows the other form alone, and would pass over this one."""
+    (batch, rows, inner), columns = a, b[2]
+    return 2 * batch * rows * inner * columns
+
+
+def count_flops(arch, neck, height, width, training=False):
+    """Operations (two per multiply and add) in matrix products and convolutions for one picture:
+    forward through the head, or in training forward and backward through both heads."""
+    in_place = {torch.ops.aten.baddbmm_: baddbmm_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+    with torch.device("meta"), counter:  # shapes without numbers
+        model = build_model(arch, neck)
+        maps = model.features(torch.zeros(2, 3, height, width))
+        logits = model.decode_head(maps)
+        if training:
+            (logits.sum() + model.auxiliary_head(maps).sum()).backward()
+    return counter.get_total_flops() / 2
+
+
+def training_step(model, size, batch, device, dtype):
+    """-> a function that takes one step of train.py's loop on random pictures."""
+    rng = np.random.default_rng(0)
+    optimizer = train.build_optimizer(model, "adamw", 6e-5)
+    images = torch.from_numpy(rng.integers(0, 256, (batch, 3, size, size), np.uint8))
+    labels = torch.from_numpy(rng.integers(0, 150, (batch, size, size), np.uint8))
+
+    def step():
+        x = ade20k.normalise(images.to(device))
+        x = x.contiguous(memory_format=evaluate.memory_format(device, dtype))
+        with evaluate.autocast(device, dtype):
+            loss, _ = model(x, labels.to(device).long())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def ours(what, arch, neck, size, batch, dtype, pairs):
+    """-> (a function that does the work once, on how many pictures, operations or None)"""
+    _, _, device = evaluate.setup_processes()
+    if what == "data":
+        samples = ade20k.TrainSet(pairs, seed=0)
+        count = 4 * len(pairs)
+        return lambda: [samples[k] for k in range(count)], count, None
+    model = evaluate.prepare(build_model(arch, neck), device, dtype, False)
+    if what == "training":
+        flops = batch * count_flops(arch, neck, size, size, training=True)
+        return training_step(model, size, batch, device, dtype), batch, flops
+    model.eval()
+    if what == "multi-scale":
+        image = ade20k.load_image(pairs[0][0])
+        return lambda: evaluate.predict(model, image, SCALES, True, dtype=dtype), 1, None
+    if what == "head":  # a batch, to logits at the head's size
+        x = torch.randn(batch, 3, size, size, device=device)
+
+        def forward():
+            with torch.inference_mode():
+                evaluate.view_logits(model, x, dtype)
+
+        return forward, batch, batch * count_flops(arch, neck, size, size)
+    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+
+    def label():
+        evaluate.predict(model, image, short=size, dtype=dtype)
+
+    return label, 1, count_flops(arch, neck, size, size)
+
+
+class Absent(types.ModuleType):
+    """mmcv.ops: compiled, and never called by ViT and UPerNet."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def plain_batch_norm(node):
+    """A config with BN for SyncBN, which runs on GPUs alone."""
+    if isinstance(node, dict):
+        return {k: "BN" if v == "SyncBN" else plain_batch_norm(v) for k, v in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [plain_batch_norm(v) for v in node]
+    return node
+
+
+def theirs(what, arch, neck, size, batch, pairs):
+    """-> (a function in which mmsegmentation does the work once, on how many pictures)"""
+    warnings.filterwarnings("ignore")
+    sys.modules.setdefault("mmcv.ops", Absent("mmcv.ops"))
+    import mmseg
+    from mmcv.transforms import Compose
+    from mmengine.config import Config, ConfigDict
+    from mmengine.dataset import pseudo_collate
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import init_default_scope
+    from mmengine.structures import PixelData
+    from mmseg.models import SegTTAModel
+    from mmseg.registry import MODELS
+    from mmseg.structures import SegDataSample
+    from mmseg.utils import register_all_modules
+
+    logging.disable(logging.WARNING)
+    register_all_modules()
+    init_default_scope("mmseg")
+    neck = {"none": "_upernet", "mln": "_mln_upernet"}[neck]
+    name = f"vit_{arch.replace('_', '-')}{neck}_8xb2-160k_ade20k-512x512.py"
+    folder = os.path.join(os.path.dirname(mmseg.__file__), ".mim/configs/vit")
+    cfg = Config.fromfile(os.path.join(folder, name))
+    sample = [
+        dict(img_path=a, seg_map_path=b, reduce_zero_label=True, label_map=None, seg_fields=[])
+        for a, b in pairs
+    ]
+    if what == "data":
+        import cv2
+
+        cv2.setNumThreads(1)
+        pipeline = Compose(cfg.train_pipeline)
+        return lambda: [pipeline(dict(x)) for x in sample * 4], 4 * len(sample)
+
+    model = MODELS.build(ConfigDict(plain_batch_norm(cfg.model.to_dict() | {"pretrained": None})))
+    rng = np.random.default_rng(0)
+    picture = torch.from_numpy(rng.integers(0, 256, (3, size, size), np.uint8))
+    if what == "training":
+        optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
+        label = PixelData(data=torch.from_numpy(rng.integers(0, 150, (1, size, size))))
+        meta = dict(img_shape=(size, size))
+        samples = [SegDataSample(gt_sem_seg=label, metainfo=meta) for _ in range(batch)]
+        data = dict(inputs=[picture] * batch, data_samples=samples)
+        return lambda: model.train_step(data, optimizer), batch
+
+    model.eval()
+    if what == "multi-scale":
+        tester, pipeline = SegTTAModel(module=model).eval(), Compose(cfg.tta_pipeline)
+
+        def many():
+            with torch.no_grad():
+                tester.test_step(pseudo_collate([pipeline(dict(sample[0]))]))
+
+        return many, 1
+    meta = dict(ori_shape=(size, size), img_shape=(size, size), pad_shape=(size, size))
+
+    def one():
+        with torch.no_grad():
+            samples = [SegDataSample(metainfo=meta)]
+            model.test_step(dict(inputs=[picture], data_samples=samples))
+
+    return one, 1
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def measure(action, device, runs):
+    """-> (seconds of the fastest of `runs` after a warm-up, peak MB)"""
+    cuda = device.type == "cuda"
+    times = []
+    for run in range(runs + 1):
+        began = time.perf_counter()
+        action()
+        if cuda:
+            torch.cuda.synchronize()  # kernels run behind Python's back
+        if run > 0:
+            times.append(time.perf_counter() - began)
+    if cuda:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        try:
+            import resource
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        except ImportError:  # Windows
+            peak = float("nan")
+    return min(times), peak / 1e6
+
+
+def matmul_rate(device, dtype):
+    """Floating-point operations a second of a large square matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    return 2 * n**3 / measure(lambda: a @ b, device, 5)[0]
+
+
+def measure_here(item, args):
+    """One figure, in this process: prints it as JSON."""
+    side, what, arch, neck, size, batch = item.split()
+    pairs = ade20k.find_pairs(ade20k.data_root(args.data), "training") if args.data else []
+    if what == "data":
+        torch.set_num_threads(1)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {0})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, flops, rate = evaluate.choose_dtype(args.dtype, device), None, None
+    work = (what, arch, neck, int(size), int(batch))
+    if side == "theirs":
+        action, pictures = theirs(*work, pairs)
+    else:
+        action, pictures, flops = ours(*work, dtype, pairs)
+        if flops:
+            rate = matmul_rate(device, dtype)
+    runs = {"multi-scale": 1, "training": 2}.get(what, args.runs)
+    seconds, peak = measure(action, device, runs)
+    used = str(dtype).removeprefix("torch.")
+    figures = dict(seconds=seconds, pictures=pictures, peak=peak, flops=flops, rate=rate)
+    print(json.dumps(figures | dict(device=device.type, dtype=used, threads=torch.get_num_threads())))
+
+
+def figure(args, what, arch="deit_s16", neck="none", size=512, batch=1, side="ours"):
+    """The figures of one item, measured in a process of its own."""
+    command = [sys.executable, os.path.abspath(__file__), args.table, "--dtype", args.dtype]
+    command += ["--runs", str(args.runs)] + (["--data", args.data] if args.data else [])
+    command += ["--here", f"{side} {what} {arch} {neck} {size} {batch}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"error: {side} {what} {arch} {neck} could not be measured, see above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- the tables ----------------------------------------------------------------------------------
+
+
+def row(*cells):
+    print("|", " | ".join(str(cell) for cell in cells), "|", flush=True)
+
+
+def header(*names):
+    row(*names)
+    row(*["---"] * len(names))
+
+
+def of_peak(f):
+    return f"{f['flops'] / f['seconds'] / f['rate']:.0%}"
+
+
+def models(args):
+    """Each published pair: labelling one picture, and a training step of two (as each of the eight
+    GPUs of a published run had them)."""
+    pairs = PAIRS
+    if args.arch or args.neck:
+        pairs = [(args.arch or "deit_s16", args.neck or "none")]
+    for what, batch in (("inference", 1), ("training", 2)):
+        header(what, "GFLOP", "seconds", "pictures a second", "MB", "of peak")
+        for arch, neck in pairs:
+            f = figure(args, what, arch, neck, args.size, batch)
+            speed = f"{f['pictures'] / f['seconds']:.2f}"
+            cells = (f"{f['flops'] / 1e9:.0f}", f"{f['seconds']:.3f}", speed, f"{f['peak']:.0f}")
+            row(f"{arch} {neck}", *cells, of_peak(f))
+        print()
+    rate = f"matrix products at {f['rate'] / 1e9:.0f} GFLOP/s"
+    print(f"{f['device']}, {f['threads']} threads, {f['dtype']}, {rate}; {args.size}x{args.size}")
+
+
+def scaling(args):
+    """Time against the picture's area and against the batch."""
+    header("", "inference, s", "of peak", "training, s", "of peak")
+    sizes = [(size, 2) for size in (256, 512, 768, 1024)] + [(256, batch) for batch in (1, 4, 8)]
+    for size, batch in sizes:
+        f = figure(args, "head", args.arch or "deit_s16", args.neck or "none", size, batch)
+        cells = [f"{f['seconds']:.3f}", of_peak(f), "", ""]
+        if batch > 1:  # BatchNorm
+            f = figure(args, "training", args.arch or "deit_s16", args.neck or "none", size, batch)
+            cells[2:] = [f"{f['seconds']:.3f}", of_peak(f)]
+        row(f"{batch} of {size}x{size}", *cells)
+
+
+def data(args):
+    """Training pictures from file to augmented 512x512 crop, on one core."""
+    f = figure(args, "data")
+    ms = 1000 * f["seconds"] / f["pictures"]
+    print(f"{ms:.2f} ms a picture, {1000 / ms:.0f} a second on one core, {f['peak']:.0f} MB")
+
+
+def peers(args):
+    """Beside mmsegmentation 1.2.2."""
+    items = [("inference", *pair, 512, 1) for pair in PEER_PAIRS]
+    items += [("training", *pair, 512, 2) for pair in PEER_PAIRS]
+    items += [("multi-scale", "deit_s16", "mln", 512, 1), ("data", "deit_s16", "none", 512, 1)]
+    header("", "mmsegmentation 1.2.2", "here", "times as fast", "peak MB, there and here")
+    for item in items:
+        found = {"theirs": [], "ours": []}
+        for _ in range(2 if item[0] in ("training", "multi-scale") else 3):
+            for side, figures in found.items():
+                figures.append(figure(args, *item, side=side))
+        there, here = (min(f, key=lambda x: x["seconds"]) for f in found.values())
+        per = here["pictures"] if item[0] == "data" else 1
+        cells = [f"{f['seconds'] / per:.4f} s" for f in (there, here)]
+        memory = f"{there['peak']:.0f} / {here['peak']:.0f}"
+        row(" ".join(item[:3]), *cells, f"{there['seconds'] / here['seconds']:.2f}", memory)
+    print(f"\n{here['device']}, {here['threads']} threads, here in {args.dtype}")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tables = {"models": models, "scaling": scaling, "data": data, "peers": peers}
+    add = parser.add_argument
+    add("table", nargs="?", choices=tables, default="models", help="what to measure")
+    add("--arch", choices=ARCHS, help="of models and scaling: this one (default: the published)")
+    add("--neck", choices=NECKS, help="of models and scaling: this one")
+    add("--size", type=int, default=512, help="of models: height and width of the pictures")
+    add("--dtype", choices=("auto", *evaluate.DTYPES), default="auto")
+    add("--runs", type=int, default=5, help="of which the fastest counts")
+    add("--data", metavar="DIR", help="of data and peers: a data set, or toy")
+    add("--here", help=argparse.SUPPRESS)  # one figure, in this process
+    args = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("one process on one device is timed: run it without torchrun")
+    if args.table in ("data", "peers") and not args.data:
+        parser.error(f"{args.table} needs pictures: --data DIR, or --data toy")
+    if args.here:
+        measure_here(args.here, args)
+    else:
+        tables[args.table](args)
+
+
+if __name__ == "__main__":
+    main()
