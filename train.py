@@ -618,8 +618,9 @@ def begin(run: Run) -> None:
 
     first_entry = {} if run.start else dict(iteration=0, args=vars(run.args))
     run.say(run.plan(), **first_entry)
-    for words in doubts(run):
-        run.say(f"warning: {words}")
+    if run.rank == 0:
+        for words in doubts(run):
+            run.say(f"warning: {words}")
     run.clock, run.logged, run.waited = monotonic(), run.start, 0.0
 
 
@@ -639,7 +640,7 @@ def catch_up(run: Run) -> None:
 
 def lock(path: str) -> TextIO | None:
     """Refuse a work directory that another run writes to. -> the file that holds the lock, which
-    ends with this process, however it ends. (Windows has no such locks.)"""
+    ends with this process, however it ends. Windows and some network disks have no such locks."""
     try:
         import fcntl
     except ImportError:
@@ -648,9 +649,11 @@ def lock(path: str) -> TextIO | None:
     file = open(path, "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         words = "another run writes to this folder, wait for it or name another --work-dir"
         raise UsageError(f"{os.path.dirname(path)}: {words}") from error
+    except OSError:
+        pass
     return file
 
 
@@ -671,7 +674,8 @@ def read_log(path: str, last: int) -> list[dict]:
 
 def doubts(run: Run) -> list[str]:
     """What would make a run worth less than its time, each in a sentence, before it costs any."""
-    args, found = run.args, []
+    args = run.args
+    found = []
     peak = max(learning_rate(i, args.iters, **run.schedule) for i in range(args.iters))
     if peak < args.lr / 2:
         found.append(

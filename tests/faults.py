@@ -1,9 +1,9 @@
-"""Faults, injected for real: signals, kill -9, damaged files, a full disk, processes that die or
-hang, numbers that are none.
+"""Faults, injected for real: signals, kill -9, damaged files, a full disk, a folder that vanishes,
+processes that die or hang, numbers that are none.
 
-python -m pytest tests/faults.py            (about four minutes; .ci/run does it too, `pytest tests`
-does not) python tests/faults.py 50                   (so many random kills of one run, which must
-end with the same weights)"""
+    python -m pytest tests/faults.py    about four minutes; .ci/run does it too, pytest tests not
+    python tests/faults.py 50           so many random kills of one run, which must end with the
+                                        weights of a run that was left alone"""
 
 import json
 import os
@@ -157,37 +157,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, straig
     assert_same(work, straight)
 
 
+def limit_files():
+    """No file above 1 MB, until the limit is raised: for the process that is about to start."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+
+
 def test_a_full_disk_is_said_survived_and_leaves_the_old_files_whole(straight, folder):
     """A limit on the size of any file stands for the disk: it holds the log and not a checkpoint,
     until it is raised."""
     work = folder / "full"
-    limit = lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY)
-    )  # noqa: E731
-    run = start(folder, *OPTIONS, "--work-dir", work, preexec_fn=limit)
+    run = start(folder, *OPTIONS, "--work-dir", work, preexec_fn=limit_files)
     wait_for(work / "sheet_30.png", run)  # (drawn after checkpoint 30 was tried)
     assert not glob(str(work / "checkpoint_*"))
-    resource.prlimit(
-        run.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    )
+
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     out, err = finish(run)
     assert "checkpoint_30.pt is not written" in err and "training goes on" in err
     assert_same(work, straight)
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_an_error(folder):
-    limit = lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY)
-    )  # noqa: E731
-    out, err = finish(
-        start(
-            folder, *OPTIONS, "--iters", 6, "--interval", 3, "--work-dir", "stays", preexec_fn=limit
-        ),
-        1,
-    )
-    assert (
-        "checkpoint_6.pt is not written" in err and "the last checkpoint could not be saved" in err
-    )
+    options = (*OPTIONS, "--iters", 6, "--interval", 3, "--work-dir", "stays")
+    out, err = finish(start(folder, *options, preexec_fn=limit_files), 1)
+    assert "checkpoint_6.pt is not written" in err
+    assert "the last checkpoint could not be saved" in err
     assert not glob(str(folder / "stays" / "checkpoint*"))
 
 
@@ -216,8 +209,10 @@ def test_a_second_run_on_the_same_folder_is_refused_and_the_first_goes_on(straig
     work = folder / "shared"
     run = start(folder, *OPTIONS, "--work-dir", work)
     wait_for(work / "log.jsonl", run)
+    os.killpg(run.pid, signal.SIGSTOP)  # or it might be done before the second one looks
     out, err = finish(start(folder, *OPTIONS, "--work-dir", work, "--resume"), 2)
     assert f"error: {work}: another run writes to this folder" in err
+    os.killpg(run.pid, signal.SIGCONT)
     finish(run)
     assert_same(work, straight)
 
@@ -353,23 +348,10 @@ def test_two_processes_give_the_weights_of_one(folder):
     (folder / "frozen.py").write_text(FROZEN)
     got = []
     for name, launch in (("alone", ()), ("both", (*TWO, "--standalone"))):
+        options = (*OPTIONS, "--iters", 4, "--interval", 4, "--batch-size", 16)
+        options += ("--optimizer", "sgd", "--work-dir", name)
         run = subprocess.run(
-            [
-                sys.executable,
-                *launch,
-                "frozen.py",
-                *map(str, OPTIONS),
-                "--iters",
-                "4",
-                "--interval",
-                "4",
-                "--batch-size",
-                "16",
-                "--optimizer",
-                "sgd",
-                "--work-dir",
-                name,
-            ],
+            [sys.executable, *launch, "frozen.py", *map(str, options)],
             cwd=folder,
             text=True,
             capture_output=True,
@@ -419,9 +401,8 @@ def test_ctrl_c_under_torchrun_saves_once_and_resumes(straight_two, folder):
     work = folder / "interrupted"
     run = start(folder, *OPTIONS, "--work-dir", work, launch=(*TWO, "--standalone"))
     wait_for(work / "checkpoint_30.pt", run)
-    os.killpg(
-        run.pid, signal.SIGINT
-    )  # the terminal's: torchrun and its processes all get it, and torchrun's too
+    # The terminal's: torchrun and its processes all get it, and torchrun passes it on.
+    os.killpg(run.pid, signal.SIGINT)
     out, err = run.communicate(timeout=60)
     assert run.returncode != 0 and "go on with --resume" in err
     finish(start(folder, "--resume", "--work-dir", work, launch=(*TWO, "--standalone")))
@@ -445,23 +426,9 @@ def test_a_process_that_hangs_ends_the_others_inside_the_timeout(folder):
 
 def test_two_nodes_train_and_evaluate_as_one_does(straight_two, folder):
     port = random.randrange(20000, 40000)
-    agents = [
-        (
-            "-m",
-            "torch.distributed.run",
-            "--nnodes",
-            "2",
-            "--node_rank",
-            str(k),
-            "--nproc_per_node",
-            "1",
-            "--master_addr",
-            "127.0.0.1",
-            "--master_port",
-            str(port),
-        )
-        for k in range(2)
-    ]
+    torchrun = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1")
+    torchrun += ("--master_addr", "127.0.0.1", "--master_port", str(port), "--node_rank")
+    agents = [(*torchrun, str(k)) for k in range(2)]
     # (torchrun gives each of several processes of a node one thread, and threads change the order
     # of sums.)
     threads = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -1,6 +1,7 @@
 """train.py: schedules and optimizers against the real reference, batch arithmetic, logs, resume,
 and whole small runs."""
 
+import errno
 import json
 import os
 import random
@@ -229,6 +230,18 @@ def test_a_frozen_backbone_keeps_no_activations():
     loss.backward()
     assert all(p.grad is None for p in net.backbone.parameters())
     assert all(p.grad is not None for p in net.neck.parameters())
+
+
+def test_where_there_are_no_locks_there_is_none(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def unsupported(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    train.lock(str(tmp_path / ".lock"))
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows: the import fails
+    assert train.lock(str(tmp_path / ".lock")) is None
 
 
 # ---- whole runs ----
