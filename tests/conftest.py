@@ -13,9 +13,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 SAMPLE = os.path.join(os.path.dirname(ROOT), "shared", "ade20k_sample")
 
-import ade20k  # noqa: E402
 import formulas  # noqa: E402
 import model  # noqa: E402
+import toy  # noqa: E402
 import upernet  # noqa: E402
 from convert_weights import load_into, load_weights, to_mmseg  # noqa: E402
 
@@ -96,7 +96,7 @@ def draw_set(root, training, validation):
         for kind in ("images", "annotations"):
             os.makedirs(root / kind / split)
         for i in range(count):
-            image, label = ade20k.draw_scene(np.random.default_rng([7, i]))
+            image, label = toy.draw_scene(np.random.default_rng([7, i]))
             Image.fromarray(image).save(root / f"images/{split}/s{i}.jpg")
             Image.fromarray(label).save(root / f"annotations/{split}/s{i}.png")
 
@@ -105,24 +105,29 @@ def draw_set(root, training, validation):
 def server():
     """A local HTTP server over `files`, {path: bytes}. `faults` lists, one an answer, after how
     many bytes it breaks off; a negative number of them: after which it stalls for two seconds.
-    `length`: what it says the length is, if not the truth."""
+    `length`: what it says the length is, if not the truth. `ranges`: whether it knows them."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        files, faults, starts, length = {}, [], [], None
+        files, faults, starts = {}, [], []
+        length, ranges = None, True
 
         def do_GET(self):
             content = self.files.get(self.path)
             if content is None:
                 return self.send_error(404)
-            start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            asked = self.headers.get("Range") if self.ranges else None
+            start = int(asked[len("bytes=") : -1]) if asked else 0
             self.starts.append(start)
+
             if start >= len(content):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(content)}")
                 return self.end_headers()
+
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(self.length or len(content) - start))
             self.end_headers()
+
             fault = self.faults.pop(0) if self.faults else None
             self.wfile.write(content[start:][: fault if fault is None else abs(fault)])
             if fault is not None and fault < 0:

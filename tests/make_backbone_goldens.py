@@ -1,15 +1,19 @@
 """Ask timm, transformers, torchvision and mmsegmentation 1.2.2 for their features and store them as
 tests/goldens/*.npz.
 
-Run in an environment with the one asked for:  python tests/make_backbone_goldens.py
-timm|transformers|torchvision
-                                               python tests/make_backbone_goldens.py mmseg122 REFERENCE_DIR
-timm 1.0.31, transformers 5.23.0 and torchvision 0.28.0 gave what is committed. Every model has
-DeiT-T's dimensions and a position table of 32x32, so that nothing is resized, and weights by
-formulas.py under the names its files carry."""
+Run in an environment with the one asked for:
+
+    python tests/make_backbone_goldens.py timm|transformers|torchvision
+    python tests/make_backbone_goldens.py mmseg122 REFERENCE_DIR
+
+timm 1.0.31, transformers 5.23.0 and torchvision 0.28.0 gave what is committed. Every model has a
+position table of the size that its pictures need, so that nothing is resized, and weights by
+formulas.py under the names its files carry. ViT has DeiT-T's dimensions, the others are the small
+ones of their kind."""
 
 import os
 import sys
+import tempfile
 
 import numpy as np
 import torch
@@ -37,51 +41,74 @@ def filled(model):
     return model.eval()
 
 
-@torch.no_grad()
-def main(kind):
-    x = torch.from_numpy(image(SIZE, SIZE))
-    if kind == "timm":
-        import timm
+def through_timm():
+    import timm
 
-        model = filled(timm.create_model("deit_tiny_patch16_224", img_size=SIZE))
-        store(kind, model.state_dict(), model.forward_features(x)[:, 1:])
-    elif kind == "transformers":
-        import safetensors.torch
-        from transformers import ViTConfig, ViTForImageClassification
+    for name, model, size in (
+        ("timm", "deit_tiny_patch16_224", 512),
+        ("timm_deit3", "deit3_small_patch16_224", 512),
+        ("timm_dinov2", "vit_small_patch14_dinov2", 518),
+        ("timm_dinov2_reg", "vit_small_patch14_reg4_dinov2", 518),
+    ):
+        model = filled(timm.create_model(model, img_size=size))
+        tokens = model.forward_features(torch.from_numpy(image(size, size)))
+        store(name, model.state_dict(), tokens[:, model.num_prefix_tokens :])
 
-        model = ViTForImageClassification(
-            ViTConfig(
-                hidden_size=WIDTH,
-                num_attention_heads=HEADS,
-                intermediate_size=4 * WIDTH,
-                image_size=SIZE,
-                layer_norm_eps=1e-6,
-            )
-        ).eval()
-        model.save_pretrained(
-            "/tmp/vit"
-        )  # its files carry other names than its modules: fill those
-        path = "/tmp/vit/model.safetensors"
-        names = fill(safetensors.torch.load_file(path))
-        safetensors.torch.save_file(
-            {k: torch.from_numpy(v) for k, v in names.items()}, path, metadata={"format": "pt"}
-        )
-        model = ViTForImageClassification.from_pretrained("/tmp/vit").eval()
-        store(kind, safetensors.torch.load_file(path), model.vit(x).last_hidden_state[:, 1:])
-    elif kind == "torchvision":
-        from torchvision.models import VisionTransformer
 
-        model = filled(VisionTransformer(SIZE, 16, 12, HEADS, WIDTH, 4 * WIDTH))
-        tokens = torch.cat([model.class_token, model._process_input(x)], dim=1)
-        store(kind, model.state_dict(), model.encoder(tokens)[:, 1:])
-    elif kind == "mmseg122":
-        sys.path.insert(0, sys.argv[2])
-        import mmseg122
+def through_transformers():
+    import safetensors.torch
+    import transformers as t
 
-        model = filled(mmseg122.build("deit_s16", "mln")[0])
-        logits = model.decode_head.forward(model.extract_feat(torch.from_numpy(image(97, 131))))
-        store(kind, model.state_dict(), logits)
+    sizes = dict(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)
+    vit = t.ViTConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH,
+        image_size=SIZE,
+        layer_norm_eps=1e-6,
+    )
+    for name, kind, config, extra in (
+        ("transformers", t.ViTForImageClassification, vit, 1),
+        ("transformers_dinov2", t.Dinov2Model, t.Dinov2Config(**sizes), 1),
+        (
+            "transformers_dinov2_reg",
+            t.Dinov2WithRegistersModel,
+            t.Dinov2WithRegistersConfig(**sizes),
+            5,
+        ),
+    ):
+        # Its files carry other names than its modules: fill those.
+        with tempfile.TemporaryDirectory() as folder:
+            kind(config).save_pretrained(folder)
+            path = os.path.join(folder, "model.safetensors")
+            names = fill(safetensors.torch.load_file(path))
+            names = {k: torch.from_numpy(np.asarray(v)) for k, v in names.items()}
+            safetensors.torch.save_file(names, path, metadata={"format": "pt"})
+            model = kind.from_pretrained(folder).eval()
+
+        x = torch.from_numpy(image(config.image_size, config.image_size))
+        tokens = getattr(model, "vit", model)(x).last_hidden_state
+        store(name, names, tokens[:, extra:])
+
+
+def through_torchvision():
+    from torchvision.models import VisionTransformer
+
+    model = filled(VisionTransformer(SIZE, 16, 12, HEADS, WIDTH, 4 * WIDTH))
+    patches = model._process_input(torch.from_numpy(image(SIZE, SIZE)))
+    tokens = torch.cat([model.class_token, patches], dim=1)
+    store("torchvision", model.state_dict(), model.encoder(tokens)[:, 1:])
+
+
+def through_mmseg122():
+    sys.path.insert(0, sys.argv[2])
+    import mmseg122
+
+    model = filled(mmseg122.build("deit_s16", "mln")[0])
+    logits = model.decode_head.forward(model.extract_feat(torch.from_numpy(image(97, 131))))
+    store("mmseg122", model.state_dict(), logits)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    with torch.no_grad():
+        globals()["through_" + sys.argv[1]]()

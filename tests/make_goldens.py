@@ -156,6 +156,24 @@ def optimizers():
     store("optimizers", **out)
 
 
+def positions():
+    """Logits of a whole model that was trained at 224: its table of positions is 14x14."""
+    cfg = mmseg017.config("deit_s16", "mln")
+    cfg.model.update(pretrained=None)
+    cfg.model.backbone.update(img_size=(224, 224))
+    for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
+        head.norm_cfg = dict(type="BN", requires_grad=True)
+    model = filled(mmseg017.build_segmentor(cfg.model)).eval()
+
+    out = {"pos_embed": np.array(model.backbone.pos_embed.shape)}
+    with torch.no_grad():
+        for h, w in ((224, 224), (97, 131)):
+            logits = model.encode_decode(torch.from_numpy(image(h, w)), None)
+            out[f"logits_{h}x{w}"] = samples(logits)
+            out[f"max_{h}x{w}"] = logits.abs().max()
+    store("positions", **out)
+
+
 def backbones():
     """A timm file through the reference's own vit2mmseg converter."""
     sys.path.insert(
@@ -322,7 +340,6 @@ def slide():
 
 
 if __name__ == "__main__":
-    for part in sys.argv[3:] or (
-        "optimizers", "backbones", "transforms", "evaluation", "slide", "models"
-    ):
+    parts = ("optimizers", "backbones", "positions", "transforms", "evaluation", "slide", "models")
+    for part in sys.argv[3:] or parts:
         globals()[part]()

@@ -1,11 +1,15 @@
 """convert_weights.py: exact both ways, or an error that lists the tensors; nothing in a file is
 ever executed."""
 
+import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 
+import formulas
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_mmseg
@@ -171,3 +175,131 @@ def test_a_file_that_cannot_be_fetched_says_what_else_to_do(main, tmp_path, monk
         )
     error = capsys.readouterr().err
     assert end.value.code == 2 and "--pretrained none" in error and "give the file's path" in error
+
+
+def at_224(arch="deit_s16", neck="mln", classes=150):
+    """A whole model that was trained at 224: its table of positions is 14x14."""
+    net = build_model(arch, neck, classes)
+    net.backbone.set_grid((14, 14))
+    torch.nn.init.normal_(net.backbone.pos_embed)
+    return net
+
+
+def test_a_whole_model_of_another_size_has_the_references_logits(golden, tmp_path):
+    gold = golden("positions")
+    net = at_224()
+    path = write_mmseg(net.state_dict(), tmp_path / "x.pth")
+    state_dict, facts = load_weights(path)
+    assert facts["grid"] == (14, 14) and facts["resolution"] == "224x224"
+    assert tuple(gold["pos_embed"]) == state_dict["backbone.pos_embed"].shape
+
+    other = build_model("deit_s16", "mln").eval()
+    load_into(other, state_dict, facts)
+    for h, w in ((224, 224), (97, 131)):
+        with torch.inference_mode():
+            logits = other(torch.from_numpy(formulas.image(h, w)))
+        want, largest = gold[f"logits_{h}x{w}"], gold[f"max_{h}x{w}"]
+        np.testing.assert_allclose(formulas.samples(logits), want, atol=1e-4 * largest)
+
+
+@pytest.mark.parametrize("to", ["mmseg", "timm", "ours"])
+def test_a_whole_model_keeps_its_positions_to_the_bit(to, tmp_path, main):
+    net = at_224("toy_p8", "ln_mln", 9)
+    torch.save({"model": net.state_dict()}, tmp_path / "a.pt")
+    main(convert_weights, tmp_path / "a.pt", tmp_path / "b.pt", "--to", to)
+    written = torch.load(tmp_path / "b.pt", weights_only=True)
+    tensors = written.get("model") or written.get("state_dict") or written
+    found = [v for k, v in tensors.items() if k.endswith("pos_embed")]
+    assert len(found) == 1 and torch.equal(found[0], net.backbone.pos_embed)
+
+
+def test_training_on_a_whole_model_goes_on_in_its_grid_and_a_backbone_does_not(tmp_path):
+    net = at_224("toy_p8", "ln", 9)
+    torch.save({"model": net.state_dict()}, tmp_path / "a.pt")
+    other = build_model("toy_p8", "ln", 4)
+    load_into(other, *load_weights(str(tmp_path / "a.pt")), new_classes=True)
+    assert torch.equal(other.backbone.pos_embed, net.backbone.pos_embed)
+    loss, _ = other(torch.randn(2, 3, 112, 112), torch.zeros(2, 112, 112, dtype=torch.int64))
+    loss.backward()
+    assert other.backbone.pos_embed.grad.shape == (1, 197, 128)
+
+    torch.save(net.backbone.state_dict(), tmp_path / "b.pt")
+    fresh = build_model("toy_p8", "ln", 4)
+    load_into(fresh, *load_weights(str(tmp_path / "b.pt")))
+    assert fresh.backbone.grid == (16, 16) and fresh.backbone.pos_embed.shape == (1, 257, 128)
+
+
+def test_a_failed_load_leaves_the_grid_as_it_was(tmp_path):
+    torch.save({"model": at_224("toy_p8", "ln", 9).state_dict()}, tmp_path / "a.pt")
+    other = build_model("toy_p8", "ln", 4)
+    with pytest.raises(WeightsError, match="another class count"):
+        load_into(other, *load_weights(str(tmp_path / "a.pt")))
+    assert other.backbone.grid == (16, 16) and other.backbone.pos_embed.shape == (1, 257, 128)
+
+
+# ---- What is written ----
+
+
+def parse_safetensors(path):
+    """-> {name: numpy array}, by the format's specification; 16 bit numbers as uint16."""
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header, out, end = json.loads(data[8 : 8 + size]), {}, 0
+    assert size % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
+    dtypes = {"F64": "<f8", "F32": "<f4", "F16": "<u2", "BF16": "<u2", "I64": "<i8"}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        dtype = np.dtype(dtypes[entry["dtype"]])
+        assert begin == end and begin % dtype.itemsize == 0, "no holes, and all can be mapped"
+        raw = data[8 + size + begin : 8 + size + stop]
+        out[name], end = np.frombuffer(raw, dtype).reshape(entry["shape"]), stop
+    assert 8 + size + end == len(data)
+    return out
+
+
+@pytest.mark.parametrize("to", ["ours", "mmseg", "timm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_called_safetensors_is_one(net, to, dtype, tmp_path, main):
+    want = {k: v.to(dtype) if v.ndim > 1 else v for k, v in net.state_dict().items()}
+    torch.save({"model": want}, tmp_path / "a.pt")
+    main(convert_weights, tmp_path / "a.pt", tmp_path / "b.safetensors", "--to", to)
+    assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.safetensors"]
+
+    back, facts = load_weights(str(tmp_path / "b.safetensors"))
+    assert all(torch.equal(v, want[k]) and v.dtype == want[k].dtype for k, v in back.items())
+    kept = [k for k in want if to != "timm" or k.startswith("backbone.")]
+    assert sorted(back) == sorted(kept)
+    parsed = parse_safetensors(tmp_path / "b.safetensors")
+    if to == "ours":
+        for name, value in parsed.items():
+            bits = want[name]
+            if bits.dtype == torch.bfloat16:
+                bits = bits.view(torch.uint16)
+            assert np.array_equal(value, bits.numpy()), name
+
+    safetensors = pytest.importorskip("safetensors.torch")
+    theirs = safetensors.load_file(tmp_path / "b.safetensors")
+    assert theirs.keys() == parsed.keys()
+    if to == "ours":
+        assert all(torch.equal(v, want[k]) for k, v in theirs.items())
+
+
+@pytest.mark.parametrize("same", ["itself", "symbolic link", "hard link", "part"])
+def test_a_file_is_not_written_over_itself(net, same, tmp_path, main, capsys):
+    src, dst = tmp_path / "a.pt", tmp_path / "b.pt"
+    if same == "itself":
+        dst = tmp_path / "." / "a.pt"
+    if same == "part":
+        src = tmp_path / "b.pt.part"
+    torch.save({"model": net.state_dict()}, src)
+    before = src.read_bytes()
+    if same == "symbolic link":
+        dst.symlink_to(src)
+    if same == "hard link":
+        dst.hardlink_to(src)
+
+    for source in (src, f"{src}:model"):
+        with pytest.raises(SystemExit) as end:
+            main(convert_weights, source, dst, "--to", "mmseg")
+        assert end.value.code == 2 and "give it another name" in capsys.readouterr().err
+    assert src.read_bytes() == before
