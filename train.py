@@ -42,6 +42,7 @@ from ade20k import (
     TrainSet,
     data_root,
     find_pairs,
+    label_warnings,
     normalise,
     positions,
     read_classes,
@@ -675,7 +676,7 @@ def read_log(path: str, last: int) -> list[dict]:
 def doubts(run: Run) -> list[str]:
     """What would make a run worth less than its time, each in a sentence, before it costs any."""
     args = run.args
-    found = []
+    found = label_warnings(run.training, run.classes)
     peak = max(learning_rate(i, args.iters, **run.schedule) for i in range(args.iters))
     if peak < args.lr / 2:
         found.append(

@@ -414,7 +414,21 @@ def test_without_validation_pictures_a_run_trains_and_says_so(folder):
     assert done.returncode == 0 and "nothing is left to train" in done.stderr
 
 
-def test_a_warmup_that_ends_before_the_full_rate_is_said(straight):
+def test_labels_that_teach_nothing_are_said_before_training(folder):
+    """A mask of 0 and 255, where 255 is no class: the only class left is always right."""
+    shutil.copytree(folder / "set", folder / "mask")
+    for path in (folder / "mask" / "annotations").glob("*/*.png"):
+        label = np.array(Image.open(path))
+        Image.fromarray(np.where(label % 2, 0, 255).astype(np.uint8)).save(path)
+    (folder / "mask" / "classes.txt").write_text("background\nthing\n")
+    done = run(folder, *TINY, *TWO_STEPS, "--data", "mask", "--work-dir", "runs/mask")
+    assert done.returncode == 0, done.stderr
+    assert "warning: 1 of 2 classes are in none of the training labels" in done.stdout
+    assert "with fewer than two classes in the labels there is nothing to learn" in done.stdout
+    assert re.search(r"\(5 pictures, \d of 2 classes\)", done.stdout)
+
+
+def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
     args, _ = train.parse(["--iters", "200"])
     rates = [train.learning_rate(i, 200, **train.OPTIMIZERS["adamw"]) for i in range(200)]
     assert max(rates) == pytest.approx(args.lr / 30, rel=0.01)
@@ -422,9 +436,10 @@ def test_a_warmup_that_ends_before_the_full_rate_is_said(straight):
     def doubted(argv):
         args, _ = train.parse(argv)
         schedule = train.OPTIMIZERS["adamw"] | dict(lr=args.lr, warmup=args.warmup)
-        run = dict(args=args, validation=[1], schedule=schedule, names="", names_before="")
-        return train.doubts(SimpleNamespace(**run))
+        run = dict(args=args, training=[1], validation=[1], schedule=schedule, classes=None)
+        return train.doubts(SimpleNamespace(**run, names="", names_before=""))
 
+    monkeypatch.setattr(train, "label_warnings", lambda pairs, classes: [])
     (said,) = doubted(["--iters", "200"])
     assert f"--warmup 1500 of 200 iterations the learning rate rises to {max(rates):.1e} " in said
     for fine in ([], ["--iters", "80000"], ["--data", "toy"], ["--iters", "200", "--warmup", "20"]):
