@@ -21,6 +21,7 @@ from conftest import ROOT, draw_set, write_mmseg
 
 import evaluate
 import train
+from ade20k import Classes
 from convert_weights import MMSEG, rename
 from evaluate import UsageError
 from upernet import build_model
@@ -508,7 +509,7 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
     [
         (
             ("--data", "nowhere"),
-            "nowhere/images/training: no such folder; `python ade20k.py download data/ade`",
+            "nowhere/images/training: no such folder; a data set holds its pictures in images/",
         ),
         (("--data", "set", "--arch", "toy_p8"), "no pretrained file for toy_p8"),
         (("--data", "set", "--pretrained", "absent.pth"), "absent.pth: no such file"),
@@ -589,9 +590,9 @@ def test_classes_of_ones_own_travel_with_the_checkpoint(own, folder):
     said = "150 classes in the file, 3 here: starts anew"
     assert own.returncode == 0 and said in own.stdout, own.stderr
     content = torch.load(folder / "runs/own/checkpoint_6.pt", weights_only=True)
-    names, palette, zero_ignored = content["classes"]
-    assert names == ("first thing", "second", "third")
-    assert palette[0] == [250, 0, 0] and zero_ignored is False
+    classes = Classes(*content["classes"])
+    assert classes.names == ("first thing", "second", "third")
+    assert classes.palette[0] == [250, 0, 0] and classes.zero_ignored is False
 
     def call(*arguments):
         script = (sys.executable, os.path.join(ROOT, "evaluate.py"), "--checkpoint", "runs/own")
@@ -610,7 +611,7 @@ def test_classes_of_ones_own_travel_with_the_checkpoint(own, folder):
     assert done.returncode == 0, done.stderr
     overlay = Image.open(folder / "own_overlay/s0.png").convert("RGB")
     colours = {colour for count, colour in overlay.getcolors(1 << 20)}
-    assert colours & {(250, 0, 0), (0, 0, 250), tuple(palette[1])}
+    assert colours & {(250, 0, 0), (0, 0, 250), tuple(classes.palette[1])}
 
 
 def test_a_run_goes_on_with_its_own_classes_alone(own, folder):
