@@ -13,7 +13,6 @@ tensors and plain containers and nothing else."""
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import mmap
@@ -22,7 +21,6 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator
 from typing import BinaryIO
 from urllib.parse import urlparse
 
@@ -560,8 +558,8 @@ LEFT_OUT = {
         "a second set of weights, those before averaging",
 }
 
-# The pretrained backbone of each architecture. Hexadecimal digits at the end of a name are the start
-# of the file's sha256.
+# The pretrained backbone of each architecture. Hexadecimal digits at the end of a name start the
+# sha256 of the file.
 TIMM_FILES = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-vitjx/"
 DEIT = "https://dl.fbaipublicfiles.com/deit/"
 DINO = "https://dl.fbaipublicfiles.com/dinov2/"
@@ -826,8 +824,12 @@ def convert(src: str, dst: str, to: str, bicubic: bool) -> None:
     state_dict = {name: value.contiguous() for name, value in state_dict.items()}
 
     key, note = None, ""  # what a torch file calls the dictionary of tensors in it
+    beside = {}
     if to == "ours":
         content, key = state_dict, "model"
+        beside = {"args": facts.get("args", {"arch": facts["arch"]})}
+        if "classes" in facts:
+            beside["classes"] = facts["classes"]
     elif to == "timm":
         content = to_timm(state_dict, facts["arch"])
     elif ARCHS[facts["arch"]].get("layer_scale"):
@@ -842,7 +844,7 @@ def convert(src: str, dst: str, to: str, bicubic: bool) -> None:
         )
 
     if key and not dst.endswith(".safetensors"):
-        content = {key: content}
+        content = {key: content, **beside}
     write_checkpoint(content, dst)
     print(f"{dst}: written, {to}{note}")
 

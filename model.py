@@ -1,5 +1,4 @@
-"""The backbone: a Vision Transformer that turns a picture into four feature maps, and the neck that
-gives them four sizes.
+"""The backbone: a Vision Transformer that turns a picture into four feature maps.
 
 In:  images (B, 3, H, W), float, normalised with ade20k.normalise.
 Out: four maps (B, D, h, w), one after each quarter of the layers; h = ceil(H / 16), w likewise.
@@ -109,8 +108,9 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D, h, w)"""
         H, W = images.shape[2:]
-        right, below = -W % self.patch, -H % self.patch  # what the last patch lacks
-        return self.proj(F.pad(images, (0, right, 0, below)))
+        right, below = -W % self.patch, -H % self.patch  # what the last patches lack
+        images = F.pad(images, (0, right, 0, below))
+        return self.proj(images)
 
 
 class Attention(nn.Module):
@@ -190,6 +190,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.ls1 = LayerScale(width) if layer_scale else nn.Identity()
+
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
         self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
@@ -197,8 +198,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)"""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        branch = self.ls1(self.attn(self.norm1(x)))
+        x = x + self.drop_path(branch)
+
+        branch = self.ls2(self.mlp(self.norm2(x)))
+        return x + self.drop_path(branch)
 
 
 class VisionTransformer(nn.Module):
@@ -244,6 +248,9 @@ class VisionTransformer(nn.Module):
         # keeps torch's defaults. Recipes never notice: they all start from pretrained weights.)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if self.reg_token is not None:
+            nn.init.trunc_normal_(self.reg_token, std=0.02)
+
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -282,13 +289,14 @@ class VisionTransformer(nn.Module):
             last = i == len(self.blocks)
             tokens = self.norm(x) if last and self.norm is not None else x
             patches = tokens[:, self.extra :].transpose(1, 2)  # (B, D, h w)
-            maps.append(patches.reshape(B, D, h, w).contiguous(memory_format=layout))
+            patches = patches.reshape(B, D, h, w)
+            maps.append(patches.contiguous(memory_format=layout))
         return maps
 
 
 def build_backbone(arch: str, neck: str) -> VisionTransformer:
-    """The backbone of an architecture in ARCHS, as the neck (one of NECKS) wants it: with a final norm
-    or without. ValueError if one is unknown."""
+    """The backbone of an architecture in ARCHS, as the neck (one of NECKS) wants it: with a final
+    norm or without. ValueError if one is unknown."""
     if arch not in ARCHS:
         raise ValueError(f"arch {arch!r} is unknown, choose one of {', '.join(ARCHS)}")
     if neck not in NECKS:

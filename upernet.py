@@ -1,5 +1,5 @@
-"""The head: UPerNet turns four feature maps into one label per pixel. Also here: the neck that gives
-the maps their four sizes, the auxiliary head, the loss, and build_model.
+"""The head: UPerNet turns four feature maps into one label per pixel. Also here: the neck that
+gives the maps their four sizes, the auxiliary head, the loss, and build_model.
 
 In:  images (B, 3, H, W) normalised float, and in training labels (B, H, W) int64 with 255 = "no
      label here".
@@ -17,8 +17,8 @@ is an upsampling that is added.
 Departures from the paper, all of them the reference's: 512 channels throughout, dropout before the
 classifier, an auxiliary head on level 4, and only the one task, scene parsing.
 
-Names of dimensions: B batch, C channels or classes, h w the size of a map, H W the larger size it is
-brought to, O output channels.
+Names of dimensions: B batch, C channels or classes, h w the size of a map, H W the larger size it
+is brought to, O output channels.
 """
 
 import torch
@@ -34,19 +34,20 @@ AUX_WEIGHT = 0.4  # of the auxiliary head's loss (PSPNet, section 3.3)
 
 # ---- Resizing is two small matrices --------------------------------------------------------------
 #
-# Bilinear resizing is linear, and acts along each axis by itself: resize(x) = My x Mx^T, where a row
-# of M says which old pixels a new one is mixed from. Four pixels brought to eight:
+# Bilinear resizing is linear, and acts along each axis by itself: resize(x) = My x Mx^T, where a
+# row of M says which old pixels a new one is mixed from. Four pixels brought to eight:
 #
 #     old    |     0     |     1     |     2     |     3     |      M[0] = 1    0    0    0
 #     new    |  0  |  1  |  2  |  3  |  4  |  5  |  6  |  7  |      M[1] = 3/4  1/4  0    0
 #                     ^                                             M[2] = 1/4  3/4  0    0
-#          new pixel 1 lies 1/4 of the way from old 0 to old 1      ...
+#          the centre of new 1 lies a quarter of the way            ...
+#          from that of old 0 to that of old 1
 #
-# Whatever is linear and comes next can change places with it, and so be done on the small map:
-# - a 3x3 convolution of an upsampled map (conv3x3_of_resized, below). Neck and head consist of these;
-# - the loss and the prediction, which want the logits at the picture's size. They take some rows of
-#   My at a time, and never hold the large logits as a whole (UpsampledCrossEntropy, evaluate.predict);
-# - two resizings in a row are one, whose matrix is the product of the two (evaluate.predict).
+# Whatever is linear and comes next can change places with it, and be done on the small map:
+# - a 3x3 convolution of an upsampled map, which neck and head consist of (conv3x3_of_resized);
+# - the loss and the prediction want the logits at the picture's size: they take some rows of My at
+#   a time, and never hold the large logits as a whole (UpsampledCrossEntropy, evaluate.predict);
+# - two resizings in a row are one, whose matrix is the product of both (evaluate.predict).
 
 
 def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
@@ -79,71 +80,82 @@ def pool_matrix(old: int, new: int, like: Tensor) -> Tensor:
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, align_corners=False: (B, C, h, w) -> (B, C, *size). Copies nothing at equal sizes."""
+    """Bilinear, align_corners=False: (B, C, h, w) -> (B, C, *size). The same x at equal sizes."""
     if x.shape[2:] == tuple(size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def conv3x3_of_resized(maps: list[Tensor], weight: Tensor) -> Tensor:
-    """A 3x3 convolution over maps that are brought to the size of the first one and laid side by side.
-    The plain form:
+    """A 3x3 convolution over maps that are brought to the size of the first one and laid side by
+    side. The plain form:
 
-        F.conv2d(torch.cat([resize(x, maps[0].shape[2:]) for x in maps], dim=1), weight, padding=1)
+        size = maps[0].shape[2:]
+        F.conv2d(torch.cat([resize(x, size) for x in maps], dim=1), weight, padding=1)
 
-    maps: (B, C_i, h_i, w_i), the C_i in sum C; weight (O, C, 3, 3); -> (B, O, h_1, w_1). A convolution
-    is a sum over its input channels, so each map adds its own share, from its own size. The list is
-    emptied on the way: what is in the sum need not be kept."""
-    widths, size = [x.shape[1] for x in maps], maps[0].shape[2:]
-    total = None
-    for part in weight.split(widths, dim=1):
+    maps: (B, C_i, h_i, w_i), the C_i in sum C; weight (O, C, 3, 3); -> (B, O, h_1, w_1). A
+    convolution is a sum over its input channels, so each map adds its own share, from its own size.
+    The list is emptied on the way: what is in the sum need not be kept."""
+    size = maps[0].shape[2:]
+    widths = [x.shape[1] for x in maps]
+    own, *shares = weight.split(widths, dim=1)
+    total = F.conv2d(maps.pop(0), own, padding=1)
+    for share in shares:
         x = maps.pop(0)
         if x.shape[2:] == size:
-            x = F.conv2d(x, part, padding=1)
-            total = x if total is None else total + x
+            total = total + F.conv2d(x, share, padding=1)
         else:
-            total = add_upsampled_conv3x3(total, x, part)
+            total = add_upsampled_conv3x3(total, x, share)
     return total
 
 
 def add_upsampled_conv3x3(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """total (B, O, H, W) plus a convolution with weight (O, C, 3, 3) of x (B, C, h, w) brought to
-    (H, W). Exact. The plain form:
+    """total (B, O, H, W) plus the convolution of x (B, C, h, w), brought to (H, W), with weight
+    (O, C, 3, 3). total may be written over. Exact. The plain form:
 
         total + F.conv2d(resize(x, (H, W)), weight, padding=1)
 
     A 3x3 convolution adds up nine taps: the map, shifted by a pixel or not along y and x, times a
-    (C, O) matrix each. Shifting, resizing and that product are linear and act on different axes, so
-    they may be done in any order. Here the product comes first, on the small map; then the row of M
-    that a pixel reads is the one above, its own, or the one below: M shifted, with zeros beyond the
-    edge for the zero padding. With 2x upsampling that is a third of the operations, with 8x 3%.
-    """
-    (B, C, h, w), (_, O, H, W) = x.shape, total.shape  # noqa: E741
-    # Zeros above and below M, and then three windows of it.
-    rows = F.pad(resize_matrix(h, H, x), (0, 0, 1, 1)).unfold(0, H, 1).mT  # (3, H, h)
-    columns = F.pad(resize_matrix(w, W, x), (0, 0, 1, 1)).unfold(0, W, 1)  # (3, w, W)
-    columns = columns.permute(2, 1, 0).reshape(W, w * 3)
-    weight = weight.permute(2, 1, 3, 0).reshape(3, C, 3 * O)  # for each ky from C to kx and O
+    (C, O) matrix each. That product acts on the channels, resizing and shifting act along the axes,
+    so their order is free. Here the product comes first, on the small map. After 2x upsampling that
+    takes a third of the operations, after 8x 3%."""
+    B, C, h, w = x.shape
+    _, O, H, W = total.shape  # noqa: E741
+    rows = three_shifts(resize_matrix(h, H, x))  # (3, H, h)
+    columns = three_shifts(resize_matrix(w, W, x))  # (3, W, w)
+    columns = columns.permute(1, 2, 0).reshape(W, w * 3)
+    weight = weight.permute(2, 1, 3, 0).reshape(3, C, 3 * O)  # for each ky from C to (kx, O)
 
     x = x.permute(0, 2, 3, 1).reshape(B, h * w, C)
     total = total.permute(0, 2, 3, 1).reshape(B, H, W * O)
-    for ky in range(3):  # one after the other, in place: a fraction of the memory
-        wide = columns @ (x @ weight[ky]).view(B, h, w * 3, O)  # (B, h, W, O)
+    for ky in range(3):  # one after the other, added in place: a third of the memory
+        taps = x @ weight[ky]  # (B, h w, 3 O)
+        wide = columns @ taps.view(B, h, w * 3, O)  # (B, h, W, O): three taps along x, added up
         wide = wide.view(B, h, W * O)
-        total.baddbmm_(rows[ky].to(wide.dtype).expand(B, H, h), wide)
+        above = rows[ky].to(wide.dtype).expand(B, H, h)
+        total = total.baddbmm_(above, wide)  # total + above @ wide
     return total.view(B, H, W, O).permute(0, 3, 1, 2)
+
+
+def three_shifts(matrix: Tensor) -> Tensor:
+    """(n, old) -> (3, n, old): the matrix whose row i is the one before i, the one at i, the one
+    after it, for the three taps of a convolution along one axis. Beyond the edge lie zeros."""
+    padded = F.pad(matrix, (0, 0, 1, 1))  # (n + 2, old)
+    n = len(matrix)
+    return torch.stack([padded[:n], padded[1 : n + 1], padded[2:]])
 
 
 # ---- The neck ------------------------------------------------------------------------------------
 
 
 class MultiLevelNeck(nn.Module):
-    """"MLN" in the names of the recipes: gives the four maps of a ViT, all at stride 16, the strides
-    4, 8, 16 and 32 of the convolutional networks that UPerNet was made for.
+    """The neck that the recipes call MLN: gives the four maps of a ViT, all at stride 16, the
+    strides 4, 8, 16 and 32 of the convolutional networks that UPerNet was made for.
 
-    Per level a 1x1 convolution, a bilinear resize by 4, 2, 1 or 1/2, and a 3x3 convolution; no norm,
-    no activation. It adds no information, but it lets the head draw its borders on a grid of 4
-    pixels instead of 16: published, one point of mIoU for DeiT-S, at 4.5 times the operations."""
+    Per level a 1x1 convolution, a bilinear resize by 4, 2, 1 or 1/2, and a 3x3 convolution; no
+    norm, no activation. It adds no information, but it lets the head draw its borders on a grid of
+    4 pixels instead of 16: published, one point of mIoU for DeiT-S, at three times the operations.
+    """
 
     scales = (4, 2, 1, 0.5)
 
@@ -161,8 +173,9 @@ class MultiLevelNeck(nn.Module):
         for x, scale, lateral, conv in zip(maps, self.scales, self.lateral_convs, self.convs):
             x = lateral(x)
             if scale > 1:
-                B, _, h, w = x.shape
-                bias = conv.bias.to(x.dtype)[:, None, None].expand(B, -1, scale * h, scale * w)
+                B, D, h, w = x.shape
+                bias = conv.bias.to(x.dtype)[:, None, None].expand(B, D, scale * h, scale * w)
+                bias = bias.contiguous(memory_format=torch.channels_last)
                 x = add_upsampled_conv3x3(bias, x, conv.weight)
             else:
                 # Halving goes by the factor: at an odd size (7 to 3) the points lie elsewhere than
@@ -264,8 +277,8 @@ class FCNHead(nn.Module):
 
 
 def rows_at_once(device: torch.device, numbers: int) -> int:
-    """How many rows of `numbers` logits each loss and prediction take at a time: on a CPU what stays
-    in its cache (4 MB, which is 4 times as fast as all at once), on a GPU large launches."""
+    """How many rows of `numbers` logits each the loss and the prediction take at a time: on a CPU
+    what stays in its cache (4 MB; four times as fast as all at once), on a GPU large launches."""
     block = 2**20 if device.type == "cpu" else 2**26
     return max(1, block // numbers)
 
@@ -275,15 +288,18 @@ class UpsampledCrossEntropy(torch.autograd.Function):
     size never exist as a whole. They, their softmax and the gradients of both would be the largest
     tensors of a training step: 2.5 GB each for 16 x 150 x 512 x 512 floats.
 
-    resize(x) = My x Mx^T: the product along x is taken for the whole (small) map, the one along y for
-    some rows of My at a time. The gradient of the cross entropy is softmax - one_hot(label), so it
-    is found on the way forward, while the rows exist; the way back only scales it."""
+    resize(x) = My x Mx^T: the product along x is taken for the whole (small) map, the one along y
+    for some rows of My at a time. The gradient of the cross entropy is softmax - one_hot(label), so
+    it is found on the way forward, while the rows exist; the way back only scales it."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
-        (B, C, h, w), (H, W) = logits.shape, labels.shape[1:]
-        my, mx = resize_matrix(h, H, logits), resize_matrix(w, W, logits)
-        wide = (mx @ logits.permute(0, 2, 3, 1)).flatten(2)  # (B, h, W C)
+        B, C, h, w = logits.shape
+        _, H, W = labels.shape
+        my = resize_matrix(h, H, logits)  # (H, h)
+        mx = resize_matrix(w, W, logits)  # (W, w)
+        wide = mx @ logits.permute(0, 2, 3, 1)  # (B, h, W, C): the C logits of a pixel side by side
+        wide = wide.flatten(2)  # (B, h, W C)
         wanted = ctx.needs_input_grad[0]
         grad = torch.zeros_like(wide) if wanted else None
 
@@ -293,7 +309,8 @@ class UpsampledCrossEntropy(torch.autograd.Function):
             stop = min(start + step, H)
             first, last = source_rows(start, stop, h, H)
             m = my[start:stop, first:last]
-            log_p = (m @ wide[:, first:last]).view(B, -1, W, C).log_softmax(3)  # (B, rows, W, C)
+            tall = m @ wide[:, first:last]  # (B, rows, W C)
+            log_p = tall.view(B, -1, W, C).log_softmax(3)
 
             label = labels[:, start:stop, :, None]
             kept = label != IGNORE_INDEX
@@ -325,7 +342,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     The mean is over all pixels: ignored ones add no loss but count in the divisor, as in the
     reference. A mean over the labelled ones alone would give the few labelled pixels of a picture
     that is hardly labelled the weight of a whole picture."""
-    with torch.autocast(logits.device.type, enabled=False):  # in float32 also under autocast, as there
+    with torch.autocast(logits.device.type, enabled=False):  # float32 under autocast too, as there
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return UpsampledCrossEntropy.apply(logits, labels)
 
@@ -369,6 +386,6 @@ class Segmenter(nn.Module):
 def build_model(arch: str, neck: str = "none", num_classes: int = 150) -> Segmenter:
     """A randomly initialised model in training mode.
 
-    arch: one of model.ARCHS. neck: none, ln (a LayerNorm after the last layer), mln (the multi-level
-    neck), ln_mln. ValueError if one is unknown."""
+    arch: one of model.ARCHS. neck: none, ln (a LayerNorm after the last layer), mln (the
+    multi-level neck), ln_mln. ValueError if one is unknown."""
     return Segmenter(arch, neck, num_classes)

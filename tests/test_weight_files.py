@@ -93,6 +93,7 @@ def test_features_are_those_of_the_code_the_file_comes_from(
     state_dict, facts = load_weights(
         write(by_formula(gold), tmp_path / "x.bin")
     )  # the name's ending says nothing
+
     assert (
         facts["kind"] == kind and facts["arch"] == "deit_t16" and facts["resolution"] == "512x512"
     )
@@ -115,15 +116,18 @@ def test_mmsegmentation_1_has_no_patch_bias_and_loads_with_one_of_zeros(golden, 
         tmp_path / "x.pth",
     )
     state_dict, facts = load_weights(str(tmp_path / "x.pth"))
+
     assert (
         "bias of zeros" in facts["added"][0]
         and facts["neck"] == "mln"
         and facts["arch"] == "deit_s16"
     )
+
     net = build_model("deit_s16", "mln").eval()
     load_into(net, state_dict, facts)
     with torch.inference_mode():
         logits = net.decode_head(net.features(torch.from_numpy(formulas.image(97, 131))))
+
     np.testing.assert_allclose(
         formulas.samples(logits), gold["features"], atol=1e-5 * gold["largest"]
     )
@@ -227,6 +231,7 @@ def test_features_of_a_jax_file_are_those_of_a_plain_loop(pack, tmp_path):
     w = jax_weights()
     pack(tmp_path / "x.npz", **w)
     state_dict, facts = load_weights(str(tmp_path / "x.npz"))
+
     assert (
         facts["kind"] == "JAX"
         and len(facts["left_out"]) == 4
@@ -254,10 +259,13 @@ def test_pos_embed_of_a_jax_file_is_resized_as_google_does_or_on_request_as_torc
         load_weights(str(tmp_path / "x.npz"), bicubic=b)[0]["backbone.pos_embed"]
         for b in (False, True)
     )
+
     np.testing.assert_allclose(google[0, 1:], want.reshape(256, 128), atol=1e-5)
+
     cubic = torch.nn.functional.interpolate(
         torch.from_numpy(table).permute(2, 0, 1)[None], size=16, mode="bicubic"
     )
+
     np.testing.assert_allclose(torchs[0, 1:], cubic[0].flatten(1).T, atol=1e-6)
     assert torch.equal(google[0, 0], torchs[0, 0]) and torch.equal(
         google[0, 0], torch.from_numpy(w["Transformer/posembed_input/pos_embedding"])[0, 0]
@@ -285,12 +293,16 @@ def test_distilled_mae_and_classifier_tensors_are_left_out_and_said(tmp_path):
             epoch=3,
         )
     )
+
     assert all(np.array_equal(state_dict["backbone." + k], v) for k, v in base.items()) and len(
         state_dict
     ) == len(base)
+
     said = " ".join(facts["left_out"])
+
     for left in ("dist_token", "head_dist.bias", "head.weight", "epoch, optimizer (beside"):
         assert left in said
+
     decoder = {
         "mask_token": np.zeros((1, 1, 64)),
         "decoder_embed.weight": np.zeros((64, 128)),
@@ -298,6 +310,7 @@ def test_distilled_mae_and_classifier_tensors_are_left_out_and_said(tmp_path):
         "decoder_pos_embed": np.zeros((1, 257, 64)),
     }
     state_dict, facts = load_weights(write_torch(base | decoder, tmp_path / "m.pth"))
+
     assert set(state_dict) == {"backbone." + k for k in base} and len(facts["left_out"]) == 4
 
 
@@ -309,6 +322,7 @@ def test_hugging_faces_deit_has_a_wrapper_and_a_token_more(golden, tmp_path):
     theirs["deit.embeddings.distillation_token"] = pos[:, :1]
     a, _ = load_weights(write_safetensors(plain, tmp_path / "a"))
     b, facts = load_weights(write_safetensors(theirs, tmp_path / "b"))
+
     assert set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
     assert any("distillation_token" in x for x in facts["left_out"])
 
@@ -342,11 +356,16 @@ def test_objects_of_mmengine_and_ema_copies_are_skipped_never_built(tmp_path, mo
         tmp_path / "x.pth",
     )
     monkeypatch.undo()
+
     with pytest.raises(Exception, match="HistoryBuffer"):  # what torch itself says to this file
         torch.load(tmp_path / "x.pth", weights_only=True)
+
     state_dict, facts = load_weights(str(tmp_path / "x.pth"))
+
     assert all(torch.equal(state_dict[k], v) for k, v in net.state_dict().items()) and not built
+
     said = " ".join(facts["left_out"])
+
     assert "ema_backbone_layers_0_ln1_weight" in said and "message_hub, ema_state_dict" in said
 
 
@@ -367,6 +386,7 @@ def test_a_model_without_auxiliary_head_evaluates_and_trains_with_a_new_one(tmp_
     other = build_model("toy_p8", "ln", 9)
     before = other.auxiliary_head.classifier.weight.clone()
     load_into(other, state_dict, facts)
+
     assert torch.equal(other.decode_head.classifier.weight, net.decode_head.classifier.weight)
     assert torch.equal(other.auxiliary_head.classifier.weight, before)
     assert any(x.startswith("auxiliary_head (not in the file") for x in facts["left_out"])
@@ -376,10 +396,13 @@ def test_another_number_of_classes_loads_all_but_the_classifiers(tmp_path):
     net, other = build_model("toy_p8", "ln", 9), build_model("toy_p8", "ln", 4)
     state_dict, facts = load_weights(write_mmseg(net.state_dict(), tmp_path / "x.pth"))
     before = {k: v.clone() for k, v in other.state_dict().items()}
+
     with pytest.raises(WeightsError, match="another class count"):
         load_into(other, state_dict, dict(facts))
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items()), "no partial load"
+
     load_into(other, state_dict, facts, new_classes=True)
+
     for k, v in other.state_dict().items():
         assert torch.equal(v, before[k] if ".classifier." in k else state_dict[k]), k
     assert sum("9 classes in the file, 4 here" in x for x in facts["left_out"]) == 4
@@ -458,6 +481,7 @@ for name in sys.argv[1:]:
         cwd=tmp_path,
     )
     lines = done.stdout.splitlines()
+
     assert done.returncode == 0 and len(lines) == len(names), done.stderr
     for name, line in zip(names, lines):
         assert line.startswith(
@@ -465,21 +489,7 @@ for name in sys.argv[1:]:
         ), line
 
 
-def test_damaged_files_of_every_kind_fail_or_load_whole(tmp_path):
-    """60 damages to each kind: cut, flipped, overwritten, inserted. No crash, no hang, nothing
-    half-loaded, one sentence."""
-    weights = timm_weights()
-    torch.save(
-        {k: torch.from_numpy(v) for k, v in weights.items()},
-        tmp_path / "legacy",
-        _use_new_zipfile_serialization=False,
-    )
-    write_torch(weights, tmp_path / "torch")
-    write_safetensors(weights, tmp_path / "safetensors")
-    np.savez(tmp_path / "jax.npz", **jax_weights())
-    np.savez_compressed(tmp_path / "packed.npz", **jax_weights())
-    done = limited(
-        """
+DAMAGES = """
 import random
 for name in sys.argv[1:]:
     good, r, loaded = open(name, "rb").read(), random.Random(name), 0
@@ -503,7 +513,24 @@ for name in sys.argv[1:]:
         except c.WeightsError as error:
             assert "damaged" in str(error) and "\\n" not in str(error), error
     print(name, loaded)
-""",
+"""
+
+
+def test_damaged_files_of_every_kind_fail_or_load_whole(tmp_path):
+    """60 damages to each kind: cut, flipped, overwritten, inserted. No crash, no hang, nothing
+    half-loaded, one sentence."""
+    weights = timm_weights()
+    torch.save(
+        {k: torch.from_numpy(v) for k, v in weights.items()},
+        tmp_path / "legacy",
+        _use_new_zipfile_serialization=False,
+    )
+    write_torch(weights, tmp_path / "torch")
+    write_safetensors(weights, tmp_path / "safetensors")
+    np.savez(tmp_path / "jax.npz", **jax_weights())
+    np.savez_compressed(tmp_path / "packed.npz", **jax_weights())
+    done = limited(
+        DAMAGES,
         "legacy",
         "torch",
         "safetensors",
@@ -511,6 +538,7 @@ for name in sys.argv[1:]:
         "packed.npz",
         cwd=tmp_path,
     )
+
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line.split()[0] for line in done.stdout.splitlines()] == [
         "legacy",
@@ -547,6 +575,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)
         text=True,
         env=os.environ | {"PYTHONPATH": ROOT},
     )
+
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) < 1.3 * size
     assert os.path.getsize(tmp_path / "b.pt") > 0.99 * size
@@ -569,8 +598,11 @@ def test_a_url_is_fetched_once_resumed_checked_and_cached(server, hub, tmp_path)
     ] = content
     server.faults[:] = [100_000]
     a, _ = load_weights(f"{server.url}/{name}")
+
     assert server.starts == [0, 100_000] and os.listdir(hub) == [name]
+
     b, _ = load_weights(f"{server.url}/{name}")
+
     assert len(server.starts) == 2 and all(
         torch.equal(a[k], b[k]) for k in a
     ), "the second call asks nobody"
@@ -591,6 +623,7 @@ def test_two_addresses_with_one_file_name_are_two_files(server, hub, tmp_path):
     a, b = (
         load_weights(f"{server.url}/{x}/model.safetensors")[0]["backbone.norm.bias"] for x in "ab"
     )
+
     assert torch.allclose(a + 1, b) and len(os.listdir(hub)) == 2
 
 
@@ -605,17 +638,24 @@ def test_a_server_that_stalls_or_lies_about_the_length(server, tmp_path):
     content = os.urandom(200_000)
     server.files["/a"], server.faults[:] = content, [-50_000]
     ade20k.fetch(server.url + "/a", str(tmp_path / "a"), timeout=0.5)
+
     assert (tmp_path / "a").read_bytes() == content and server.starts == [0, 50_000]
+
     server.length = 300_000
+
     with pytest.raises(OSError, match="broke off after 200000 of"):
         ade20k.fetch(server.url + "/a", str(tmp_path / "b"), attempts=1, timeout=0.5)
+
     (tmp_path / "d.part").write_bytes(content)  # killed after the last byte, before the move
     ade20k.fetch(server.url + "/a", str(tmp_path / "d"))
     (tmp_path / "e.part").write_bytes(content + b"more")  # of another version of the file
     server.length = None
     ade20k.fetch(server.url + "/a", str(tmp_path / "e"))
+
     assert (tmp_path / "d").read_bytes() == (tmp_path / "e").read_bytes() == content
+
     server.length = 100
+
     with pytest.raises(ValueError, match="hash"):
         ade20k.fetch(server.url + "/a", str(tmp_path / "c"), hashlib.sha1(content).hexdigest())
 
@@ -631,6 +671,7 @@ def test_two_processes_fetch_one_file_once(server, tmp_path):
         )
         for _ in range(2)
     ]
+
     assert [p.wait(60) for p in both] == [0, 0]
     assert (tmp_path / "a").read_bytes() == content and os.listdir(tmp_path) == ["a"]
     assert server.starts == [0, 1_000_000], "the second process waited for the first one's file"
@@ -644,9 +685,12 @@ def test_torchvisions_published_names_are_those_of_its_constructor(golden, tmp_p
     now = by_formula(golden("torchvision"))
     then = {k.replace("mlp.0.", "mlp.linear_1."): v for k, v in now.items()}
     then = {k.replace("mlp.3.", "mlp.linear_2."): v for k, v in then.items()}
+
     assert sum("linear_" in k for k in then) == 48
+
     a, _ = load_weights(write_torch(now, tmp_path / "a"))
     b, facts = load_weights(write_torch(then, tmp_path / "b"))
+
     assert facts["kind"] == "torchvision" and a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -668,10 +712,12 @@ def test_mmpretrains_names_are_read(golden, tmp_path):
         name = {"norm.weight": "ln1.weight", "norm.bias": "ln1.bias"}.get(name, name)
         name = name.replace("head.", "head.layers.head.")
         theirs[name if name.startswith("head.") else "backbone." + name] = value
+
     assert "backbone.layers.11.attn.qkv.weight" in theirs and "head.layers.head.bias" in theirs
 
     want, _ = load_weights(write_torch(timm, tmp_path / "a"))
     got, facts = load_weights(write_torch(theirs, tmp_path / "b"))
+
     assert facts["neck"] is None and want.keys() == got.keys()
     assert all(torch.equal(got[k], v) for k, v in want.items())
     assert [x.split()[0] for x in facts["left_out"]] == [
@@ -685,11 +731,13 @@ def test_decoders_are_called_what_they_are(tmp_path):
     segmenter = {f"encoder.{k}": v for k, v in base.items()}
     segmenter |= {"decoder.blocks.0.norm1.weight": np.ones(8), "decoder.cls_emb": np.ones(8)}
     state_dict, facts = load_weights(write_torch(segmenter, tmp_path / "a"))
+
     assert len(state_dict) == len(base) and not any("MAE" in x for x in facts["left_out"])
     assert any("decoder" in x for x in facts["left_out"])
 
     mae = base | {"decoder.decoder_embed.weight": np.ones((8, 8)), "decoder.x": np.ones(8)}
     said = load_weights(write_torch(mae, tmp_path / "b"))[1]["left_out"]
+
     assert said == [
         "decoder.decoder_embed.weight (the decoder of MAE's pretraining)",
         "decoder.x (the decoder of another kind of model)",
@@ -734,6 +782,7 @@ def test_one_model_is_found_wherever_it_stands(wrap, tmp_path):
     weights = ours()
     torch.save(wrap(weights), tmp_path / "x.pt")
     state_dict, facts = load_weights(str(tmp_path / "x.pt"))
+
     assert facts["kind"] == "ours" and facts["neck"] == "ln" and facts["num_classes"] == 9
     assert state_dict.keys() == weights.keys()
     assert all(torch.equal(state_dict[k], v) for k, v in weights.items())
@@ -754,6 +803,7 @@ def test_of_several_models_the_path_behind_the_colon_chooses(tmp_path):
     content = {"model": one, "ema": {"model": two}, "both": both}
     torch.save(content, tmp_path / "x.pt")
     path = str(tmp_path / "x.pt")
+
     for source in (path, path + ":ema", path + ":nothing"):
         with pytest.raises(WeightsError) as error:
             load_weights(source)
@@ -765,6 +815,7 @@ def test_of_several_models_the_path_behind_the_colon_chooses(tmp_path):
     inside = one | {f"ema_model.{k}": v for k, v in two.items()}  # one dictionary of two
     torch.save({"state_dict": inside}, tmp_path / "y.pt")
     path = str(tmp_path / "y.pt")
+
     for choice, weights in (("state_dict", one), ("state_dict.ema_model", two)):
         state_dict, facts = load_weights(f"{path}:{choice}")
         assert state_dict.keys() == one.keys()
@@ -813,6 +864,7 @@ def test_values_that_no_training_survives_are_refused_with_the_tensors_name(
     weights = ours()
     weights[name] = damage(weights[name].transpose(0, 1)).transpose(0, 1)
     torch.save({"model": weights}, tmp_path / "x.pt")
+
     with pytest.raises(WeightsError, match=f"x.pt: {name} .*{message}"):
         load_weights(str(tmp_path / "x.pt"))
 
@@ -822,9 +874,12 @@ def test_other_floating_point_numbers_load_and_are_said(dtype, tmp_path):
     weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in ours().items()}
     torch.save({"model": weights}, tmp_path / "x.pt")
     state_dict, facts = load_weights(str(tmp_path / "x.pt"))
+
     assert facts["dtype"] == str(dtype).removeprefix("torch.") and facts["dtype"] in describe(facts)
+
     net = build_model("toy_p8", "ln", 9)
     load_into(net, state_dict, facts)
+
     for name, value in net.state_dict().items():
         assert torch.equal(value, weights[name].to(value.dtype)), name
 
@@ -912,8 +967,11 @@ def test_objects_of_any_class_are_skipped_and_their_modules_never_imported(tmp_p
     monkeypatch.delitem(sys.modules, "trainer_of_mine")
 
     state_dict, facts = load_weights(str(tmp_path / "x.pt"))
+
     assert all(torch.equal(state_dict[k], v) for k, v in weights.items())
+
     said = next(x for x in facts["left_out"] if x.endswith("(beside the weights)"))
+
     assert all(key in said for key in beside)
     assert audited("x.pt", cwd=tmp_path)["x.pt"] == ("loaded", [])
 
@@ -947,8 +1005,11 @@ def test_whatever_a_pickle_names_nothing_is_imported_or_called(tmp_path):
     for k, (module, name) in enumerate(names):
         with_call(tmp_path / f"{k}.pt", module, name, tmp_path / "good.pt")
     found = audited(*[f"{k}.pt" for k in range(len(names))], cwd=tmp_path)
+
     assert {k: events for k, (_, events) in found.items() if events} == {}
+
     loaded = [names[k] for k in range(len(names)) if found[f"{k}.pt"][0] == "loaded"]
+
     assert ("trap", "run") in loaded and ("builtins", "eval") in loaded
     assert ("os", "mkdir") not in loaded, "torch refuses these by itself"
     assert not (tmp_path / "executed").exists()
@@ -1026,8 +1087,11 @@ def test_features_of_deit_3_and_dinov2_are_those_of_timm_and_transformers(
 ):
     gold = golden(name)
     state_dict, facts = load_weights(write_torch(by_formula(gold), tmp_path / "x"))
+
     assert facts["arch"] == arch and facts["resolution"] == f"{size}x{size}"
+
     got = features(state_dict, facts, formulas.image(size, size), arch).flatten(2).transpose(1, 2)
+
     np.testing.assert_allclose(formulas.samples(got), gold["features"], atol=1e-5 * gold["largest"])
 
 
@@ -1041,16 +1105,22 @@ def test_the_authors_names_of_layer_scale_and_registers_are_read(golden, tmp_pat
     facebook["pos_embed"] = np.concatenate([place, timm["pos_embed"]], axis=1)
     facebook["mask_token"] = np.zeros((1, 384))
     got, facts = load_weights(write_torch(facebook, tmp_path / "b"))
+
     assert facts["arch"] == "dinov2_s14_reg" and want.keys() == got.keys()
     assert facts["left_out"] == ["mask_token (stands for hidden patches in pretraining)"]
+
     sums = [x["backbone.cls_token"] + x["backbone.pos_embed"][:, :1] for x in (want, got)]
+
     torch.testing.assert_close(*sums)
 
     timm = by_formula(golden("timm_deit3"))
     deit3 = {re.sub(r"\.ls(\d)\.gamma", r".gamma_\1", k): v for k, v in timm.items()}
+
     assert sum("gamma_" in k for k in deit3) == 24
+
     want, _ = load_weights(write_torch(timm, tmp_path / "a"))
     got, _ = load_weights(write_torch(deit3, tmp_path / "b"))
+
     assert want.keys() == got.keys() and all(torch.equal(got[k], v) for k, v in want.items())
 
 
@@ -1062,6 +1132,7 @@ def test_what_goes_to_timm_has_timms_names_and_shapes_again(
     write_torch(gold, tmp_path / "x")
     main(convert_weights, tmp_path / "x", tmp_path / "y", "--to", "timm")
     back = torch.load(tmp_path / "y", weights_only=True)
+
     assert set(back) == {k for k in gold if not k.startswith("head.")}
     assert all(np.array_equal(back[k], gold[k]) for k in back)
     with pytest.raises(SystemExit):
@@ -1085,5 +1156,6 @@ def test_a_model_with_layer_scale_and_registers_trains():
     loss, _ = net(torch.randn(2, 3, 65, 70), torch.randint(0, 5, (2, 65, 70)))
     loss.backward()
     named = dict(net.backbone.named_parameters())
+
     for name in ("reg_token", "blocks.0.ls1.gamma", "blocks.11.ls2.gamma", "pos_embed"):
         assert named[name].grad.abs().max() > 0, name

@@ -44,6 +44,7 @@ def test_there_and_back_is_bit_equal(net, middle, tmp_path, main):
     want = {
         k: v for k, v in net.state_dict().items() if middle == "mmseg" or k.startswith("backbone.")
     }
+
     assert set(back) == set(want) and all(torch.equal(back[k], v) for k, v in want.items())
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.pth", "c.pt"]
 
@@ -54,6 +55,7 @@ def test_prefixes_of_data_parallel_are_taken_off(net, tmp_path):
         {"state_dict": theirs, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "x.pth"
     )
     state_dict, facts = load_weights(str(tmp_path / "x.pth"))
+
     assert (
         facts["kind"] == "mmsegmentation"
         and facts["neck"] == "ln_mln"
@@ -68,6 +70,7 @@ def test_deit_b_is_told_from_vit_b_by_the_config_in_the_file(tmp_path):
     weights = {
         k: torch.zeros(()).expand(v.shape) for k, v in names.items()
     }  # 1 value each, however large the shape
+
     for config, arch in (
         ("pretrained='pretrain/deit_base_patch16_224-b5f2ef4d.pth'", "deit_b16"),
         ("", "vit_b16"),
@@ -99,6 +102,7 @@ def test_what_does_not_fit_is_listed(net, damage, message, tmp_path):
     weights = to_mmseg(net.state_dict())
     damage(weights)
     torch.save({"state_dict": weights}, tmp_path / "x.pth")
+
     with pytest.raises(WeightsError) as error:
         load_weights(str(tmp_path / "x.pth"))
     assert message in str(error.value) and str(tmp_path / "x.pth") in str(error.value)
@@ -127,6 +131,7 @@ def test_a_backbone_sets_the_backbone_alone_and_says_what_it_left_out(net, tmp_p
     other = build_model("toy_p8", "mln", 4)
     head = other.decode_head.classifier.weight.clone()
     load_into(other, state_dict, facts)
+
     assert torch.equal(other.backbone.pos_embed, net.backbone.pos_embed)
     assert torch.equal(other.decode_head.classifier.weight, head)
     assert sorted(facts["left_out"]) == [
@@ -134,6 +139,7 @@ def test_a_backbone_sets_the_backbone_alone_and_says_what_it_left_out(net, tmp_p
         "backbone.norm.weight (the model has no final norm)",
     ]
     del state_dict["backbone.blocks.1.mlp.fc1.bias"]
+
     with pytest.raises(WeightsError, match="missing backbone.blocks.1.mlp.fc1.bias"):
         load_into(other, state_dict, facts)
 
@@ -152,11 +158,14 @@ def test_no_pickle_is_executed_and_no_damage_passes(net, tmp_path):
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "page.pth").write_bytes(b"<!DOCTYPE html><html>404</html>")
     torch.save([1, 2], tmp_path / "list.pt")
+
     for name in ("bomb.pth", "raw.pth", "cut.pt", "empty.pt", "page.pth", "list.pt", "absent.pt"):
         with pytest.raises(WeightsError, match=name) as error:
             load_weights(str(tmp_path / name))
         assert "\n" not in str(error.value)
+
     done = convert("bomb.pth", "out.pt", cwd=tmp_path)
+
     assert (
         done.returncode == 2
         and "bomb.pth" in done.stderr
@@ -173,7 +182,9 @@ def test_a_file_that_cannot_be_fetched_says_what_else_to_do(main, tmp_path, monk
             "http://127.0.0.1:9/deit_small_patch16_224-cd65a155.pth",
             tmp_path / "out.pt",
         )
+
     error = capsys.readouterr().err
+
     assert end.value.code == 2 and "--pretrained none" in error and "give the file's path" in error
 
 
@@ -190,11 +201,13 @@ def test_a_whole_model_of_another_size_has_the_references_logits(golden, tmp_pat
     net = at_224()
     path = write_mmseg(net.state_dict(), tmp_path / "x.pth")
     state_dict, facts = load_weights(path)
+
     assert facts["grid"] == (14, 14) and facts["resolution"] == "224x224"
     assert tuple(gold["pos_embed"]) == state_dict["backbone.pos_embed"].shape
 
     other = build_model("deit_s16", "mln").eval()
     load_into(other, state_dict, facts)
+
     for h, w in ((224, 224), (97, 131)):
         with torch.inference_mode():
             logits = other(torch.from_numpy(formulas.image(h, w)))
@@ -210,6 +223,7 @@ def test_a_whole_model_keeps_its_positions_to_the_bit(to, tmp_path, main):
     written = torch.load(tmp_path / "b.pt", weights_only=True)
     tensors = written.get("model") or written.get("state_dict") or written
     found = [v for k, v in tensors.items() if k.endswith("pos_embed")]
+
     assert len(found) == 1 and torch.equal(found[0], net.backbone.pos_embed)
 
 
@@ -218,14 +232,18 @@ def test_training_on_a_whole_model_goes_on_in_its_grid_and_a_backbone_does_not(t
     torch.save({"model": net.state_dict()}, tmp_path / "a.pt")
     other = build_model("toy_p8", "ln", 4)
     load_into(other, *load_weights(str(tmp_path / "a.pt")), new_classes=True)
+
     assert torch.equal(other.backbone.pos_embed, net.backbone.pos_embed)
+
     loss, _ = other(torch.randn(2, 3, 112, 112), torch.zeros(2, 112, 112, dtype=torch.int64))
     loss.backward()
+
     assert other.backbone.pos_embed.grad.shape == (1, 197, 128)
 
     torch.save(net.backbone.state_dict(), tmp_path / "b.pt")
     fresh = build_model("toy_p8", "ln", 4)
     load_into(fresh, *load_weights(str(tmp_path / "b.pt")))
+
     assert fresh.backbone.grid == (16, 16) and fresh.backbone.pos_embed.shape == (1, 257, 128)
 
 
@@ -263,12 +281,17 @@ def test_what_is_called_safetensors_is_one(net, to, dtype, tmp_path, main):
     want = {k: v.to(dtype) if v.ndim > 1 else v for k, v in net.state_dict().items()}
     torch.save({"model": want}, tmp_path / "a.pt")
     main(convert_weights, tmp_path / "a.pt", tmp_path / "b.safetensors", "--to", to)
+
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.safetensors"]
 
     back, facts = load_weights(str(tmp_path / "b.safetensors"))
+
     assert all(torch.equal(v, want[k]) and v.dtype == want[k].dtype for k, v in back.items())
+
     kept = [k for k in want if to != "timm" or k.startswith("backbone.")]
+
     assert sorted(back) == sorted(kept)
+
     parsed = parse_safetensors(tmp_path / "b.safetensors")
     if to == "ours":
         for name, value in parsed.items():
@@ -279,6 +302,7 @@ def test_what_is_called_safetensors_is_one(net, to, dtype, tmp_path, main):
 
     safetensors = pytest.importorskip("safetensors.torch")
     theirs = safetensors.load_file(tmp_path / "b.safetensors")
+
     assert theirs.keys() == parsed.keys()
     if to == "ours":
         assert all(torch.equal(v, want[k]) for k, v in theirs.items())
@@ -303,3 +327,16 @@ def test_a_file_is_not_written_over_itself(net, same, tmp_path, main, capsys):
             main(convert_weights, source, dst, "--to", "mmseg")
         assert end.value.code == 2 and "give it another name" in capsys.readouterr().err
     assert src.read_bytes() == before
+
+
+def test_what_becomes_ours_keeps_its_classes_and_its_architecture(tmp_path, main):
+    net = build_model("deit_t16", "none", 9)
+    classes = [[f"thing {k}" for k in range(9)], [[k, k, k] for k in range(9)]]
+    meta = {"CLASSES": classes[0], "PALETTE": classes[1], "config": "reduce_zero_label=True"}
+    write_mmseg(net.state_dict(), tmp_path / "a.pth", meta=meta)
+    main(convert_weights, tmp_path / "a.pth", tmp_path / "b.pt")
+    main(convert_weights, tmp_path / "b.pt", tmp_path / "c.pt")
+    facts = load_weights(str(tmp_path / "c.pt"))[1]
+
+    assert facts["arch"] == "deit_t16"
+    assert facts["classes"] == (tuple(classes[0]), classes[1], True)
