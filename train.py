@@ -1,29 +1,40 @@
 """Training: the published recipes, from pretrained weights to a checkpoint, on one process or many.
 
-    batch (B, 3, S, S) uint8, (B, S, S) uint8 --normalise--> model --> loss --> backward --> AdamW or SGD, poly schedule
+    batch (B, 3, S, S) uint8, (B, S, S) uint8 --normalise--> model --> loss --> backward --> step
 
-What the published runs did, where it differs from what their configs say: - "No weight decay for
-norm layers": the key is `norm`, the layers are called `ln1`, `ln2`, so nothing matches. LayerNorm
-  and BatchNorm decay; only cls_token and pos_embed do not. Same here.
-- The poly factor goes on during the warmup: both are multiplied. - SGD is the base schedule that
-the recipes override: no warmup, a floor of 1e-4, and everything decays."""
+First the schedule, the optimizer and the arithmetic of a batch, then `train()`, the loop. After it
+what the loop calls: the parts of a run, its log and its validation; what may go wrong in a week;
+and the command line.
 
-import argparse
+What the published runs did, where it differs from what their configs say:
+
+- "No weight decay for norm layers": the key is `norm`, the layers are called `ln1`, `ln2`, so
+  nothing matches. LayerNorm and BatchNorm decay; only cls_token and pos_embed do not. Same here.
+- The poly factor goes on during the warmup: both are multiplied.
+- SGD is the base schedule that the recipes override: no warmup, a floor of 1e-4, and everything
+  decays."""
+
 import json
+import math
 import os
 import re
 import signal
 import sys
-import time
 import zipfile
-from collections.abc import Callable
-from contextlib import nullcontext
-from glob import glob
+import zlib
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from glob import escape, glob
+from time import monotonic
+from typing import TextIO
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from ade20k import (
     DEFAULT_ROOT,
@@ -31,6 +42,7 @@ from ade20k import (
     TrainSet,
     data_root,
     find_pairs,
+    label_warnings,
     normalise,
     positions,
     read_classes,
@@ -45,36 +57,733 @@ from convert_weights import (
     write_checkpoint,
 )
 from evaluate import (
-    SIGNALS,
-    start_worker,
     DTYPES,
+    SIGNALS,
     UsageError,
     autocast,
     checkpoints,
     choose_dtype,
     curves,
+    errors_in_one_sentence,
     evaluate,
     memory_format,
     prepare,
     scores,
-    errors_in_one_sentence,
     setup_processes,
     sheet,
+    start_worker,
 )
 from model import ARCHS, NECKS
 from upernet import Segmenter, build_model
 
-# The published recipes. iters, arch and neck choose among them, the rest they have in common.
-RECIPE = dict(
-    arch="deit_s16",
-    neck="none",
-    iters=160000,
-    optimizer="adamw",
-    batch_size=16,
-    crop_size=512,
-    short_side=512,
-    pretrained="auto",
-)
+OPTIMIZERS = {
+    "adamw": dict(lr=6e-5, power=1.0, floor=0.0, warmup=1500),
+    "sgd": dict(lr=0.01, power=0.9, floor=1e-4, warmup=0),
+}
+WEIGHT_DECAY = {"adamw": 0.01, "sgd": 5e-4}
+PATIENCE = 5  # losses in a row that are not finite, until a run ends
+LOG_EVERY = 50  # iterations
+
+
+def learning_rate(i: int, iters: int, lr: float, power: float, floor: float, warmup: int) -> float:
+    """The rate of iteration i = 0 .. iters - 1: poly decay from lr to floor, times a linear warmup
+    from 1e-6 to 1.
+
+    Poly (DeepLab, Chen et al. 2017, arXiv:1606.00915, section 4.1): far from a minimum large steps
+    help, near it their noise is all that is left, and a rate that falls all the time needs nobody
+    to say when the one becomes the other. Warmup: Adam's first steps have the full size `lr` for
+    every weight, however small its gradient, since its averages are of one batch; and the heads,
+    still random, would send the pretrained backbone anywhere."""
+    rate = (lr - floor) * (1 - i / iters) ** power + floor
+    if i < warmup:
+        rate *= 1 - (1 - i / warmup) * (1 - 1e-6)
+    return rate
+
+
+def build_optimizer(
+    model: Segmenter,
+    name: str,
+    lr: float,
+    weight_decay: float | None = None,
+    layer_decay: float = 1.0,
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) or SGD, published betas, momentum and,
+    if None is given, weight decay. fused: one kernel for all weights, same arithmetic.
+
+    Each group's "scale" multiplies its learning rate: layer_decay ** (depth + 1 - k) for layer k,
+    where the embeddings are 0, the blocks 1 to depth, and neck and heads, new as they are,
+    depth + 1 (BEiT, Bao et al. 2022, arXiv:2106.08254; MAE, He et al. 2022, arXiv:2111.06377, both
+    in the appendix): early layers of a pretrained backbone are general, and need little change."""
+    if weight_decay is None:
+        weight_decay = WEIGHT_DECAY[name]
+
+    depth, members = len(model.backbone.blocks), {}
+    for key, weight in model.named_parameters():
+        # Neither the class token nor the positions multiply anything: pulling them to 0 regularises
+        # nothing. (The published SGD pulls them all the same.)
+        exempt = name == "adamw" and key.endswith(("cls_token", "pos_embed"))
+        scale = layer_decay ** (depth + 1 - layer_of(key, depth))
+        if weight.requires_grad:
+            members.setdefault((exempt, scale), []).append(weight)
+
+    groups = []  # in this order: checkpoints hold the optimizer's state by position
+    for exempt, scale in sorted(members):
+        decay = 0.0 if exempt else weight_decay
+        groups.append(dict(params=members[exempt, scale], weight_decay=decay, scale=scale))
+
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+
+
+def layer_of(key: str, depth: int) -> int:
+    """Of a parameter of this name: 0 embeddings, 1 to depth the blocks, depth + 1 what follows."""
+    block = re.match(r"backbone\.blocks\.(\d+)\.", key)
+    if block:
+        return 1 + int(block[1])
+    return 0 if key.startswith("backbone.") and not key.startswith("backbone.norm.") else depth + 1
+
+
+def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tuple[int, int]:
+    """batch = world processes x micro pictures at a time x accumulated steps. -> (micro, steps), or
+    UsageError. micro=None: as many as there are."""
+    if batch % world:
+        good = [n for n in range(1, batch + 1) if batch % n == 0]
+        raise UsageError(
+            f"a batch of {batch} cannot be shared by {world} processes, {good} could; "
+            "or change --batch-size"
+        )
+    pictures = batch // world  # of each process
+    micro = micro or pictures
+
+    good = [n for n in range(1, pictures + 1) if pictures % n == 0 and (n > 1 or sync_bn)]
+    if micro == 1 and not sync_bn:
+        raise UsageError(
+            "one picture at a time leaves BatchNorm a single value to normalise (the 1x1 pooling "
+            "of the head): use fewer processes, a larger --batch-size, or another --micro-batch, "
+            f"{good or 'none'} would work"
+        )
+    if pictures % micro:
+        raise UsageError(
+            f"--micro-batch {micro} does not divide the {pictures} pictures of each process, "
+            f"{good} would"
+        )
+    return micro, pictures // micro
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+def train(args: Namespace, checkpoint: dict) -> None:
+    """A run from its first iteration, or the checkpoint's, to its last. All that is random follows
+    from (seed, iteration, process), so a resumed run is the run that was never stopped."""
+    run = Run(args, checkpoint)
+    if args.dry_run:
+        return run.say(run.plan())
+    begin(run)
+    catch_up(run)
+    batches = iter(run.loader)
+    model, optimizer, scaler, device = run.parallel, run.optimizer, run.scaler, run.device
+    layout = memory_format(device, run.dtype)
+    alone = model.no_sync if run.world > 1 else nullcontext  # gradients stay in their process
+
+    for i in range(run.start, args.iters):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(i, args.iters, **run.schedule) * group.get("scale", 1)
+        torch.manual_seed(dropout_seed(args.seed, i, run.rank))
+        batch = next_batch(run, batches)  # this process's part: images, labels, sizes
+
+        # Forward and backward, `micro` pictures at a time: their gradients add up, and travel
+        # between the processes once, with those of the last part. The loss is a mean over all
+        # pixels, labelled or not, so the mean over equal parts is that of the batch.
+        statistics = [b.clone() for b in run.model.buffers()]  # BatchNorm's, a few small vectors
+        losses = torch.zeros(3, device=device)  # loss, decode, aux
+        parts = zip(*(t.split(run.micro) for t in batch))
+        for k, part in enumerate(parts, start=1):
+            x, y, size = (t.to(device, non_blocking=True) for t in part)  # uint8: few bytes travel
+            x = normalise(x, size).contiguous(memory_format=layout)  # (micro, 3, S, S) float32
+            with alone() if k < run.steps else nullcontext():
+                with autocast(device, run.dtype):
+                    loss, addends = model(x, y.long())
+                scaler.scale(loss / run.steps).backward()
+            losses += torch.stack([loss.detach(), *addends.values()]) / run.steps
+
+        losses, finite, stop = agree(run, losses)  # waits for the device, once an iteration
+        if finite:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            skip_step(run, i, statistics)
+        optimizer.zero_grad()
+
+        n = i + 1
+        log(run, n, losses, finite)
+        if stop or run.skipped == PATIENCE:
+            raise early_end(run, n)
+        if run.due(n):
+            save(run, n)
+            validate(run, n)
+    finish(run)
+
+
+def dropout_seed(seed: int, i: int, rank: int) -> int:
+    """Of dropout and drop path in iteration i, 64 bits: another one for each process, which holds
+    other pictures. What of the seed does not fit into the upper 24 is spread over all of them."""
+    return ((seed << 40) + (i << 10) + rank + (seed >> 24) * 0x9E3779B97F4A7C15) % 2**64
+
+
+def next_batch(run: "Run", batches: Iterator) -> list[Tensor]:
+    """The next batch; how long the model has to wait for it is added up."""
+    before = monotonic()
+    batch = next(batches)
+    run.waited += monotonic() - before
+    return batch
+
+
+# ---- the parts of a run --------------------------------------------------------------------------
+
+
+class Run:
+    """The parts of a run, on one of its processes, and how far it is."""
+
+    def __init__(self, args: Namespace, checkpoint: dict):
+        self.args, self.start = args, checkpoint.get("iteration", 0)
+
+        # Where: processes, device, kernels, number format, and who computes what of a batch.
+        self.rank, self.world, self.device = setup_processes(args.timeout)
+        choose_kernels(args.deterministic)
+        self.dtype = choose_dtype(args.dtype, self.device)
+        self.sync_bn = self.world > 1 and self.device.type == "cuda"
+        self.micro, self.steps = split_batch(
+            args.batch_size, self.world, args.micro_batch, self.sync_bn
+        )
+
+        # Data.
+        self.training, self.validation, self.classes = find_data(args, checkpoint)
+        self.names = fingerprint(self.training)
+        self.names_before = checkpoint.get("names", self.names)
+
+        # Model. DistributedDataParallel gives all processes the weights of rank 0.
+        self.model = self.parallel = start_model(self, checkpoint)
+        if self.world > 1 and not args.dry_run:
+            self.parallel = DistributedDataParallel(self.model)
+
+        # Optimizer. float16 ends at 6e-8, above many gradients: the scaler multiplies the loss by
+        # a power of two that keeps them in range, and divides it out before the step. bfloat16 has
+        # float32's range and needs none.
+        self.schedule = OPTIMIZERS[args.optimizer] | dict(lr=args.lr, warmup=args.warmup)
+        self.optimizer = build_optimizer(
+            self.model, args.optimizer, args.lr, args.weight_decay, args.layer_decay
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+        # Resume. (The state of a disabled scaler is empty, and loading that an error.)
+        if checkpoint:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scaler.load_state_dict(checkpoint["scaler"] or self.scaler.state_dict())
+        self.saved = checkpoint.get("path")  # the last checkpoint, None if it could not be written
+        self.best = checkpoint.get("best", {})  # the validation with the highest mIoU
+        # Sums since the last line of the log: loss, decode, aux, and the iterations they are of.
+        self.window = checkpoint.get("window", [0.0] * 4)
+        self.skipped = 0  # steps in a row
+
+        # Loader.
+        self.samples = TrainSet(
+            self.training, args.seed, args.crop_size, args.short_side, self.classes
+        )
+        self.loader = build_loader(self)
+
+    def plan(self) -> str:
+        """What is trained, on what, and the arithmetic of the batch, in two lines."""
+        text = (
+            "{work_dir}: {arch}, neck {neck}, {count:,} parameters, "
+            "{dtype} on {world} x {device.type}\n"
+            "batch {batch_size} = {world} processes x {micro} pictures x {steps} accumulated; "
+            "{data}: {pictures}, iterations {start} to {iters}"
+        )
+
+        facts = vars(self.args) | vars(self)
+        facts["dtype"] = str(self.dtype).removeprefix("torch.")
+        facts["count"] = sum(p.numel() for p in self.model.parameters())
+        facts["pictures"] = "the data is not there yet"
+        if self.training:
+            facts["pictures"] = f"{len(self.training)} training pictures"
+        return text.format(**facts)
+
+    def due(self, n: int) -> bool:
+        """Whether iteration n is followed by a checkpoint and a validation."""
+        return n % self.args.interval == 0 or n == self.args.iters
+
+    def path(self, name: str) -> str:
+        """The path of a file in the work directory."""
+        return os.path.join(self.args.work_dir, name)
+
+    def say(self, words: str, **entry) -> None:
+        """Words for the terminal, and the same as one JSON object a line in WORK_DIR/log.jsonl. Of
+        rank 0 alone."""
+        if self.rank == 0:
+            print(words, flush=True)
+            if entry:
+                self.entries.append(entry)
+                write_or_warn(self.path("log.jsonl"), self.write_log)
+
+    def write_log(self, path: str) -> None:
+        """All lines anew, moved into place: never half of one, and what a full disk refused comes
+        with the next."""
+        with open(path + ".part", "w") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
+        os.replace(path + ".part", path)
+
+
+def choose_kernels(deterministic: bool) -> None:
+    """Every crop has one size, so cuDNN may try its kernels once and take the fastest; or those
+    that add in a fixed order, slower (torch warns of operations that have none)."""
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
+    """The pairs of files to train on and to validate with, and the classes of their labels."""
+    root = data_root(args.data)
+    training = validation = []
+    if os.path.isdir(root) or not args.dry_run:
+        training = find_pairs(root, "training")
+        validation = find_pairs(root, "validation", optional=True)
+
+    classes = read_classes(root)
+    if checkpoint and Classes(*checkpoint.get("classes", classes)) != classes:
+        raise UsageError(
+            f"{root}: its classes are not those that {checkpoint['path']} was trained on, give it "
+            f"back its classes.txt or start anew with --pretrained {checkpoint['path']}"
+        )
+    return training, validation, classes
+
+
+def build_loader(run: Run) -> DataLoader:
+    """This process's part of every batch to come, read and augmented ahead by processes of their
+    own. -> images (b, 3, S, S) uint8, labels (b, S, S) uint8, sizes (b, 2)"""
+    args = run.args
+    return DataLoader(
+        run.samples,
+        batch_sampler=positions(run.start, args.iters, args.batch_size, run.rank, run.world),
+        num_workers=args.workers,
+        worker_init_fn=start_worker,
+        pin_memory=run.device.type == "cuda",
+        prefetch_factor=4 if args.workers else None,
+    )
+
+
+def fingerprint(pairs: list) -> str:
+    """How many pictures these are, and a checksum of their names, to compare on --resume."""
+    names = "\n".join(os.path.basename(image) for image, _ in pairs)
+    return f"{len(pairs)} training pictures, crc {zlib.crc32(names.encode()):08x} of names"
+
+
+def start_model(run: Run, checkpoint: dict) -> Segmenter:
+    """The model on the device, with the checkpoint's weights, pretrained ones, or random ones.
+
+    SyncBN: BatchNorm's mean and variance are taken over the batch of all processes, 16 pictures as
+    published. Over the two pictures of one GPU in eight they would be noise. (For GPUs alone.)"""
+    args = run.args
+    torch.manual_seed(args.seed)
+    with torch.device("meta" if args.dry_run else "cpu"):  # a plan needs shapes, no numbers
+        model = build_model(args.arch, args.neck, len(run.classes.names))
+    if args.dry_run:
+        return model.to_empty(device=run.device)
+
+    source = PRETRAINED.get(args.arch) if args.pretrained == "auto" else args.pretrained
+    if checkpoint:
+        side = math.isqrt(checkpoint["model"]["backbone.pos_embed"].shape[1] - 1)
+        model.backbone.set_grid((side, side))
+        model.load_state_dict(checkpoint["model"])
+    elif source is None:
+        raise UsageError(
+            f"there is no pretrained file for {args.arch}: --pretrained none starts from scratch"
+        )
+    elif source != "none":
+        load_pretrained(model, source, run.rank, run.world)
+
+    adapt(model, args.drop_path, args.freeze)
+    if run.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return prepare(model, run.device, run.dtype, args.compile)
+
+
+def load_pretrained(model: Segmenter, source: str, rank: int, world: int) -> None:
+    """Fetch and load weights, on rank 0. The others wait, make room for a table of positions of the
+    same size, and get all with the first broadcast of DistributedDataParallel. What is wrong with
+    the file ends all processes."""
+    problem, grid = "", None
+    if rank == 0:
+        try:
+            state_dict, facts = load_weights(source)
+            load_into(model, state_dict, facts, new_classes=True)
+            print(f"{source}: {describe(facts)}", flush=True)
+        except (WeightsError, OSError) as error:
+            problem = str(error)
+        grid = model.backbone.grid
+
+    answer = [problem, grid]
+    if world > 1:
+        dist.broadcast_object_list(answer, src=0)
+    problem, grid = answer
+
+    if problem:
+        raise UsageError(problem)
+    model.backbone.set_grid(grid)
+
+
+def adapt(model: Segmenter, drop_path: float | None, freeze: bool) -> None:
+    """--drop-path: the rate of the last layer, linear from 0 as in the recipes. --freeze: no
+    gradient for the backbone, so autograd keeps none of its activations; and no drop path in it,
+    unless asked for, which would be noise that nothing can learn from."""
+    blocks = model.backbone.blocks
+    if freeze:
+        model.backbone.requires_grad_(False)
+        drop_path = drop_path or 0.0
+
+    if drop_path is not None:
+        for i, block in enumerate(blocks):
+            block.drop_path.rate = drop_path * i / (len(blocks) - 1)
+
+
+# ---- log and validation --------------------------------------------------------------------------
+
+
+def log(run: Run, n: int, losses: list[float], finite: bool) -> None:
+    """Every 50 iterations, the means of losses (of the steps that were taken) and of times."""
+    if finite:
+        run.window = [a + b for a, b in zip(run.window, (*losses, 1))]
+        run.skipped = 0
+    if n % LOG_EVERY and n != run.args.iters:
+        return
+
+    args, iterations, count = run.args, n - run.logged, max(run.window[3], 1)
+    seconds = (monotonic() - run.clock) / iterations
+    minutes = int((args.iters - n) * seconds / 60)
+    entry = dict(
+        iteration=n,
+        loss=run.window[0] / count,
+        decode=run.window[1] / count,
+        aux=run.window[2] / count,
+        lr=max(group["lr"] for group in run.optimizer.param_groups),
+        seconds=seconds,
+        data_seconds=run.waited / iterations,
+        images_per_second=args.batch_size / seconds,
+    )
+    words = (
+        "{iteration}/{iters}  loss {loss:.4f} (decode {decode:.4f} + aux {aux:.4f})  lr {lr:.3e}  "
+        "{seconds:.3f} s/iter ({data_seconds:.3f} waiting for data)  "
+        "{images_per_second:.1f} images/s  {h}h{m:02d}m left"
+    )
+    run.say(words.format(iters=args.iters, h=minutes // 60, m=minutes % 60, **entry), **entry)
+    run.window, run.logged, run.waited, run.clock = [0.0] * 4, n, 0.0, monotonic()
+
+
+def validate(run: Run, n: int) -> None:
+    """Scores on the validation pictures, if there are any; rank 0 logs them, and draws four of its
+    own pictures and the curves. Ends early when a signal comes."""
+    before, args, count = monotonic(), run.args, len(run.validation)
+    if not count:
+        return
+
+    # Without SyncBN each process has statistics of its own: all take those that are saved.
+    if run.world > 1:
+        for b in run.model.buffers():
+            dist.broadcast(b, 0)
+
+    matrix, rows = np.zeros([len(run.classes.names)] * 2, np.int64), []
+    shown = {count * k // 4 // run.world * run.world for k in range(4)}  # spread over the set
+    pictures = evaluate(
+        run.model, run.validation, run.classes, matrix, run.rank, run.world, args.workers,
+        short=args.short_side, dtype=run.dtype,
+    )
+    with torch.compiler.set_stance("force_eager"):  # --compile is for crops, all of one size
+        for i, _, image, label, prediction in pictures:
+            if run.signals:
+                words = "stopped during the validation; go on with --resume, it comes first then"
+                raise Stopped(words, 128 + run.signals[0])
+            if i in shown:
+                rows.append((image, label, prediction))
+
+    if run.rank == 0:
+        report(run, n, matrix)
+        write_or_warn(run.path(f"sheet_{n}.png"), lambda path: sheet(rows, run.classes).save(path))
+        write_or_warn(run.path("curves.png"), lambda path: curves(run.entries).save(path))
+    run.clock += monotonic() - before  # does not count as training
+
+
+def report(run: Run, n: int, matrix: np.ndarray) -> None:
+    """The validation after iteration n in one line."""
+    result = scores(matrix)
+    means = {k: result[k] for k in ("mIoU", "mAcc", "aAcc")}
+    words = [f"{k} none" if v is None else f"{k} {v:.2f}" for k, v in means.items()]
+    there = sum(iou is not None for iou in result["IoU"])
+
+    run.say(
+        f"{n}/{run.args.iters}  validation: {'  '.join(words)}  "
+        f"({len(run.validation)} pictures, {there} of {len(matrix)} classes)",
+        iteration=n,
+        **means,
+    )
+
+
+# ---- what may go wrong in a week -----------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """The run ends before its last iteration: (sentence, exit code)."""
+
+
+def sum_over_processes(world: int, *values: float) -> list[float]:
+    """The sum of each value over all processes, on the CPU (gloo) also beside NCCL."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if world > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def agree(run: Run, losses: Tensor) -> tuple[list[float], bool, bool]:
+    """losses (3,) of this process -> their means over all processes, whether they are finite in
+    all, and whether a signal asks any of them to stop. So all take the same step, or none."""
+    own = (losses / run.world).tolist()
+    broken = not all(math.isfinite(x) for x in own)
+    *means, broken, stop = sum_over_processes(run.world, *own, broken, bool(run.signals))
+    return means, not broken, bool(stop)
+
+
+def skip_step(run: Run, i: int, statistics: list[Tensor]) -> None:
+    """Leave everything as it was before iteration i, whose loss is not finite, and name its
+    pictures. (BatchNorm's statistics would stay infinite, and evaluation with them.)"""
+    for b, before in zip(run.model.buffers(), statistics):
+        b.copy_(before)
+    run.skipped += 1
+
+    batch = range(i * run.args.batch_size, (i + 1) * run.args.batch_size)
+    files = ", ".join(run.samples.paths(position)[0] for position in batch)
+    run.say(
+        f"warning: iteration {i + 1}: the loss is not finite, the step is not taken; "
+        f"its pictures: {files}",
+        iteration=i + 1,
+        skipped=files,
+    )
+
+
+def early_end(run: Run, n: int) -> Stopped:
+    """Save iteration n, the run's last one for now. -> why, and how to go on"""
+    save(run, n)
+    where = "this state could not be saved"
+    if run.saved:
+        where = f"{run.saved} holds all of it, go on with --resume"
+
+    if run.skipped == PATIENCE:
+        return Stopped(
+            f"error: the loss was not finite {PATIENCE} times in a row and none of these steps was "
+            f"taken: {where} and a lower --lr, or without the pictures named above",
+            3,
+        )
+    number = run.signals[0] if run.signals else signal.SIGTERM  # it came to another process
+    return Stopped(f"stopped by a signal after iteration {n}: {where}", 128 + number)
+
+
+def watch_signals() -> list:
+    """-> a list, empty until a signal asks this process to stop: then [its number, when]. A second
+    signal ends the process at once."""
+    signals = []
+
+    def note(number, frame):
+        # torchrun passes the terminal's Ctrl-C on to processes that got it from the terminal
+        # themselves: within two seconds it is the same request.
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if signals and not (under_torchrun and monotonic() - signals[1] <= 2):
+            os._exit(128 + number)
+        if not signals:
+            signals.extend([number, monotonic()])
+
+    for number in SIGNALS:
+        signal.signal(number, note)
+    return signals
+
+
+def begin(run: Run) -> None:
+    """Watch for signals, open the work directory, say what is about to be done, and what is wrong
+    with it."""
+    run.signals, run.entries = watch_signals(), []
+    if run.rank == 0:
+        os.makedirs(run.args.work_dir, exist_ok=True)
+        run.lock = lock(run.path(".lock"))
+        if run.start and os.path.exists(run.path("log.jsonl")):
+            run.entries = read_log(run.path("log.jsonl"), run.start)
+
+    first_entry = {} if run.start else dict(iteration=0, args=vars(run.args))
+    run.say(run.plan(), **first_entry)
+    if run.rank == 0:
+        for words in doubts(run):
+            run.say(f"warning: {words}")
+    run.clock, run.logged, run.waited = monotonic(), run.start, 0.0
+
+
+def catch_up(run: Run) -> None:
+    """A run that stopped between saving and validating has the validation of its iteration still to
+    come. One that has that too is done."""
+    start = run.start
+    there = any(e["iteration"] == start and "mIoU" in e for e in run.entries)  # rank 0 has the log
+    missing = run.rank == 0 and run.validation and start > 0 and run.due(start) and not there
+    (missing,) = sum_over_processes(run.world, bool(missing))
+    if missing:
+        validate(run, start)
+    elif start >= run.args.iters:
+        words = f"{run.saved}: has all of its {start} iterations, nothing is left to train"
+        raise Stopped(words, 0)  # where a cluster repeats the command, this is its end
+
+
+def lock(path: str) -> TextIO | None:
+    """Refuse a work directory that another run writes to. -> the file that holds the lock, which
+    ends with this process, however it ends. Windows and some network disks have no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+
+    file = open(path, "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        words = "another run writes to this folder, wait for it or name another --work-dir"
+        raise UsageError(f"{os.path.dirname(path)}: {words}") from error
+    except OSError:
+        pass
+    return file
+
+
+def read_log(path: str, last: int) -> list[dict]:
+    """The entries up to iteration `last`: what came after the checkpoint will come again. A damaged
+    line is named and left out."""
+    entries = []
+    with open(path, errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                entry = json.loads(line)
+                if entry["iteration"] <= last:
+                    entries.append(entry)
+            except (ValueError, TypeError, KeyError):
+                print(f"warning: {path}: line {number} is damaged, left out", file=sys.stderr)
+    return entries
+
+
+def doubts(run: Run) -> list[str]:
+    """What would make a run worth less than its time, each in a sentence, before it costs any."""
+    args = run.args
+    found = label_warnings(run.training, run.classes)
+    peak = max(learning_rate(i, args.iters, **run.schedule) for i in range(args.iters))
+    if peak < args.lr / 2:
+        found.append(
+            f"with --warmup {args.warmup} of {args.iters} iterations the learning rate rises to "
+            f"{peak:.1e} alone, not to {args.lr:g}: a shorter --warmup would change that"
+        )
+
+    if run.names != run.names_before:
+        found.append(
+            f"{args.data}: {run.names_before} until here, from here on {run.names}: the run goes "
+            "on with other pictures than it would have seen"
+        )
+
+    if not run.validation:
+        found.append(f"{args.data}: has no images/validation, this run trains without validating")
+    return found
+
+
+def finish(run: Run) -> None:
+    """Say where the result is, and leave together."""
+    if run.saved is None:
+        words = "error: the last checkpoint could not be saved, make room and go on with --resume"
+        raise Stopped(words, 1)
+
+    run.say(f"{run.saved}: evaluate it with `python evaluate.py`")
+    if run.validation:
+        run.say(run.path(f"sheet_{run.args.iters}.png"))
+
+    if run.world > 1:
+        dist.barrier()  # nobody leaves while another may still be talking to it
+        dist.destroy_process_group()
+
+
+def write_or_warn(path: str, write: Callable) -> bool:
+    """write(path); where that fails (a full disk, a picture that cannot be drawn), days of training
+    must not: it is said, and tried again when the next one is due."""
+    try:
+        write(path)
+        return True
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        words = f"warning: {path} is not written ({reason}); training goes on, and tries again"
+        print(words, file=sys.stderr)
+        return False
+
+
+def save(run: Run, n: int) -> None:
+    """Write checkpoint_n.pt, on rank 0, and remove those before the last --keep, but not the best;
+    the other processes wait. run.saved is its path then, None where it failed."""
+    path, done = run.path(f"checkpoint_{n}.pt"), False
+    if run.rank == 0:
+        run.best = max((run.best, *run.entries), key=lambda entry: entry.get("mIoU") or 0)
+        content = {k: getattr(run, k).state_dict() for k in ("model", "optimizer", "scaler")}
+        content |= dict(iteration=n, window=run.window, best=run.best, seed=run.args.seed)
+        content |= dict(args=vars(run.args), classes=tuple(run.classes), names=run.names)
+        done = write_or_warn(path, lambda path: write_checkpoint(content, path))
+
+        old = saved_checkpoints(run.args.work_dir)[: -run.args.keep] if done else []
+        for other in old:
+            if iteration_of(other) != run.best.get("iteration"):
+                with suppress(OSError):  # Windows keeps files that are mapped: next time
+                    os.remove(other)
+
+    (done,) = sum_over_processes(run.world, done)
+    run.saved = path if done else None
+
+
+def saved_checkpoints(folder: str) -> list[str]:
+    """The checkpoint_N.pt in a folder, in order of their iterations."""
+    return sorted(glob(os.path.join(escape(folder), "checkpoint_*.pt")), key=iteration_of)
+
+
+def iteration_of(path: str) -> int:
+    """N of checkpoint_N.pt"""
+    return int(re.search(r"_(\d+)\.pt$", path)[1])
+
+
+def usable_checkpoint(folder: str) -> dict:
+    """The content of the newest whole checkpoint in a work directory, or below runs/, and its path
+    as "path". Damaged ones are named and passed over."""
+    found = checkpoints(os.path.dirname(checkpoints(folder)[0]))  # those of one run
+    needed = {"model", "optimizer", "scaler", "iteration", "args"}
+
+    for path in found:
+        try:
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()  # every tensor's bytes against their checksum
+            content = read_checkpoint(path)
+            whole = needed <= set(content) and isinstance(content["args"], dict)
+            if damaged is None and whole:
+                return content | {"path": path}
+            reason = f"damaged at {damaged}" if damaged else "not a training checkpoint"
+        except (WeightsError, OSError, zipfile.BadZipFile) as error:
+            reason = str(error)
+        print(f"warning: {path} cannot be used ({reason}), trying the one before", file=sys.stderr)
+
+    raise UsageError(
+        f"{os.path.dirname(found[0])}: none of its {len(found)} checkpoints can be used, "
+        "start anew without --resume"
+    )
+
+
+# ---- python train.py -----------------------------------------------------------------------------
+
+# torchrun --max-restarts repeats the command after a process has died: go on from what is there.
+RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
 # What --data toy changes: a small model from scratch, small pictures, a short schedule with a
 # higher rate.
 TOY = dict(
@@ -88,675 +797,199 @@ TOY = dict(
     lr=2e-3,
     warmup=50,
 )
-OPTIMIZERS = {
-    "adamw": dict(lr=6e-5, power=1.0, floor=0.0, warmup=1500),
-    "sgd": dict(lr=0.01, power=0.9, floor=1e-4, warmup=0),
-}
-CHANGE_NOTHING = (
-    "work_dir",
-    "resume",
-    "checkpoint",
-    "workers",
-    "keep",
-    "timeout",
-    "dry_run",
-)  # arguments
-PATIENCE = 5  # losses in a row that are not finite
-RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+# Arguments that change nothing in what a run computes: they may differ on --resume, unsaid.
+NO_EFFECT = ("work_dir", "resume", "workers", "keep", "timeout", "dry_run")
+# Those that are part of the optimizer's state: they may not.
+IN_THE_OPTIMIZER = ("optimizer", "weight_decay", "layer_decay", "freeze")
 
 
-def learning_rate(i: int, iters: int, lr: float, power: float, floor: float, warmup: int) -> float:
-    """The rate of iteration i = 0 .. iters - 1: poly decay from lr to floor, times a linear warmup
-    from 1e-6 to 1."""
-    rate = (lr - floor) * (1 - i / iters) ** power + floor
-    return rate * (1 - (1 - i / warmup) * (1 - 1e-6)) if i < warmup else rate
+def number(kind: type, words: str, low: float, high: float = 2**63) -> Callable[[str], float]:
+    """-> an argparse type: an int or float, at least low and below high, or what `words` say it has
+    to be. (nan is in no interval.)"""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < high:
+            raise ArgumentTypeError(f"{text!r} is not {words}")
+        return value
+
+    return read
 
 
-def build_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) or SGD with the published betas,
-    momentum and decays."""
-    if name == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, fused=True
-        )
-    # Neither the class token nor the positions are weights that multiply something: pulling them to
-    # 0 regularises nothing.
-    tokens = [p for n, p in model.named_parameters() if n.endswith(("cls_token", "pos_embed"))]
-    others = [p for n, p in model.named_parameters() if not n.endswith(("cls_token", "pos_embed"))]
-    groups = [{"params": others, "weight_decay": 0.01}, {"params": tokens, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups, lr=lr, betas=(0.9, 0.999), fused=True
-    )  # fused: one kernel, same arithmetic
+POSITIVE = number(int, "a whole number above 0", 1)
+COUNT = number(int, "a whole number of 0 or more", 0)
+REAL = number(float, "a number of 0 or more", 0, math.inf)
+FACTOR = number(float, "a number from 0 to 1", 0, math.nextafter(1, 2))
+RATE = number(float, "a number of 0 or more and below 1", 0, 1)
 
 
-def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tuple[int, int]:
-    """batch = world processes x micro pictures at a time x accumulated steps. -> (micro, steps), or
-    UsageError."""
-    if batch % world:
-        good = [n for n in range(1, batch + 1) if batch % n == 0]
-        raise UsageError(
-            f"a batch of {batch} cannot be shared by {world} processes, {good} could; or change --batch-size"
-        )
-    share = batch // world
-    micro = micro or share
-    good = [n for n in range(1, share + 1) if share % n == 0 and (n > 1 or sync_bn)]
-    if micro == 1 and not sync_bn:
-        raise UsageError(
-            "one picture at a time leaves BatchNorm a single value to normalise (the 1x1 pooling of the head): "
-            f"use fewer processes or a larger --batch-size; --micro-batch {good} would work"
-            if good
-            else "a batch of one leaves BatchNorm a single value to normalise: use a larger --batch-size"
-        )
-    if share % micro:
-        raise UsageError(
-            f"--micro-batch {micro} does not divide the {share} pictures of each process, {good} would"
-        )
-    return micro, share // micro
+def options(**more) -> ArgumentParser:
+    """The command line. Its defaults are those of the published DeiT-S recipe."""
+    parser = ArgumentParser(
+        description="Train ViT/DeiT + UPerNet on ADE20K. Defaults stand in brackets; with --data "
+        "toy, --optimizer sgd or --resume others hold, `--help` beside them shows which.",
+        epilog="example: torchrun --nproc_per_node 8 train.py --arch deit_s16 --neck mln "
+        "--iters 160000",
+        **more,
+    )
+    recipe_options(parser.add_argument_group("recipe").add_argument)
+    run_options(parser.add_argument_group("run").add_argument)
 
-
-def options() -> argparse.ArgumentParser:
-    """The command line. What it leaves open is None, parse fills it in."""
-    parser = argparse.ArgumentParser(
-        description="Train ViT/DeiT + UPerNet on ADE20K. Defaults, in brackets, are the published DeiT-S recipe.",
-        epilog="example: torchrun --nproc_per_node 8 train.py --arch deit_s16 --neck mln --iters 160000",
-    )
-    add = parser.add_argument_group("recipe").add_argument
-    add("--arch", choices=ARCHS, help="(deit_s16; with --data toy: toy_p8)")
-    add(
-        "--neck",
-        choices=NECKS,
-        help="ln: LayerNorm after the last layer, mln: multi-level neck (none)",
-    )
-    add(
-        "--iters", type=positive, help=f"80000 or 160000 are published (160000; toy {TOY['iters']})"
-    )
-    add("--optimizer", choices=OPTIMIZERS, help="(adamw)")
-    add("--lr", type=float, help="base learning rate (adamw 6e-5, sgd 0.01; toy 2e-3)")
-    add("--warmup", type=int, metavar="ITERS", help="linear warmup (adamw 1500, sgd 0; toy 50)")
-    add("--batch-size", type=positive, help="pictures a step over all processes (16; toy 4)")
-    add(
-        "--crop-size",
-        type=positive,
-        metavar="PIXELS",
-        help="side of the training crops (512; toy 96)",
-    )
-    add(
-        "--short-side", type=positive, metavar="PIXELS", help="of pictures at scale 1 (512; toy 96)"
-    )
-    add(
-        "--pretrained",
-        metavar="auto|none|FILE|URL",
-        help="auto: the backbone the recipe starts from, fetched once; none: "
-        "from scratch; or any file convert_weights.py reads (auto; toy none)",
-    )
-    add("--seed", type=int, help="of data order, augmentation, initialisation and dropout (0)")
-    add = parser.add_argument_group("run").add_argument
-    add("--data", metavar="DIR", help=f"data set in ADE20K's layout, or toy ({DEFAULT_ROOT})")
-    add(
-        "--work-dir", metavar="DIR", help="checkpoints, log and pictures (a new folder under runs/)"
-    )
-    add(
-        "--interval",
-        type=positive,
-        metavar="ITERS",
-        help="validate and save every so often (a tenth of --iters; toy 200)",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint in --work-dir, or under runs/",
-    )
-    add("--keep", type=positive, help="checkpoints to keep: the newest ones, beside the best (2)")
-    add(
-        "--timeout",
-        type=positive,
-        metavar="SECONDS",
-        help="how long processes wait for one that hangs (1800)",
-    )
-    add(
-        "--micro-batch",
-        type=positive,
-        help="pictures at once on each process, the rest of its share is accumulated (all)",
-    )
-    add(
-        "--dry-run",
-        action="store_true",
-        help="build everything, print the plan and stop; data and weights may be missing",
-    )
     add = parser.add_argument_group("speed").add_argument
-    add(
-        "--dtype",
-        choices=("auto", *DTYPES),
-        help="auto: bfloat16 where the hardware has it, else float32 (auto)",
-    )
-    add(
-        "--workers", type=int, help="processes that read and augment, for each training process (2)"
-    )
-    add(
-        "--compile",
-        action="store_true",
-        default=None,
-        help="torch.compile the model: minutes at the start, then faster",
-    )
-    add(
-        "--deterministic",
-        action="store_true",
-        default=None,
-        help="the same result every time on one machine, slower",
-    )
+    add("--dtype", choices=("auto", *DTYPES), default="auto",
+        help="auto: bfloat16 where the hardware has it, else float32 (%(default)s)")
+    add("--workers", type=COUNT, default=2,
+        help="processes that read and augment, for each training process (%(default)s)")
+    add("--compile", action="store_true",
+        help="torch.compile the model: minutes at the start, then faster")
+    add("--deterministic", action="store_true",
+        help="the same result every time on one machine, slower")
     return parser
 
 
-def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict]:
-    """The arguments; on --resume what the command line leaves open comes from the checkpoint, else
-    from RECIPE (and TOY). -> (arguments, the content of the checkpoint to go on from or {})"""
-    args, known, content = options().parse_args(argv), {}, {}
-    if args.resume:
-        args.checkpoint, content = usable_checkpoint(args.work_dir or "runs")
-        known = content["args"] | {"work_dir": os.path.dirname(args.checkpoint)}
-        for key in ("arch", "neck"):  # a checkpoint knows its own architecture, which wins
-            if getattr(args, key) not in (None, known[key]):
-                print(
-                    f"--{key} {getattr(args, key)} is ignored: {args.checkpoint} is {known[key]}",
-                    file=sys.stderr,
-                )
-            setattr(args, key, known[key])
-        for key, value in known.items():  # these may change; none of them does so unnoticed
-            if getattr(args, key, None) not in (None, value) and key not in CHANGE_NOTHING:
-                print(
-                    f"--{key.replace('_', '-')} was {value} until here, from here on {getattr(args, key)}",
-                    file=sys.stderr,
-                )
-    recipe = TOY if "toy" in (args.data, known.get("data")) else {}
-    known = (
-        dict(data=DEFAULT_ROOT, seed=0, dtype="auto", workers=2, keep=2, timeout=1800)
-        | RECIPE
-        | recipe
-        | known
-    )
-    known = OPTIMIZERS[args.optimizer or known["optimizer"]] | known  # lr and warmup
-    for key, value in vars(args).items():
-        if value is None:
-            setattr(args, key, known.get(key))
+def recipe_options(add: Callable) -> None:
+    """What decides about the result."""
+    add("--arch", choices=ARCHS, default="deit_s16", help="(%(default)s)")
+    add("--neck", choices=NECKS, default="none",
+        help="ln: LayerNorm after the last layer, mln: multi-level neck (%(default)s)")
+    add("--iters", type=POSITIVE, default=160000,
+        help="80000 or 160000 are published (%(default)s)")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(%(default)s)")
+
+    add("--lr", type=REAL, help="base learning rate (%(default)s)")
+    add("--warmup", type=COUNT, metavar="ITERS", help="linear warmup (%(default)s)")
+    add("--weight-decay", type=REAL,
+        help="(adamw 0.01, 0 of cls_token and pos_embed; sgd 5e-4)")
+    add("--layer-decay", type=FACTOR, default=1.0,
+        help="the learning rate of layer k times this ** (depth + 1 - k) (%(default)s)")
+    add("--drop-path", type=RATE, help="of the last layer (as in the recipe of --arch and --neck)")
+    add("--freeze", action="store_true", help="train neck and heads alone")
+
+    add("--batch-size", type=POSITIVE, default=16,
+        help="pictures a step over all processes (%(default)s)")
+    add("--crop-size", type=POSITIVE, default=512, metavar="PIXELS",
+        help="side of the training crops (%(default)s)")
+    add("--short-side", type=POSITIVE, default=512, metavar="PIXELS",
+        help="of pictures at scale 1 (%(default)s)")
+
+    add("--pretrained", default="auto", metavar="auto|none|FILE|URL",
+        help="auto: the backbone the recipe starts from, fetched once; none: from scratch; or any "
+        "file convert_weights.py reads (%(default)s)")
+    add("--seed", type=COUNT, default=0,
+        help="of data order, augmentation, initialisation and dropout (%(default)s)")
+
+
+def run_options(add: Callable) -> None:
+    """Where a run reads and writes, and how it goes on."""
+    add("--data", default=DEFAULT_ROOT, metavar="DIR",
+        help="data set in ADE20K's layout, or toy (%(default)s)")
+    add("--work-dir", metavar="DIR",
+        help="checkpoints, log and pictures (a new folder under runs/)")
+    add("--interval", type=POSITIVE, metavar="ITERS",
+        help="validate and save every so often (a tenth of --iters; with --data toy 200)")
+
+    add("--resume", action="store_true",
+        help="go on from the newest checkpoint in --work-dir, or start there; without --work-dir "
+        "from the newest under runs/")
+    add("--keep", type=POSITIVE, default=2,
+        help="checkpoints to keep: the newest ones, beside the best (%(default)s)")
+    add("--timeout", type=POSITIVE, default=1800, metavar="SECONDS",
+        help="how long processes wait for one that hangs (%(default)s)")
+
+    add("--micro-batch", type=POSITIVE,
+        help="pictures at once on each process, the rest of its share is accumulated (all)")
+    add("--dry-run", action="store_true",
+        help="build everything, print the plan and stop; data and weights may be missing")
+
+
+def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
+    """-> the arguments, and the content of the checkpoint to go on from or {}.
+
+    The command line is read twice. The first reading finds what decides about the defaults: the
+    optimizer, the toy data, or a checkpoint, whose own arguments go on to hold."""
+    given, _ = options(add_help=False).parse_known_args(argv)
+    parser, checkpoint = options(), {}
+    parser.set_defaults(**{k: OPTIMIZERS[given.optimizer][k] for k in ("lr", "warmup")})
+    if given.data == "toy":
+        parser.set_defaults(**TOY)
+
+    anywhere = os.path.join(escape(given.work_dir or "runs"), "**", "checkpoint_*.pt")
+    if given.resume and given.work_dir and not glob(anywhere, recursive=True):
+        print(f"{given.work_dir}: holds no checkpoint yet, a run starts anew", file=sys.stderr)
+    elif given.resume:
+        checkpoint = usable_checkpoint(given.work_dir or "runs")
+        known = {k: checkpoint["args"].get(k, parser.get_default(k)) for k in vars(given)}
+        parser.set_defaults(**known)
+    args = parser.parse_args(argv)
+
+    if checkpoint:
+        name_changes(args, known, checkpoint["path"])
+        args.work_dir = os.path.dirname(checkpoint["path"])
+
     args.interval = args.interval or max(1, args.iters // 10)
-    if (
-        RESTARTED and not args.resume
-    ):  # torchrun --max-restarts repeats the command: go on from what is there
-        args.work_dir = args.work_dir or new_work_dir(args)
-        args.resume = bool(glob(os.path.join(args.work_dir, "checkpoint_*.pt")))
-        if args.resume:
-            args.checkpoint, content = usable_checkpoint(args.work_dir)
-    elif args.work_dir and not args.resume and glob(os.path.join(args.work_dir, "checkpoint_*.pt")):
-        raise UsageError(
-            f"{args.work_dir}: holds the checkpoints of a run, go on with it by --resume or name another"
-        )
-    return args, content
+    args.work_dir = args.work_dir or new_work_dir(args)
+
+    if not given.resume and saved_checkpoints(args.work_dir):
+        if not RESTARTED:
+            raise UsageError(
+                f"{args.work_dir}: holds the checkpoints of a run, go on with it by --resume or "
+                "name another"
+            )
+        checkpoint = usable_checkpoint(args.work_dir)
+    return args, checkpoint
 
 
-def positive(text: str) -> int:
-    """argparse type: an integer above 0."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+def name_changes(args: Namespace, known: dict, path: str) -> None:
+    """A checkpoint's own architecture wins, and its optimizer is the one that goes on; other
+    arguments may change on --resume, but none of them unnoticed."""
+    for key, value in known.items():
+        new, option = getattr(args, key), f"--{key.replace('_', '-')}"
+        if new == value or key in NO_EFFECT:
+            continue
+
+        if key in IN_THE_OPTIMIZER:
+            raise UsageError(
+                f"{option} was {value} and cannot become {new} on --resume: start anew with "
+                f"--pretrained {path}"
+            )
+
+        words = f"{option} was {value} until here, from here on {new}"
+        if key in ("arch", "neck"):
+            setattr(args, key, value)
+            words = f"{option} {new} is ignored: {path} is {value}"
+        print(words, file=sys.stderr)
 
 
-def new_work_dir(args: argparse.Namespace) -> str:
+def new_work_dir(args: Namespace) -> str:
     """runs/ARCH_NECK_DATA_ITERS, with -2, -3, ... if that is taken; after a restart by torchrun the
     last one taken."""
-    base = (
-        f"runs/{args.arch}_{args.neck}_{os.path.basename(os.path.normpath(args.data))}_{args.iters}"
-    )
-    names = [base + (f"-{n}" if n > 1 else "") for n in range(1, 10000)]
-    free = next(k for k, name in enumerate(names) if not os.path.exists(name))
-    return names[free - 1 if RESTARTED and free else free]
+    data = os.path.basename(os.path.normpath(args.data))
+    base = f"runs/{args.arch}_{args.neck}_{data}_{args.iters}"
 
-
-def usable_checkpoint(folder: str) -> tuple[str, dict]:
-    """The newest checkpoint in a work directory, or below runs/, that is whole, and its content.
-    Damaged ones are named and passed over."""
-    found = checkpoints(os.path.dirname(checkpoints(folder)[0]))  # those of one run
-    for path in found:
-        try:
-            damaged = zipfile.ZipFile(
-                path
-            ).testzip()  # compares every tensor's bytes with their checksum
-            content = read_checkpoint(path)
-            if damaged is None and {"model", "optimizer", "scaler", "iteration", "args"} <= set(
-                content
-            ):
-                return path, content
-            reason = f"damaged at {damaged}" if damaged else "not a training checkpoint"
-        except (WeightsError, OSError, zipfile.BadZipFile) as error:
-            reason = str(error)
-        print(f"warning: {path} cannot be used ({reason}), trying the one before", file=sys.stderr)
-    raise UsageError(
-        f"{os.path.dirname(found[0])}: none of its {len(found)} checkpoints can be used, "
-        "start anew without --resume"
-    )
-
-
-def write_log(path: str, entries: list[dict]) -> None:
-    """All lines anew, moved into place: never half of one, and what a full disk refused comes with
-    the next."""
-    with open(path + ".part", "w") as file:
-        file.writelines(json.dumps(e) + "\n" for e in entries)
-    os.replace(path + ".part", path)
-
-
-def attempt(path: str, write: Callable, *arguments) -> bool:
-    """write(*arguments); where that fails (a full disk, say), days of training must not: it is
-    said, and tried again when the next one is due. (torch reports some failed writes as
-    RuntimeError.)"""
-    try:
-        write(*arguments)
-        return True
-    except (OSError, RuntimeError) as error:
-        print(
-            f"warning: {path} is not written ({str(error).splitlines()[0]}); training goes on, make room",
-            file=sys.stderr,
-        )
-        return False
-
-
-class Stopped(Exception):
-    """The run ends before its last iteration: (sentence, exit code)."""
-
-
-def watch_signals() -> list:
-    """-> a list, empty until a signal asks this process to stop: then [128 + its number, when]. A
-    second leaves at once."""
-    asked = []
-
-    def note(number, frame):
-        # torchrun passes the terminal's Ctrl-C on to processes that got it from the terminal
-        # themselves: same request.
-        if asked and (time.monotonic() - asked[1] > 2 or "TORCHELASTIC_RUN_ID" not in os.environ):
-            os._exit(128 + number)
-        asked[:] = asked or [128 + number, time.monotonic()]
-
-    for number in SIGNALS:
-        signal.signal(number, note)
-    return asked
-
-
-def start_model(
-    args: argparse.Namespace,
-    content: dict,
-    num_classes: int,
-    rank: int,
-    world: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Segmenter:
-    """The model with its pretrained weights, or those of a checkpoint's content, on the device."""
-    torch.manual_seed(args.seed)
-    with torch.device("meta" if args.dry_run else "cpu"):  # a plan needs shapes, no numbers
-        model = build_model(args.arch, args.neck, num_classes)
-    if args.dry_run:
-        return model.to_empty(device=device)
-    source = PRETRAINED.get(args.arch) if args.pretrained == "auto" else args.pretrained
-    if content:
-        model.load_state_dict(content["model"])
-    elif source is None:
-        raise UsageError(
-            f"there is no pretrained file for {args.arch}: --pretrained none starts from scratch"
-        )
-    elif source != "none":
-        state_dict, facts = load_weights(source)  # (a URL: one process fetches it, the others wait)
-        load_into(model, state_dict, facts, new_classes=True)
-        if rank == 0:
-            print(f"{source}: {describe(facts)}")
-    if world > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(
-            model
-        )  # statistics over all 16 pictures, as published
-    return prepare(model, device, dtype, args.compile)
-
-
-def gradients(
-    model: nn.Module,
-    batch: tuple,
-    micro: int,
-    scaler: torch.amp.GradScaler,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Adds the gradients of one process's share of a batch, `micro` pictures at a time. -> (3,)
-    loss, decode, aux"""
-    images, labels, sizes = (t.split(micro) for t in batch)
-    total, steps = 0, len(images)
-    for k, (x, y, size) in enumerate(zip(images, labels, sizes)):
-        x, y, size = (
-            t.to(device, non_blocking=True) for t in (x, y, size)
-        )  # uint8: a quarter of float32's traffic
-        x = normalise(x, size).contiguous(memory_format=memory_format(device, dtype))
-        # Gradients travel between the processes once a batch, with its last part.
-        wait = isinstance(model, DistributedDataParallel) and k < steps - 1
-        with model.no_sync() if wait else nullcontext():
-            with autocast(device, dtype):
-                loss, parts = model(x, y.long())
-            scaler.scale(loss / steps).backward()
-        total = total + torch.stack([loss.detach(), parts["decode"], parts["aux"]]) / steps
-    return total
-
-
-class Run:
-    """The parts of a run, on one of its processes: what the loop below needs, and what a checkpoint
-    holds."""
-
-    def __init__(self, args: argparse.Namespace, content: dict):
-        self.args = args
-        self.rank, self.world, self.device = rank, world, device = setup_processes(args.timeout)
-        if (
-            args.deterministic
-        ):  # kernels that add in a fixed order, slower; torch warns of those that have none
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = (
-            not args.deterministic
-        )  # every crop has one size: let cuDNN try its kernels once
-        self.micro, self.steps = split_batch(
-            args.batch_size, world, args.micro_batch, world > 1 and device.type == "cuda"
-        )
-        root = data_root(args.data)
-        self.pairs, self.validation = (
-            ([], [])
-            if args.dry_run and not os.path.isdir(root)
-            else (find_pairs(root, "training"), find_pairs(root, "validation"))
-        )
-        self.classes = read_classes(root)
-        if content and Classes(*content.get("classes", self.classes)) != self.classes:
-            raise UsageError(
-                f"{root}: its classes are not those that {args.checkpoint} was trained on, give it back its "
-                f"classes.txt or start anew with --pretrained {args.checkpoint}"
-            )
-        self.dtype, self.start = choose_dtype(args.dtype, device), content.get("iteration", 0)
-        self.model = start_model(
-            args, content, len(self.classes.names), rank, world, device, self.dtype
-        )
-        self.parallel = (
-            DistributedDataParallel(self.model) if world > 1 and not args.dry_run else self.model
-        )
-        self.optimizer = build_optimizer(self.model, args.optimizer, args.lr)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        if content:
-            self.optimizer.load_state_dict(content["optimizer"])
-            self.scaler.load_state_dict(
-                content["scaler"] or self.scaler.state_dict()
-            )  # empty: it was not in float16
-        self.best = content.get("best", {})  # the validation with the highest mIoU
-        self.window = content.get(
-            "window", [0.0] * 4
-        )  # sums since the last log line: loss, decode, aux, iterations
-        self.samples = TrainSet(
-            self.pairs, args.seed, args.crop_size, args.short_side, self.classes
-        )
-        self.loader = torch.utils.data.DataLoader(
-            self.samples,
-            batch_sampler=positions(self.start, args.iters, args.batch_size, rank, world),
-            num_workers=args.workers,
-            worker_init_fn=start_worker,
-            pin_memory=device.type == "cuda",
-            prefetch_factor=4 if args.workers else None,
-        )
-
-    def plan(self) -> str:
-        args, n = self.args, sum(p.numel() for p in self.model.parameters())
-        data = f"{args.data}: " + (
-            f"{len(self.pairs)} training pictures" if self.pairs else "the data is not there yet"
-        )
-        return (
-            f"{args.work_dir or new_work_dir(args)}: {args.arch}, neck {args.neck}, {n:,} parameters, "
-            f"{str(self.dtype)[6:]} on {self.world} x {self.device.type}\nbatch {args.batch_size} = {self.world} processes"
-            f" x {self.micro} pictures x {self.steps} accumulated; {data}, iterations {self.start} to {args.iters}"
-        )
-
-    def open(self) -> None:
-        """Start writing: the work directory and the log."""
-        self.work = self.args.work_dir = self.args.work_dir or new_work_dir(self.args)
-        self.asked = watch_signals()
-        if self.rank == 0:
-            os.makedirs(self.work, exist_ok=True)
-            self.entries, self.log_path = [], os.path.join(self.work, "log.jsonl")
-            if self.start and os.path.exists(
-                self.log_path
-            ):  # what came after the checkpoint will come again
-                with open(self.log_path) as file:
-                    self.entries = [
-                        e for e in map(json.loads, file) if e["iteration"] <= self.start
-                    ]
-            self.log(self.plan(), **{} if self.start else dict(iteration=0, args=vars(self.args)))
-
-    def log(self, words: str, **entry) -> None:
-        """Words for the terminal, and the same as one JSON object a line in WORK_DIR/log.jsonl. On
-        rank 0 alone."""
-        print(words, flush=True)
-        if entry:
-            self.entries.append(entry)
-            attempt(self.log_path, write_log, self.log_path, self.entries)
-
-    def share(self, *values: float) -> list[float]:
-        """The sum of each value over all processes, on the CPU (gloo) also beside NCCL."""
-        values = torch.tensor(values, dtype=torch.float64)
-        if self.world > 1:
-            dist.all_reduce(values)
-        return values.tolist()
-
-    def step(self, i: int, batch: tuple) -> tuple[bool, bool]:
-        """Iteration i: one update of the weights. -> (was any process asked to stop?, was the loss
-        finite?)"""
-        # Dropout and drop path: a seed of their own for every iteration and process, so a resumed
-        # run needs no rng state.
-        torch.manual_seed((self.args.seed << 40) + (i << 10) + self.rank)
-        schedule = OPTIMIZERS[self.args.optimizer] | dict(lr=self.args.lr, warmup=self.args.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(i, self.args.iters, **schedule)
-        statistics = [
-            b.clone() for b in self.model.buffers()
-        ]  # BatchNorm's, before this batch is added to them
-        losses = gradients(self.parallel, batch, self.micro, self.scaler, self.device, self.dtype)
-        finite = (
-            torch.isfinite(losses).all().item()
-        )  # waits for the GPU: this must be known before the update
-        stop, broken, *losses = self.share(
-            bool(self.asked), not finite, *(losses / self.world).tolist()
-        )
-        if broken:  # in any process: all of them leave weights and statistics as they were
-            for b, old in zip(self.model.buffers(), statistics):
-                b.copy_(old)
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.window = [a + b for a, b in zip(self.window, (*losses, 1))]
-        self.optimizer.zero_grad()
-        return bool(stop), not broken
-
-    def save(self, n: int) -> str | None:
-        """Write checkpoint_n.pt, on rank 0; the others wait until that is done. -> its path, None
-        where it failed"""
-        path, done = os.path.join(self.work, f"checkpoint_{n}.pt"), 0
-        if self.rank == 0:
-            best = max(
-                (e for e in [self.best, *self.entries] if e.get("mIoU") is not None),
-                key=lambda e: e["mIoU"],
-                default={},
-            )
-            done = attempt(
-                path,
-                write_checkpoint,
-                dict(
-                    model=self.model.state_dict(),
-                    optimizer=self.optimizer.state_dict(),
-                    scaler=self.scaler.state_dict(),
-                    iteration=n,
-                    window=self.window,
-                    best=best,
-                    seed=self.args.seed,
-                    args=vars(self.args),
-                    classes=tuple(self.classes),
-                ),
-                path,
-            )
-            number = lambda p: int(re.search(r"_(\d+)\.pt$", p)[1])  # noqa: E731
-            old = sorted(glob(os.path.join(self.work, "checkpoint_*.pt")), key=number)[
-                : -self.args.keep
-            ]
-            for other in old if done else []:
-                if number(other) != best.get("iteration"):
-                    os.remove(other)
-        return path if self.share(done)[0] else None
-
-    def validate(self, n: int) -> None:
-        """Scores on the validation pictures; rank 0 logs them and draws four of its own. Stopped
-        when a signal comes."""
-        shown = {
-            len(self.validation) * k // 4 // self.world * self.world for k in range(4)
-        }  # spread over the set
-        rows, path = [], os.path.join(self.work, f"sheet_{n}.png")
-        for b in (
-            self.model.buffers() if self.world > 1 else ()
-        ):  # without SyncBN each process has statistics of its own:
-            dist.broadcast(b, 0)  # all judge the model that the checkpoint holds
-
-        def each(i, name, *row):
-            if self.asked:
-                raise Stopped(
-                    "stopped during the validation; go on with --resume, it comes first then",
-                    self.asked[0],
-                )
-            rows.extend([row] if i in shown else [])
-
-        with torch.compiler.set_stance(
-            "force_eager"
-        ):  # --compile is for crops, which have one size
-            matrix = evaluate(
-                self.model,
-                self.validation,
-                self.classes,
-                self.rank,
-                self.world,
-                self.args.workers,
-                short=self.args.short_side,
-                dtype=self.dtype,
-                each=each,
-            )
-        if self.rank == 0:
-            means = {k: v for k, v in scores(matrix).items() if k in ("mIoU", "mAcc", "aAcc")}
-            words = "  ".join(
-                f"{k} none" if v is None else f"{k} {v:.2f}" for k, v in means.items()
-            )
-            self.log(
-                f"{n}/{self.args.iters}  validation: {words}  ({len(self.validation)} pictures)",
-                iteration=n,
-                **means,
-            )
-            attempt(path, sheet(rows, self.classes).save, path)
-            path = os.path.join(self.work, "curves.png")
-            attempt(path, curves(self.entries).save, path)
-
-
-def train(args: argparse.Namespace, content: dict) -> None:
-    run = Run(args, content)
-    if args.dry_run:
-        if run.rank == 0:
-            print(run.plan())
-        return
-    run.open()
-    # A run that stopped between saving and validating has the validation of its iteration still to
-    # come.
-    due = run.start and (run.start % args.interval == 0 or run.start == args.iters)
-    if run.share(
-        run.rank == 0
-        and due
-        and not any(e["iteration"] == run.start and "mIoU" in e for e in run.entries)
-    )[0]:
-        run.validate(run.start)
-    elif run.start >= args.iters:
-        raise UsageError(
-            f"{args.checkpoint}: has all of its {run.start} iterations, nothing is left to train"
-        )
-    batches, since, clock, waited, broken = iter(run.loader), run.start, time.monotonic(), 0.0, 0
-    path = getattr(args, "checkpoint", None)
-    for i in range(run.start, args.iters):
-        n, before = i + 1, time.monotonic()
-        batch = next(batches)
-        waited += time.monotonic() - before
-        stop, finite = run.step(i, batch)
-        broken = 0 if finite else broken + 1
-        if broken and run.rank == 0:
-            files = ", ".join(
-                run.samples.paths(p)[0] for p in range(i * args.batch_size, n * args.batch_size)
-            )
-            run.log(
-                f"warning: iteration {n}: the loss is not finite, the step is not taken; its pictures: {files}",
-                iteration=n,
-                skipped=files,
-            )
-        if n % 50 == 0 or n == args.iters:
-            loss, decode, aux = (x / max(run.window[3], 1) for x in run.window[:3])
-            seconds, wait = (time.monotonic() - clock) / (n - since), waited / (n - since)
-            left, lr = (args.iters - n) * seconds, run.optimizer.param_groups[0]["lr"]
-            if run.rank == 0:
-                run.log(
-                    f"{n}/{args.iters}  loss {loss:.4f} (decode {decode:.4f} + aux {aux:.4f})  lr {lr:.3e}  "
-                    f"{seconds:.3f} s/iter ({wait:.3f} waiting for data)  {args.batch_size / seconds:.1f} images/s  "
-                    f"{int(left // 3600)}h{int(left // 60 % 60):02d}m left",
-                    iteration=n,
-                    loss=loss,
-                    decode=decode,
-                    aux=aux,
-                    lr=lr,
-                    seconds=seconds,
-                    data_seconds=wait,
-                    images_per_second=args.batch_size / seconds,
-                )
-            run.window, since, clock, waited = [0.0] * 4, n, time.monotonic(), 0.0
-        due = n % args.interval == 0 or n == args.iters
-        if due or stop or broken == PATIENCE:
-            path = run.save(n)
-            where = (
-                f"{path} holds all of it, go on with --resume"
-                if path
-                else "this state could not be saved"
-            )
-            if broken == PATIENCE:
-                raise Stopped(
-                    f"error: the loss was not finite {PATIENCE} times in a row and none of these steps was taken: "
-                    f"{where} and a lower --lr, or without the pictures named above",
-                    3,
-                )
-            if stop:
-                raise Stopped(
-                    f"stopped by a signal after iteration {n}: {where}",
-                    (run.asked or [128 + signal.SIGTERM])[0],
-                )
-            before = time.monotonic()
-            run.validate(n)
-            clock += time.monotonic() - before  # does not count as training
-    if path is None:
-        raise Stopped(
-            "error: the last checkpoint could not be saved, make room and go on with --resume", 1
-        )
-    if run.rank == 0:
-        print(f"{path}: evaluate it with `python evaluate.py`\n{run.work}/sheet_{args.iters}.png")
-    if run.world > 1:
-        dist.barrier()  # nobody leaves while another may still be talking to it
-        dist.destroy_process_group()
+    name, last, count = base, base, 1
+    while os.path.exists(name):
+        count += 1
+        name, last = f"{base}-{count}", name
+    return last if RESTARTED else name
 
 
 def main() -> None:
     with errors_in_one_sentence():
-        args, content = parse()
+        args, checkpoint = parse()
         try:
-            train(args, content)
+            train(args, checkpoint)
         except Stopped as stopped:
             print(stopped.args[0], file=sys.stderr)
             sys.exit(stopped.args[1])
         except RuntimeError as error:
             if not re.search("[Tt]imed out|onnection (closed|reset)|Broken pipe", str(error)):
                 raise
+            reason = str(error).splitlines()[0]
             sys.exit(
-                f"error: another process has died or hangs ({str(error).splitlines()[0]}); go on with --resume"
+                f"error: another process has died or hangs ({reason}); go on with --resume"
             )
 
 

@@ -1,9 +1,9 @@
-"""Faults, injected for real: signals, kill -9, damaged files, a full disk, processes that die or
-hang, numbers that are none.
+"""Faults, injected for real: signals, kill -9, damaged files, a full disk, a folder that vanishes,
+processes that die or hang, numbers that are none.
 
-python -m pytest tests/faults.py            (about four minutes; .ci/run does it too, `pytest tests`
-does not) python tests/faults.py 50                   (so many random kills of one run, which must
-end with the same weights)"""
+    python -m pytest tests/faults.py    about four minutes; .ci/run does it too, pytest tests not
+    python tests/faults.py 50           so many random kills of one run, which must end with the
+                                        weights of a run that was left alone"""
 
 import json
 import os
@@ -23,26 +23,8 @@ from conftest import ROOT, draw_set
 import train
 
 OPTIONS = (
-    "--data",
-    "set",
-    "--arch",
-    "toy_p8",
-    "--pretrained",
-    "none",
-    "--lr",
-    1e-3,
-    "--warmup",
-    5,
-    "--iters",
-    110,
-    "--interval",
-    30,
-    "--batch-size",
-    4,
-    "--crop-size",
-    32,
-    "--short-side",
-    32,
+    *("--data", "set", "--arch", "toy_p8", "--pretrained", "none", "--lr", 1e-3, "--warmup", 5),
+    *("--iters", 110, "--interval", 30, "--batch-size", 4, "--crop-size", 32, "--short-side", 32),
 )
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 
@@ -175,43 +157,107 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, straig
     assert_same(work, straight)
 
 
+def limit_files():
+    """No file above 1 MB, until the limit is raised: for the process that is about to start."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+
+
 def test_a_full_disk_is_said_survived_and_leaves_the_old_files_whole(straight, folder):
     """A limit on the size of any file stands for the disk: it holds the log and not a checkpoint,
     until it is raised."""
     work = folder / "full"
-    limit = lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY)
-    )  # noqa: E731
-    run = start(folder, *OPTIONS, "--work-dir", work, preexec_fn=limit)
+    run = start(folder, *OPTIONS, "--work-dir", work, preexec_fn=limit_files)
     wait_for(work / "sheet_30.png", run)  # (drawn after checkpoint 30 was tried)
     assert not glob(str(work / "checkpoint_*"))
-    resource.prlimit(
-        run.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
-    )
+
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     out, err = finish(run)
     assert "checkpoint_30.pt is not written" in err and "training goes on" in err
     assert_same(work, straight)
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_an_error(folder):
-    limit = lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY)
-    )  # noqa: E731
-    out, err = finish(
-        start(
-            folder, *OPTIONS, "--iters", 6, "--interval", 3, "--work-dir", "stays", preexec_fn=limit
-        ),
-        1,
-    )
-    assert (
-        "checkpoint_6.pt is not written" in err and "the last checkpoint could not be saved" in err
-    )
+    options = (*OPTIONS, "--iters", 6, "--interval", 3, "--work-dir", "stays")
+    out, err = finish(start(folder, *options, preexec_fn=limit_files), 1)
+    assert "checkpoint_6.pt is not written" in err
+    assert "the last checkpoint could not be saved" in err
     assert not glob(str(folder / "stays" / "checkpoint*"))
+
+
+def test_a_work_directory_that_vanishes_comes_back_with_the_whole_log(straight, folder):
+    work = folder / "vanished"
+    run = start(folder, *OPTIONS, "--work-dir", work)
+    wait_for(work / "sheet_30.png", run)
+    shutil.rmtree(work, ignore_errors=True)
+    finish(run)
+    assert_same(work, straight)
+
+
+def test_a_half_line_in_the_log_is_named_and_left_out(straight, folder):
+    work = folder / "half"
+    os.makedirs(work)
+    shutil.copy(straight / "checkpoint_90.pt", work)
+    lines = (straight / "log.jsonl").read_text().splitlines(keepends=True)
+    cut = next(k for k, line in enumerate(lines) if json.loads(line)["iteration"] > 90)
+    (work / "log.jsonl").write_text("".join(lines[:cut]) + lines[cut][:17])
+    out, err = finish(start(folder, "--resume", "--work-dir", work))
+    assert f"{work}/log.jsonl: line {cut + 1} is damaged, left out" in err
+    assert_same(work, straight)
+
+
+def test_a_second_run_on_the_same_folder_is_refused_and_the_first_goes_on(straight, folder):
+    work = folder / "shared"
+    run = start(folder, *OPTIONS, "--work-dir", work)
+    wait_for(work / "log.jsonl", run)
+    os.killpg(run.pid, signal.SIGSTOP)  # or it might be done before the second one looks
+    out, err = finish(start(folder, *OPTIONS, "--work-dir", work, "--resume"), 2)
+    assert f"error: {work}: another run writes to this folder" in err
+    os.killpg(run.pid, signal.SIGCONT)
+    finish(run)
+    assert_same(work, straight)
+
+
+def test_a_data_set_that_changed_before_resume_is_said(straight, folder):
+    shutil.copytree(folder / "set", folder / "changing")
+    work = folder / "changed"
+    options = ("--data", "changing", "--iters", 1, "--interval", 1, "--work-dir", work)
+    finish(start(folder, *OPTIONS, *options))
+    resume = ("--resume", "--work-dir", work, "--iters")
+    out, err = finish(start(folder, *resume, 2))
+    assert "training pictures, crc" not in out
+
+    for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+        root = folder / "changing" / kind / "training"
+        os.rename(root / f"s0.{suffix}", root / f"t.{suffix}")
+    out, err = finish(start(folder, *resume, 3))
+    assert "8 training pictures, crc" in out and "from here on 8 training pictures, crc" in out
+    for kind, suffix in (("images", "jpg"), ("annotations", "png")):
+        os.remove(folder / "changing" / kind / "training" / f"t.{suffix}")
+    out, err = finish(start(folder, *resume, 4))
+    assert "from here on 7 training pictures, crc" in out
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_training(folder):
+    code = "import train\ndef sheet(*_): return 1 / 0\ntrain.sheet = sheet\ntrain.main()"
+    options = (*OPTIONS, "--iters", 2, "--interval", 1, "--work-dir", "undrawn")
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, options)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": ROOT},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    out, err = finish(run)
+    for n in (1, 2):
+        assert f"undrawn/sheet_{n}.png is not written (division by zero); training goes on" in err
+    assert (folder / "undrawn" / "checkpoint_2.pt").exists()
+    assert (folder / "undrawn" / "curves.png").exists()
 
 
 def test_a_changed_argument_is_named_and_a_used_folder_refused(straight, folder):
     out, err = finish(
-        start(folder, "--resume", "--work-dir", straight, "--lr", 5, "--seed", 3, "--workers", 1), 2
+        start(folder, "--resume", "--work-dir", straight, "--lr", 5, "--seed", 3, "--workers", 1)
     )
     assert "--lr was 0.001 until here, from here on 5.0" in err and "--seed was 0 until here" in err
     assert "workers" not in err and "nothing is left to train" in err
@@ -236,33 +282,46 @@ def test_a_loss_that_stays_not_finite_ends_the_run_with_code_3(folder):
 
 
 def test_one_bad_batch_changes_nothing_and_training_goes_on(folder, monkeypatch):
+    """Iterations of the loop: good, bad, good, one with gradients too large for float16, good."""
     monkeypatch.chdir(folder)
-    run = train.Run(*train.parse([*map(str, OPTIONS), "--work-dir", "one", "--workers", "0"]))
-    run.open()
-    batch = next(iter(run.loader))
-    assert run.step(0, batch) == (False, True)
-    before = {k: v.clone() for k, v in run.model.state_dict().items()}
-    window, good = list(run.window), train.normalise
-    monkeypatch.setattr(train, "normalise", lambda x, size: good(x, size) * float("nan"))
-    assert run.step(1, batch) == (False, False) and run.window == window
-    assert all(torch.equal(v, before[k]) for k, v in run.model.state_dict().items())
-    monkeypatch.setattr(train, "normalise", good)
-    assert run.step(2, batch) == (False, True)
-    assert not torch.equal(run.model.backbone.pos_embed, before["backbone.pos_embed"])
+    found, hooks = [], []  # found[i]: what iteration i finds
+    normalise, next_batch, scaler = train.normalise, train.next_batch, torch.amp.GradScaler
+    bad = lambda x, size: normalise(x, size) * float("nan")  # noqa: E731
+
+    def watch(run, batches):
+        """The loop calls it at the start of each iteration."""
+        i, weights = len(found), {k: v.clone() for k, v in run.model.state_dict().items()}
+        found.append((weights, list(run.window), run.scaler.get_scale()))
+        monkeypatch.setattr(train, "normalise", bad if i == 1 else normalise)
+        if i == 3:
+            overflow = lambda grad: grad * float("inf")  # noqa: E731
+            hooks.append(run.model.backbone.pos_embed.register_hook(overflow))
+        if i == 4:
+            hooks[0].remove()
+        return next_batch(run, batches)
+
+    monkeypatch.setattr(train, "next_batch", watch)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 1024.0))
+    options = (*OPTIONS, "--work-dir", "one", "--workers", 0, "--iters", 6, "--interval", 6)
+    try:
+        train.train(*train.parse([*map(str, options)]))
+    finally:
+        for number in train.SIGNALS:
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default)
+
+    weights, windows, scales = zip(*found)
+    same = lambda i, k: torch.equal(weights[i][k], weights[i + 1][k])  # noqa: E731
+    token, statistic = "backbone.cls_token", "decode_head.bottleneck.bn.running_mean"
+    assert not same(0, token) and not same(0, statistic)
+    assert all(same(1, k) for k in weights[1]) and windows[2] == windows[1]
+    assert not same(2, token) and not same(2, statistic)
     # float16's scale is too large now and then: that is the scaler's to mend, and no bad batch.
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    overflow = run.model.backbone.pos_embed.register_hook(lambda grad: grad * float("inf"))
-    before = run.model.backbone.cls_token.detach().clone()
-    assert run.step(3, batch) == (False, True)
-    assert torch.equal(run.model.backbone.cls_token, before) and run.scaler.get_scale() == 512
-    overflow.remove()
-    assert run.step(4, batch) == (False, True) and not torch.equal(
-        run.model.backbone.cls_token, before
-    )
-    for number in train.SIGNALS:
-        signal.signal(
-            number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler
-        )
+    assert same(3, token) and not same(3, statistic) and windows[4][3] == windows[3][3] + 1
+    assert scales == (1024,) * 4 + (512,) * 2
+    assert not same(4, token)
+    log = [e for e in map(json.loads, open("one/log.jsonl")) if "skipped" in e]
+    assert [e["iteration"] for e in log] == [2] and log[0]["skipped"].count(".jpg") == 4
 
 
 # ---- several processes ----
@@ -270,7 +329,8 @@ def test_one_bad_batch_changes_nothing_and_training_goes_on(folder, monkeypatch)
 FROZEN = """
 import sys, torch, train, model
 from torch import nn
-# On a CPU there is no SyncBN: with the statistics frozen and nothing random, the sum over processes is all that is left.
+# On a CPU there is no SyncBN: with the statistics frozen and nothing random, the sum over processes
+# is all that is left.
 nn.BatchNorm2d.train = lambda self, mode=True: self
 build = train.build_model
 def frozen(*arguments):
@@ -288,23 +348,10 @@ def test_two_processes_give_the_weights_of_one(folder):
     (folder / "frozen.py").write_text(FROZEN)
     got = []
     for name, launch in (("alone", ()), ("both", (*TWO, "--standalone"))):
+        options = (*OPTIONS, "--iters", 4, "--interval", 4, "--batch-size", 16)
+        options += ("--optimizer", "sgd", "--work-dir", name)
         run = subprocess.run(
-            [
-                sys.executable,
-                *launch,
-                "frozen.py",
-                *map(str, OPTIONS),
-                "--iters",
-                "4",
-                "--interval",
-                "4",
-                "--batch-size",
-                "16",
-                "--optimizer",
-                "sgd",
-                "--work-dir",
-                name,
-            ],
+            [sys.executable, *launch, "frozen.py", *map(str, options)],
             cwd=folder,
             text=True,
             capture_output=True,
@@ -354,9 +401,8 @@ def test_ctrl_c_under_torchrun_saves_once_and_resumes(straight_two, folder):
     work = folder / "interrupted"
     run = start(folder, *OPTIONS, "--work-dir", work, launch=(*TWO, "--standalone"))
     wait_for(work / "checkpoint_30.pt", run)
-    os.killpg(
-        run.pid, signal.SIGINT
-    )  # the terminal's: torchrun and its processes all get it, and torchrun's too
+    # The terminal's: torchrun and its processes all get it, and torchrun passes it on.
+    os.killpg(run.pid, signal.SIGINT)
     out, err = run.communicate(timeout=60)
     assert run.returncode != 0 and "go on with --resume" in err
     finish(start(folder, "--resume", "--work-dir", work, launch=(*TWO, "--standalone")))
@@ -380,23 +426,9 @@ def test_a_process_that_hangs_ends_the_others_inside_the_timeout(folder):
 
 def test_two_nodes_train_and_evaluate_as_one_does(straight_two, folder):
     port = random.randrange(20000, 40000)
-    agents = [
-        (
-            "-m",
-            "torch.distributed.run",
-            "--nnodes",
-            "2",
-            "--node_rank",
-            str(k),
-            "--nproc_per_node",
-            "1",
-            "--master_addr",
-            "127.0.0.1",
-            "--master_port",
-            str(port),
-        )
-        for k in range(2)
-    ]
+    torchrun = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1")
+    torchrun += ("--master_addr", "127.0.0.1", "--master_port", str(port), "--node_rank")
+    agents = [(*torchrun, str(k)) for k in range(2)]
     # (torchrun gives each of several processes of a node one thread, and threads change the order
     # of sums.)
     threads = os.environ | {"OMP_NUM_THREADS": "1"}

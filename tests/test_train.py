@@ -1,21 +1,27 @@
 """train.py: schedules and optimizers against the real reference, batch arithmetic, logs, resume,
 and whole small runs."""
 
+import errno
 import json
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import formulas
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import ROOT, draw_set, write_mmseg
 
 import evaluate
 import train
+from ade20k import Classes
 from convert_weights import MMSEG, rename
 from evaluate import UsageError
 from upernet import build_model
@@ -34,9 +40,9 @@ def test_learning_rates_equal_the_reference(name, golden):
 def test_four_steps_give_the_references_weights(name, tolerance, golden, filled):
     gold, net = golden("optimizers"), filled("small", "mln").double().train()
     optimizer = train.build_optimizer(net, name, train.OPTIMIZERS[name]["lr"])
-    images, labels = torch.from_numpy(formulas.image(97, 131, 4)).double(), torch.from_numpy(
-        formulas.labels(97, 131, 4)
-    )
+    images = torch.from_numpy(formulas.image(97, 131, 4)).double()
+    labels = torch.from_numpy(formulas.labels(97, 131, 4))
+
     for i in range(1500, 1504):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(i, 160000, **train.OPTIMIZERS[name])
@@ -48,9 +54,7 @@ def test_four_steps_give_the_references_weights(name, tolerance, golden, filled)
     assert set(ours) == set(gold["names"])
     for key, weights, moved in zip(gold["names"], gold[f"{name}_weights"], gold[f"{name}_moved"]):
         got = formulas.samples(ours[key], weights.shape[0])
-        if key.endswith(
-            "in_proj_bias"
-        ):  # the key bias: softmax does not see it, its exact gradient is 0
+        if key.endswith("in_proj_bias"):  # of the keys: softmax does not see it, gradient 0
             width = formulas.SMALL["width"]
             third = np.linspace(0, 3 * width - 1, len(got)).astype(int) // width
             got, weights = got[third != 1], weights[third != 1]
@@ -71,6 +75,46 @@ def test_only_cls_token_and_pos_embed_have_no_weight_decay():
     assert sum(len(g["params"]) for g in groups) == len(names)
 
 
+def test_layer_decay_gives_layer_k_its_power_of_it():
+    """Against BEiT's get_num_layer_for_vit and LayerDecayValueAssigner, written down again."""
+
+    def beits_scale(name, layers, decay):
+        values = [decay ** (layers + 1 - i) for i in range(layers + 2)]
+        if name in ("backbone.cls_token", "backbone.pos_embed"):
+            return values[0]
+        if name.startswith("backbone.patch_embed"):
+            return values[0]
+        if name.startswith("backbone.blocks"):
+            return values[int(name.split(".")[2]) + 1]
+        return values[layers + 1]
+
+    net = build_model("toy_p8", "ln_mln", 6)
+    optimizer = train.build_optimizer(net, "adamw", 1e-3, 0.05, 0.65)
+    names = {id(p): n for n, p in net.named_parameters()}
+    found = {names[id(p)]: g for g in optimizer.param_groups for p in g["params"]}
+    assert set(found) == set(names.values())
+    for name, group in found.items():
+        assert group["scale"] == beits_scale(name, 4, 0.65), name
+        free = name in ("backbone.cls_token", "backbone.pos_embed")
+        assert group["weight_decay"] == (0 if free else 0.05)
+    assert found["decode_head.classifier.weight"]["scale"] == 1
+    assert found["backbone.norm.weight"]["scale"] == 1
+    assert found["backbone.pos_embed"]["scale"] == 0.65**5
+
+
+@pytest.mark.parametrize("name,sizes", [("adamw", 2), ("sgd", 1)])
+def test_without_layer_decay_the_groups_are_those_of_old_checkpoints(name, sizes):
+    """Their optimizer's state is read by position."""
+    net = build_model("toy_p8", "ln_mln")
+    tokens = ("cls_token", "pos_embed")
+    weights = [p for n, p in net.named_parameters() if name == "sgd" or not n.endswith(tokens)]
+    rest = [p for n, p in net.named_parameters() if name == "adamw" and n.endswith(tokens)]
+    groups = train.build_optimizer(net, name, 1e-3).param_groups
+    found = [[id(p) for p in g["params"]] for g in groups]
+    assert found == [[id(p) for p in ps] for ps in (weights, rest) if ps]
+    assert all(g["scale"] == 1 for g in groups)
+
+
 @pytest.mark.parametrize(
     "batch,world,micro,sync,want",
     [
@@ -81,9 +125,8 @@ def test_only_cls_token_and_pos_embed_have_no_weight_decay():
     ],
 )
 def test_batch_is_processes_times_micro_times_steps(batch, world, micro, sync, want):
-    assert (
-        train.split_batch(batch, world, micro, sync) == want and world * want[0] * want[1] == batch
-    )
+    assert train.split_batch(batch, world, micro, sync) == want
+    assert world * want[0] * want[1] == batch
 
 
 @pytest.mark.parametrize(
@@ -120,24 +163,86 @@ def test_bfloat16_changes_a_step_and_the_labels_by_its_rounding_alone():
     torch.manual_seed(0)
     net, device = build_model("toy_p8", "ln_mln", 6), torch.device("cpu")
     net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
-    batch = (
-        torch.from_numpy(formulas.picture(64, 96)[None].transpose(0, 3, 1, 2).repeat(4, 0)),
-        torch.randint(0, 6, (4, 64, 96), dtype=torch.uint8),
-        torch.tensor([[64, 96]] * 4),
-    )
+    images = torch.from_numpy(formulas.picture(64, 96)[None].transpose(0, 3, 1, 2).repeat(4, 0))
+    truth = torch.randint(0, 6, (4, 64, 96))
     found = {}
+
     for dtype in (torch.float32, torch.bfloat16):
         evaluate.prepare(net, device, dtype, False).zero_grad()
-        loss = train.gradients(
-            net, batch, 4, torch.amp.GradScaler("cpu", enabled=False), device, dtype
-        )
+        layout = evaluate.memory_format(device, dtype)
+        with evaluate.autocast(device, dtype):
+            loss, _ = net(train.normalise(images).contiguous(memory_format=layout), truth)
+        loss.backward()
         assert loss.dtype == torch.float32
         labels = evaluate.predict(net.eval(), formulas.picture(200, 300), (1, 1.5), True, 96, dtype)
-        found[dtype] = loss, torch.cat([p.grad.flatten() for p in net.train().parameters()]), labels
+        grad = torch.cat([p.grad.flatten() for p in net.train().parameters()])
+        found[dtype] = loss, grad, labels
+
     (loss, grad, labels), (loss16, grad16, labels16) = found.values()
     assert not torch.equal(grad, grad16) and torch.cosine_similarity(grad, grad16, dim=0) > 0.98
     torch.testing.assert_close(loss16, loss, rtol=1e-2, atol=0)
     assert (labels == labels16).mean() > 0.95
+
+
+def test_dropout_seeds_are_those_of_old_and_differ_for_any_seed():
+    """Torch takes what fits 64 bits; below 2^24 no run may change."""
+    for seed in (0, 7, 2**24 - 1):
+        assert train.dropout_seed(seed, 159999, 3) == (seed << 40) + (159999 << 10) + 3
+    seeds = (0, 1, 2**24, 2**25, 20240101, 2**48, 2**48 + 1, 2**62, 2**63 - 1)
+    drawn = [train.dropout_seed(s, i, r) for s in seeds for i in (0, 1, 159999) for r in (0, 1)]
+    assert len(set(drawn)) == len(drawn)
+    for value in drawn:
+        torch.manual_seed(value)
+
+
+def test_drop_path_is_the_last_layers_rate_and_freezing_needs_none():
+    rates = lambda net: [block.drop_path.rate for block in net.backbone.blocks]  # noqa: E731
+    for arch, drop_path, freeze, want in (
+        ("deit_t16", None, False, [0.1 * i / 11 for i in range(12)]),
+        ("deit_t16", 0.3, False, [0.3 * i / 11 for i in range(12)]),
+        ("deit_t16", None, True, [0] * 12),
+        ("toy_p8", 0.3, True, [0, 0.1, 0.2, 0.3]),
+    ):
+        with torch.device("meta"):
+            net = build_model(arch)
+        train.adapt(net, drop_path, freeze)
+        assert rates(net) == pytest.approx(want, abs=1e-15)
+        assert all(p.requires_grad != freeze for p in net.backbone.parameters())
+        assert all(p.requires_grad for p in net.decode_head.parameters())
+
+
+def test_a_frozen_backbone_keeps_no_activations():
+    """What autograd saves on the way forward is what training needs memory for."""
+    net = build_model("toy_p8", "mln", 6)
+    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 6, (2, 64, 64))
+
+    def saved():
+        sizes = []
+        keep = lambda t: sizes.append(t.numel()) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss, _ = net(images, labels)
+        return sum(sizes), loss
+
+    whole, _ = saved()
+    train.adapt(net, None, True)
+    assert not any(x.requires_grad for x in net.backbone(images))
+    frozen, loss = saved()
+    assert frozen < 0.8 * whole
+    loss.backward()
+    assert all(p.grad is None for p in net.backbone.parameters())
+    assert all(p.grad is not None for p in net.neck.parameters())
+
+
+def test_where_there_are_no_locks_there_is_none(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def unsupported(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    train.lock(str(tmp_path / ".lock"))
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows: the import fails
+    assert train.lock(str(tmp_path / ".lock")) is None
 
 
 # ---- whole runs ----
@@ -163,26 +268,11 @@ def run(folder, *arguments, launch=()):
 
 
 TINY = (
-    "--data",
-    "set",
-    "--arch",
-    "toy_p8",
-    "--pretrained",
-    "none",
-    "--lr",
-    1e-3,
-    "--iters",
-    6,
-    "--interval",
-    3,
-    "--batch-size",
-    4,
-    "--crop-size",
-    32,
-    "--short-side",
-    32,
+    *("--data", "set", "--arch", "toy_p8", "--pretrained", "none", "--lr", 1e-3),
+    *("--iters", 6, "--interval", 3, "--batch-size", 4, "--crop-size", 32, "--short-side", 32),
 )
 TWO_STEPS = ("--iters", 2, "--interval", 2)
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
 def read_log(folder):
@@ -221,14 +311,12 @@ def straight(folder, compiled):
 
 def test_run_leaves_checkpoints_log_and_picture(straight):
     work, done = straight
-    assert {"checkpoint_3.pt", "checkpoint_6.pt", "log.jsonl", "sheet_6.png", "curves.png"} <= set(
-        os.listdir(work)
-    )
+    files = {"checkpoint_3.pt", "checkpoint_6.pt", "log.jsonl", "sheet_6.png", "curves.png"}
+    assert files <= set(os.listdir(work))
     assert Image.open(work / "curves.png").width == 800
-    assert (
-        done.stdout.strip().endswith("runs/straight/sheet_6.png")
-        and "batch 4 = 1 processes x 4" in done.stdout
-    )
+    assert done.stdout.strip().endswith("runs/straight/sheet_6.png")
+    assert "batch 4 = 1 processes x 4" in done.stdout
+    assert re.search(r"validation: mIoU .*  \(5 pictures, \d+ of 150 classes\)", done.stdout)
     log = read_log(work)
     steps = [e for e in log if "loss" in e]
     assert steps and steps[-1]["iteration"] == 6
@@ -255,40 +343,165 @@ def test_resumed_run_ends_with_the_same_weights_and_log(straight, folder, worker
     assert pick(read_log(work)) == pick(read_log(straight[0]))
 
 
+def test_a_checkpoint_as_it_was_written_before_goes_on_to_the_last_bit(straight, folder):
+    """Arguments that are gone or not there yet, None where there is False today, groups of the
+    optimizer without a scale, no names of the data set's pictures."""
+    content = torch.load(straight[0] / "checkpoint_3.pt", weights_only=True)
+    for group in content["optimizer"]["param_groups"]:
+        del group["scale"]
+    del content["names"]
+    assert content.keys() == {
+        *("model", "optimizer", "scaler", "iteration", "window", "best", "seed", "classes", "args")
+    }
+    content["args"] = {
+        **dict(arch="toy_p8", neck="none", iters=6, optimizer="adamw", lr=0.001, warmup=1500),
+        **dict(batch_size=4, crop_size=32, short_side=32, pretrained="none", seed=0, data="set"),
+        **dict(work_dir="elsewhere", interval=3, resume=True, keep=2, timeout=1800),
+        **dict(micro_batch=None, dry_run=False, dtype="auto", workers=2, compile=None),
+        **dict(deterministic=None, checkpoint="elsewhere/checkpoint_1.pt", benchmark=False),
+    }
+    work = folder / "runs" / "before"
+    os.makedirs(work)
+    torch.save(content, work / "checkpoint_3.pt")
+
+    done = run(folder, "--resume", "--work-dir", work)
+    assert done.returncode == 0 and "until here" not in done.stderr, done.stderr
+    want, got = weights(straight[0] / "checkpoint_6.pt"), weights(work / "checkpoint_6.pt")
+    assert all(torch.equal(got[k], v) for k, v in want.items())
+    assert not (folder / "elsewhere").exists()
+
+
 def test_architecture_of_the_checkpoint_wins_on_resume(straight, folder, capsys):
     args, content = train.parse(["--resume", "--work-dir", str(straight[0]), "--arch", "deit_t16"])
     assert "--arch deit_t16 is ignored" in capsys.readouterr().err
     assert args.arch == "toy_p8" and content["iteration"] == 6
 
 
-def test_a_finished_run_has_nothing_left_to_train(straight, folder):
-    done = run(folder, "--resume", "--work-dir", straight[0])
-    assert done.returncode == 2 and "nothing is left to train" in done.stderr
+def test_resume_writes_where_the_checkpoint_lies(straight, folder):
+    args, _ = train.parse(["--resume", "--work-dir", str(straight[0].parent)])
+    assert os.path.dirname(args.work_dir) == str(straight[0].parent)
 
 
-def test_pretrained_file_is_used(folder):
+def test_the_same_command_again_and_again_starts_goes_on_and_is_done(straight, folder, capsys):
+    """As a cluster repeats it. The second time it finds what the first one left half way."""
+    work = folder / "runs" / "again"
+    same = (*TINY, "--resume", "--work-dir", work)
+    for before, code, said in (((), 0, "holds no checkpoint yet"), ((), 0, "nothing is left")):
+        done = run(folder, *same)
+        assert done.returncode == code and said in done.stderr, done.stderr
+    os.remove(work / "checkpoint_6.pt")
+    done = run(folder, *same)
+    assert done.returncode == 0 and "iterations 3 to 6" in done.stdout and not done.stderr
+    want, got = weights(straight[0] / "checkpoint_6.pt"), weights(work / "checkpoint_6.pt")
+    assert all(torch.equal(got[k], v) for k, v in want.items())
+
+
+def test_resume_of_nothing_in_particular_needs_something(main, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(train, "--resume")
+    assert end.value.code == 2 and "runs: no checkpoint_" in capsys.readouterr().err
+
+
+def test_without_validation_pictures_a_run_trains_and_says_so(folder):
+    shutil.copytree(folder / "set", folder / "unvalidated")
+    for kind in ("images", "annotations"):
+        shutil.rmtree(folder / "unvalidated" / kind / "validation")
+    done = run(folder, *TINY, *TWO_STEPS, "--data", "unvalidated", "--work-dir", "runs/without")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "has no images/validation, this run trains without validating" in done.stdout
+    assert {".lock", "checkpoint_2.pt", "log.jsonl"} == set(os.listdir(folder / "runs/without"))
+    done = run(folder, "--resume", "--work-dir", "runs/without")
+    assert done.returncode == 0 and "nothing is left to train" in done.stderr
+
+
+def test_labels_that_teach_nothing_are_said_before_training(folder):
+    """A mask of 0 and 255, where 255 is no class: the only class left is always right."""
+    shutil.copytree(folder / "set", folder / "mask")
+    for path in (folder / "mask" / "annotations").glob("*/*.png"):
+        label = np.array(Image.open(path))
+        Image.fromarray(np.where(label % 2, 0, 255).astype(np.uint8)).save(path)
+    (folder / "mask" / "classes.txt").write_text("background\nthing\n")
+    done = run(folder, *TINY, *TWO_STEPS, "--data", "mask", "--work-dir", "runs/mask")
+    assert done.returncode == 0, done.stderr
+    assert "warning: 1 of 2 classes are in none of the training labels" in done.stdout
+    assert "with fewer than two classes in the labels there is nothing to learn" in done.stdout
+    assert re.search(r"\(5 pictures, \d of 2 classes\)", done.stdout)
+
+
+def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
+    args, _ = train.parse(["--iters", "200"])
+    rates = [train.learning_rate(i, 200, **train.OPTIMIZERS["adamw"]) for i in range(200)]
+    assert max(rates) == pytest.approx(args.lr / 30, rel=0.01)
+
+    def doubted(argv):
+        args, _ = train.parse(argv)
+        schedule = train.OPTIMIZERS["adamw"] | dict(lr=args.lr, warmup=args.warmup)
+        run = dict(args=args, training=[1], validation=[1], schedule=schedule, classes=None)
+        return train.doubts(SimpleNamespace(**run, names="", names_before=""))
+
+    monkeypatch.setattr(train, "label_warnings", lambda pairs, classes: [])
+    (said,) = doubted(["--iters", "200"])
+    assert f"--warmup 1500 of 200 iterations the learning rate rises to {max(rates):.1e} " in said
+    for fine in ([], ["--iters", "80000"], ["--data", "toy"], ["--iters", "200", "--warmup", "20"]):
+        assert not doubted(fine)
+    assert "warning: with --warmup 1500 of 6 iterations" in straight[1].stdout
+
+
+def test_a_frozen_run_changes_neck_and_heads_alone(straight, folder):
+    start, work = straight[0] / "checkpoint_6.pt", folder / "runs" / "frozen"
+    options = (*TINY, *TWO_STEPS, "--warmup", 0, "--pretrained", start, "--work-dir", work)
+    done = run(folder, *options, "--freeze", "--layer-decay", 0.5, "--weight-decay", 0.05)
+    assert done.returncode == 0, done.stderr
+    before, after = weights(start), weights(work / "checkpoint_2.pt")
+    changed = {k.split(".")[0] for k, v in after.items() if not torch.equal(v, before[k])}
+    assert changed == {"decode_head", "auxiliary_head"}
+    content = torch.load(work / "checkpoint_2.pt", weights_only=True)
+    assert {g["weight_decay"] for g in content["optimizer"]["param_groups"]} == {0.05}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("--optimizer", "sgd"), ("--layer-decay", 0.5), ("--freeze",), ("--weight-decay", 0.1)],
+)
+def test_what_the_optimizers_state_does_not_fit_cannot_change_on_resume(change, straight):
+    with pytest.raises(UsageError, match=f"{change[0]} was .* cannot become .* start anew"):
+        train.parse(["--resume", "--work-dir", str(straight[0]), *map(str, change)])
+
+
+@pytest.mark.parametrize("launch", [(), TWO])
+def test_pretrained_file_is_used(launch, folder):
+    """In several processes one reads it, and has the others have it."""
     torch.manual_seed(5)
     net = build_model("toy_p8")
     backbone = {k: v for k, v in net.state_dict().items() if k.startswith("backbone.")}
     path = write_mmseg(backbone, folder / "backbone.pth")
-    done = run(
-        folder,
-        *TINY,
-        "--iters",
-        1,
-        "--lr",
-        0,
-        "--warmup",
-        0,
-        "--pretrained",
-        path,
-        "--work-dir",
-        "runs/pretrained",
-    )
+    work = f"runs/pretrained{len(launch)}"
+    one = ("--iters", 1, "--lr", 0, "--warmup", 0, "--pretrained", path, "--work-dir", work)
+    one += ("--seed", 2**63 - 1)
+    done = run(folder, *TINY, *one, launch=launch)
     assert done.returncode == 0, done.stderr
-    assert "mmsegmentation" in done.stdout
-    after = weights(folder / "runs/pretrained/checkpoint_1.pt")["backbone.pos_embed"]
+    assert done.stdout.count("mmsegmentation") == 1
+    after = weights(folder / work / "checkpoint_1.pt")["backbone.pos_embed"]
     np.testing.assert_array_equal(after, formulas.weight("backbone.pos_embed", tuple(after.shape)))
+
+
+def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
+    """Without torchrun, which would kill the others: none may wait for the one that has ended."""
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20000, 40000))}
+    both = [
+        subprocess.Popen(
+            command(*TINY, "--pretrained", "absent.pth"),
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | port | {"RANK": str(rank), "WORLD_SIZE": "2"},
+        )
+        for rank in (1, 0)
+    ]
+    for process in both:
+        assert "error: absent.pth: no such file" in process.communicate(timeout=60)[1]
+        assert process.returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -296,15 +509,21 @@ def test_pretrained_file_is_used(folder):
     [
         (
             ("--data", "nowhere"),
-            "nowhere/images/training: no such folder; `python ade20k.py download data/ade`",
+            "nowhere/images/training: no such folder; a data set holds its pictures in images/",
         ),
         (("--data", "set", "--arch", "toy_p8"), "no pretrained file for toy_p8"),
         (("--data", "set", "--pretrained", "absent.pth"), "absent.pth: no such file"),
         (("--data", "set", "--arch", "resnet50"), "invalid choice"),
         (("--data", "set", "--crop-size", "0"), "'0' is not a whole number above 0"),
+        (("--data", "set", "--lr", "-1"), "--lr: '-1' is not a number of 0 or more"),
+        (("--data", "set", "--lr", "nan"), "'nan' is not a number of 0 or more"),
+        (("--data", "set", "--lr", "inf"), "'inf' is not a number of 0 or more"),
+        (("--data", "set", "--workers", "-1"), "'-1' is not a whole number of 0 or more"),
+        (("--data", "set", "--short-side", "-5"), "'-5' is not a whole number above 0"),
+        (("--data", "set", "--seed", "-1"), "'-1' is not a whole number of 0 or more"),
+        (("--data", "set", "--seed", 2**63), "is not a whole number of 0 or more"),
         (("--data", "set", "--batch-size", "1"), "single value to normalise"),
         (("--dry-run", "--data", "set", "--batch-size", 5, "--micro-batch", 2), "does not divide"),
-        (("--resume", "--work-dir", "nothing"), "nothing: no checkpoint_"),
         (
             (*TINY, "--work-dir", "set/images/training/s0.jpg/x"),
             "Not a directory: 'set/images/training/s0.jpg/x'",
@@ -323,26 +542,12 @@ def test_wrong_inputs_end_with_one_sentence(folder, main, arguments, message, mo
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
-TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
-
-
 @pytest.mark.parametrize("launch", [(), TWO])
 @pytest.mark.parametrize("data", ["set", "nowhere"])
 def test_dry_run_prints_the_plan_and_writes_nothing(launch, data, folder):
     before = sorted(os.walk(folder))
-    done = run(
-        folder,
-        "--dry-run",
-        "--arch",
-        "vit_b16",
-        "--neck",
-        "mln",
-        "--data",
-        data,
-        "--iters",
-        80000,
-        launch=launch,
-    )
+    recipe = ("--arch", "vit_b16", "--neck", "mln", "--data", data, "--iters", 80000)
+    done = run(folder, "--dry-run", *recipe, launch=launch)
     assert done.returncode == 0, done.stderr
     assert (
         f"runs/vit_b16_mln_{data}_80000: vit_b16, neck mln, 144,173,612 parameters" in done.stdout
@@ -364,66 +569,52 @@ def test_compiled_training_computes_the_same_losses(folder, compiled):
         next(e["decode"] for e in read_log(path) if "loss" in e)
         for path in (work, folder / "runs" / "plain")
     ]
-    assert losses[0] == pytest.approx(
-        losses[1], rel=0.05
-    )  # (dropout draws other numbers in compiled code)
+    # (Dropout draws other numbers in compiled code.)
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def test_classes_of_ones_own_travel_with_the_checkpoint(folder, straight):
-    """Trained from a model of ADE20K's 150 classes, resumed, evaluated, converted: names, colours,
-    values of files."""
+@pytest.fixture(scope="module")
+def own(folder, straight):
+    """A run on three classes of one's own, from a model of ADE20K's 150."""
     shutil.copytree(folder / "set", folder / "own")
     for path in (folder / "own" / "annotations").glob("*/*.png"):
         label = np.array(Image.open(path))
         Image.fromarray(np.where(label == 0, 255, label % 3).astype(np.uint8)).save(path)
     (folder / "own" / "classes.txt").write_text("first thing 250 0 0\nsecond\nthird 0 0 250\n")
-    options = (
-        *TINY,
-        "--data",
-        "own",
-        "--work-dir",
-        "runs/own",
-        "--pretrained",
-        straight[0] / "checkpoint_6.pt",
-    )
-    done = run(folder, *options)
-    assert (
-        done.returncode == 0 and "150 classes in the file, 3 here: starts anew" in done.stdout
-    ), done.stderr
-    classes = torch.load(folder / "runs/own/checkpoint_6.pt", weights_only=True)["classes"]
-    assert (
-        classes[0] == ("first thing", "second", "third")
-        and classes[1][0] == [250, 0, 0]
-        and classes[2] is False
-    )
+    start = ("--pretrained", straight[0] / "checkpoint_6.pt", "--work-dir", "runs/own")
+    return run(folder, *TINY, "--data", "own", *start)
+
+
+def test_classes_of_ones_own_travel_with_the_checkpoint(own, folder):
+    """Trained, evaluated, drawn: names, colours, values of files."""
+    said = "150 classes in the file, 3 here: starts anew"
+    assert own.returncode == 0 and said in own.stdout, own.stderr
+    content = torch.load(folder / "runs/own/checkpoint_6.pt", weights_only=True)
+    classes = Classes(*content["classes"])
+    assert classes.names == ("first thing", "second", "third")
+    assert classes.palette[0] == [250, 0, 0] and classes.zero_ignored is False
 
     def call(*arguments):
-        command = [
-            sys.executable,
-            os.path.join(ROOT, "evaluate.py"),
-            "--checkpoint",
-            "runs/own",
-            *arguments,
-        ]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        script = (sys.executable, os.path.join(ROOT, "evaluate.py"), "--checkpoint", "runs/own")
+        return subprocess.run((*script, *arguments), cwd=folder, capture_output=True, text=True)
 
     done = call("--save-labels", "own_labels")
-    assert (
-        done.returncode == 0 and "of 3 classes" in done.stdout and "second" in done.stdout
-    ), done.stderr
+    assert done.returncode == 0 and "of 3 classes" in done.stdout, done.stderr
+    assert "second" in done.stdout
     assert np.unique(np.array(Image.open(folder / "own_labels/s0.png"))).max() <= 2
+
     done = call("--data", "set")
     assert done.returncode == 2 and "set has 150 (wall" in done.stderr
-    done = call(
-        "--image", "set/images/validation/s0.jpg", "--show", "own_overlay", "--opacity", "1"
-    )
+
+    picture = ("--image", "set/images/validation/s0.jpg", "--show", "own_overlay")
+    done = call(*picture, "--opacity", "1")
     assert done.returncode == 0, done.stderr
-    picture = Image.open(folder / "own_overlay/s0.png").convert("RGB")
-    assert {c for n, c in picture.getcolors(1 << 20)} & {
-        (250, 0, 0),
-        (0, 0, 250),
-        tuple(classes[1][1]),
-    }
+    overlay = Image.open(folder / "own_overlay/s0.png").convert("RGB")
+    colours = {colour for count, colour in overlay.getcolors(1 << 20)}
+    assert colours & {(250, 0, 0), (0, 0, 250), tuple(classes.palette[1])}
+
+
+def test_a_run_goes_on_with_its_own_classes_alone(own, folder):
     (folder / "own" / "classes.txt").write_text("first thing 250 0 0\nsecond\nanother\n")
     done = run(folder, "--resume", "--work-dir", "runs/own", "--iters", 9)
     assert done.returncode == 2 and "its classes are not those" in done.stderr
@@ -435,31 +626,82 @@ def test_damaged_training_data_is_named(folder):
         with open(folder / f"broken/images/training/s{i}.jpg", "r+b") as file:
             file.truncate(900)  # the header is whole, the picture is not
     done = run(folder, *TINY, "--data", "broken")
-    assert (
-        done.returncode == 2
-        and "cannot be read as a picture" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2 and "cannot be read as a picture" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the program would wait for a GPU: they bring a value, or the
+    size of a result, to the CPU."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.operations = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
+        if function.__name__.split(".")[0] in self.names:
+            self.found.append(function.__name__)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_an_iteration_waits_for_the_device_where_the_losses_come_and_nowhere_else(
+    optimizer, folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(train, "watch_signals", list)
+    next_batch, agree, stretches, agreed = train.next_batch, train.agree, [], []
+
+    def begin(run, batches):
+        batch = next_batch(run, batches)
+        stretches.append(Waits())
+        stretches[-1].__enter__()
+        return batch
+
+    def end(run, losses):
+        """All that is on the device was asked for by now; only the update is still to come."""
+        stretches[-1].__exit__(None, None, None)
+        agreed.append(losses.shape)
+        answer = agree(run, losses)
+        stretches.append(Waits())
+        stretches[-1].__enter__()
+        return answer
+
+    def stop(*arguments):
+        stretches[-1].__exit__(None, None, None)
+
+    monkeypatch.setattr(train, "next_batch", begin)
+    monkeypatch.setattr(train, "agree", end)
+    monkeypatch.setattr(train, "log", stop)
+    options = (*TINY, "--optimizer", optimizer, "--micro-batch", 2, "--workers", 0)
+    train.train(*train.parse([*map(str, options), "--work-dir", str(tmp_path)]))
+    assert len(stretches) == 12 and all(s.operations for s in stretches)
+    assert agreed == [(3,)] * 6 and not sum((s.found for s in stretches), [])
 
 
 def test_toy_has_defaults_of_its_own_and_what_is_given_wins():
     args, _ = train.parse(["--data", "toy", "--iters", "9"])
-    assert (args.arch, args.pretrained, args.iters, args.crop_size) == (
-        "toy_p8",
-        "none",
-        9,
-        train.TOY["crop_size"],
-    )
+    found = args.arch, args.pretrained, args.iters, args.crop_size
+    assert found == ("toy_p8", "none", 9, train.TOY["crop_size"])
 
 
-def test_plain_defaults_are_the_published_recipe(golden):
+@pytest.mark.parametrize("given", [(), ("--data", "toy"), ("--optimizer", "sgd")])
+def test_help_shows_the_defaults_that_hold(given, capsys):
+    args, _ = train.parse([*given])
+    with pytest.raises(SystemExit):
+        train.parse([*given, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for key in ("arch", "iters", "lr", "warmup", "batch_size", "crop_size", "pretrained", "seed"):
+        start = text.index(f" --{key.replace('_', '-')} ", text.index("recipe:"))
+        assert f"({getattr(args, key)})" in text[start : text.index(")", start) + 1], key
+
+
+def test_plain_defaults_are_the_published_recipe():
     args, _ = train.parse([])
-    assert (args.arch, args.iters, args.interval, args.batch_size, args.crop_size) == (
-        "deit_s16",
-        160000,
-        16000,
-        16,
-        512,
-    )
+    found = args.arch, args.iters, args.interval, args.batch_size, args.crop_size, args.short_side
+    assert found == ("deit_s16", 160000, 16000, 16, 512, 512)
     assert (args.lr, args.warmup, args.optimizer, args.pretrained) == (6e-5, 1500, "adamw", "auto")
     assert args.data == "data/ade/ADEChallengeData2016"
