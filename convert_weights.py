@@ -326,21 +326,33 @@ def recall(content: dict, facts: dict) -> None:
 
     if classes is not None and facts["num_classes"] is not None:
         try:
-            facts["classes"] = checked_classes(*classes, facts["num_classes"])
+            facts["classes"] = checked_classes(facts["num_classes"], *classes)
         except (TypeError, ValueError, AttributeError):
             facts["left_out"].append("the names of its classes (no name and colour for each)")
 
 
-def checked_classes(names, palette, zero_ignored: bool, num_classes: int) -> tuple:
+def checked_classes(
+    num_classes: int, names, palette, zero_ignored: bool, ignored_colours: list | None = None
+) -> tuple:
     """The fields of ade20k.Classes, out of a file that may hold anything: one of the exceptions
     above where they are not a printable name and a colour for each class."""
     names = tuple(name.strip() for name in names)  # mmsegmentation says "bed "
-    colours = np.array(palette)
-    fit = len(names) == num_classes and colours.shape == (num_classes, 3)
-    fit = fit and colours.dtype.kind == "i" and bool(((colours >= 0) & (colours <= 255)).all())
+    fit = len(names) == len(palette) == num_classes
     if not fit or not all(name.isprintable() and 0 < len(name) <= 100 for name in names):
         raise ValueError
-    return names, colours.tolist(), zero_ignored
+
+    palette = checked_colours(palette)
+    if ignored_colours is not None:
+        ignored_colours = checked_colours(ignored_colours)
+    return names, palette, bool(zero_ignored), ignored_colours
+
+
+def checked_colours(colours) -> list[list[int]]:
+    """ValueError where they are not lists of three whole numbers from 0 to 255."""
+    colours = np.array(colours).reshape(len(colours), 3)
+    if len(colours) and (colours.dtype.kind != "i" or not ((colours >= 0) & (colours <= 255)).all()):
+        raise ValueError
+    return colours.tolist()
 
 
 def add_known_missing(tensors: Tensors, facts: dict) -> None:

@@ -713,7 +713,11 @@ def open_outputs(args: argparse.Namespace, rank: int) -> None:
 def write(args: argparse.Namespace, classes: Classes, path: str, image, label, prediction) -> None:
     """Save what is asked for of one picture, as evaluate() gives it."""
     if args.save_labels:
-        values = prediction + 1 if classes.zero_ignored else prediction
+        values = prediction
+        if classes.ignored_colours is not None:
+            values = np.uint8(classes.palette)[prediction]  # (H, W, 3): label files in colour
+        elif classes.zero_ignored:
+            values = prediction + 1
         Image.fromarray(values).save(destination(args.save_labels, path))
     if args.show:
         drawn = sheet([(image, label, prediction)], classes, args.opacity)
