@@ -349,10 +349,10 @@ def checked_classes(
 
 def checked_colours(colours) -> list[list[int]]:
     """ValueError where they are not lists of three whole numbers from 0 to 255."""
-    colours = np.array(colours).reshape(len(colours), 3)
-    if len(colours) and (colours.dtype.kind != "i" or not ((colours >= 0) & (colours <= 255)).all()):
+    table = np.array(colours).reshape(len(colours), 3)
+    if len(table) and (table.dtype.kind != "i" or table.min() < 0 or table.max() > 255):
         raise ValueError
-    return colours.tolist()
+    return table.tolist()
 
 
 def add_known_missing(tensors: Tensors, facts: dict) -> None:

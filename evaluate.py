@@ -123,7 +123,7 @@ def predict(
     0..C-1 of each pixel.
 
     Each scale s resizes into (4 short, short) * s, keeping the aspect; flip adds the mirrored
-    picture to every scale. The plain form, of which this holds some rows of pixels at a time:
+    picture to every scale; slide: (window, stride), see slide_logits. The plain form:
 
         for x in views:                                    # the picture at each scale, and mirrored
             logits = resize(resize(head(x), x.shape[2:]), (H, W))  # mirrored back where x was
@@ -131,8 +131,10 @@ def predict(
         return total.argmax(dim=1)
 
     The mean is over probabilities, not logits: a view that is sure of nothing should not outvote
-    one that is sure. slide: (window, stride), see slide_logits."""
-    (H, W), device, views = image.shape[:2], next(model.parameters()).device, []
+    one that is sure."""
+    H, W = image.shape[:2]
+    device = next(model.parameters()).device
+    views = []
     for scale in sorted(scales, reverse=True):  # the largest leaves memory for the others
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
         x = torch.tensor(resize_bilinear(image, h, w)[None], device=device)  # (1, 3, h, w)
@@ -143,30 +145,39 @@ def predict(
             logits = slide_logits(model, x, dtype, *slide)  # (1 or 2, C, h, w)
         else:
             logits = view_logits(model, x, dtype)  # (1 or 2, C, h', w')
-
-        # Along y the two bilinear steps of the protocol, h' to h to H, are one matrix.
-        rows = resize_matrix(h, H, logits) @ resize_matrix(logits.shape[2], h, logits)  # (H, h')
-        views.append((h, w, rows, logits[:1]))
+        views.append((h, w, logits[:1]))
         if flip:
-            views.append((h, w, rows, logits[1:].flip(3)))
+            views.append((h, w, logits[1:].flip(3)))
+    return label_pixels(views, H, W).cpu().numpy()
 
-    C = logits.shape[1]
-    step, labels = rows_at_once(device, W * C), []
+
+def label_pixels(views: list[tuple[int, int, Tensor]], H: int, W: int) -> Tensor:
+    """The end of predict: views of a picture, each its height h and width w and logits
+    (1, C, h', w') of any size -> (H, W) uint8, the class of the highest mean probability.
+
+    Some rows of the picture after the other, so that no (C, H, W) is ever held. The two bilinear
+    steps of the protocol, h' to h and h to H, are one matrix along y (see upernet.py)."""
+    C = views[0][2].shape[1]
+    matrices = []
+    for h, _, x in views:
+        matrices.append(resize_matrix(h, H, x) @ resize_matrix(x.shape[2], h, x))  # (H, h')
+
+    labels, step = [], rows_at_once(x.device, W * C)
     for start in range(0, H, step):
         stop = min(start + step, H)
-        total = 0
-        for h, w, rows, logits in views:
+        total = None
+        for (h, w, x), matrix in zip(views, matrices):
             # Take the few rows of this view that these rows of the picture are mixed from.
-            first, last = source_rows(*source_rows(start, stop, h, H), logits.shape[2], h)
-            x = logits[:, :, first:last]  # (1, C, n, w')
+            first, last = source_rows(*source_rows(start, stop, h, H), x.shape[2], h)
+            x = x[:, :, first:last]  # (1, C, n, w')
             x = resize(resize(x, (last - first, w)), (last - first, W))  # (1, C, n, W)
             x = x[0].permute(1, 2, 0).flatten(1)  # (n, W C)
-            x = (rows[start:stop, first:last] @ x).view(-1, W, C)  # (stop - start, W, C)
+            x = (matrix[start:stop, first:last] @ x).view(-1, W, C)  # (stop - start, W, C)
             if len(views) > 1:
                 x = x.softmax(2)  # (of one view, the largest stays the largest)
-            total += x
+            total = x if total is None else total.add_(x)
         labels.append(total.argmax(2).to(torch.uint8))  # (stop - start, W)
-    return torch.cat(labels).cpu().numpy()
+    return torch.cat(labels)
 
 
 def view_logits(model: Segmenter, x: Tensor, dtype: torch.dtype) -> Tensor:

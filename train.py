@@ -119,9 +119,9 @@ def build_optimizer(
 
     depth, members = len(model.backbone.blocks), {}
     for key, weight in model.named_parameters():
-        # Neither the class token nor the positions multiply anything: pulling them to 0 regularises
+        # Neither tokens nor positions multiply anything: pulling them to 0 regularises
         # nothing. (The published SGD pulls them all the same.)
-        exempt = name == "adamw" and key.endswith(("cls_token", "pos_embed"))
+        exempt = name == "adamw" and key.endswith(("cls_token", "pos_embed", "reg_token"))
         scale = layer_decay ** (depth + 1 - layer_of(key, depth))
         if weight.requires_grad:
             members.setdefault((exempt, scale), []).append(weight)

@@ -1,6 +1,7 @@
 """evaluate.py against the reference's whole test pipeline (goldens), a slow plain loop, and the
 command line."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -65,7 +66,7 @@ def test_windows_are_summed_and_divided_by_how_often_each_pixel_was_seen(h, w, w
                 count += 1
         got = evaluate.slide_logits(net, x, torch.float32, 48, 32)
     assert count == windows and seen.min() == 1
-    torch.testing.assert_close(got, (total / seen).permute(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, total / seen, rtol=1e-4, atol=1e-4)
 
 
 def test_metric_equals_the_references(sample, golden):
@@ -222,6 +223,17 @@ def test_command_line_writes_table_json_labels_and_pictures(run):
         matrix = matrix + evaluate.confusion_matrix(label, written - np.uint8(1), 150)
         assert Image.open(run.folder / f"show/p{i}.png").width >= 3 * (60 + 8)
     assert evaluate.scores(matrix)["mIoU"] == pytest.approx(out["mIoU"])
+
+
+def test_labels_are_written_in_the_colours_of_a_data_set_in_colour(small, tmp_path):
+    net, _ = small
+    palette = [[0, 0, 0], [255, 255, 255], [9, 0, 0], [0, 9, 0], [0, 0, 9], [7, 7, 7]]
+    classes = ade20k.Classes(tuple("abcdef"), palette, False, [[1, 2, 3]])
+    prediction = evaluate.predict(net.eval(), formulas.picture(40, 60), short=64)
+    args = argparse.Namespace(save_labels=str(tmp_path), show=None)
+    evaluate.write(args, classes, "in/p.jpg", None, None, prediction)
+    read_again = ade20k.load_label(str(tmp_path / "p.png"), classes)
+    assert (read_again == prediction).all() and len(np.unique(prediction)) > 1
 
 
 @pytest.fixture

@@ -339,4 +339,17 @@ def test_what_becomes_ours_keeps_its_classes_and_its_architecture(tmp_path, main
     facts = load_weights(str(tmp_path / "c.pt"))[1]
 
     assert facts["arch"] == "deit_t16"
-    assert facts["classes"] == (tuple(classes[0]), classes[1], True)
+    assert facts["classes"] == (tuple(classes[0]), classes[1], True, None)
+
+
+def test_colours_of_unlabelled_pixels_come_back_as_they_were_saved(tmp_path):
+    classes = ade20k.Classes(("a", "b"), [[0, 0, 0], [9, 0, 255]], False, [[1, 2, 3]])
+    args = dict(arch="toy_p8", neck="none")
+    content = {"model": build_model("toy_p8", "none", 2).state_dict(), "args": args}
+    torch.save(content | {"classes": tuple(classes)}, tmp_path / "a.pt")
+    assert load_weights(str(tmp_path / "a.pt"))[1]["classes"] == tuple(classes)
+
+    for wrong in ([[1, 2]], [[1, 2, 256]], "red"):
+        changed = tuple(classes._replace(ignored_colours=wrong))
+        torch.save(content | {"classes": changed}, tmp_path / "b.pt")
+        assert "classes" not in load_weights(str(tmp_path / "b.pt"))[1]
