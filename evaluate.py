@@ -493,8 +493,8 @@ def at_least(least: int) -> Callable:
     return number
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; what cannot be met together is refused here."""
+def options() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Evaluate a checkpoint on a data set, or label pictures with it.",
         epilog="example: python evaluate.py --checkpoint upernet.pth --flip --scales 0.5,...,1.75",
@@ -540,7 +540,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="write one sheet a picture: picture, truth, prediction, legend; or an overlay")
     add("--opacity", type=float, default=0.6,
         help="of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
+    return parser
 
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments. What cannot be met together is refused here."""
+    parser = options()
     args = parser.parse_args(argv)
     if (args.slide or 0) < (args.stride or 0) or (args.slide and not args.stride):
         parser.error("--slide needs a --stride, of as many pixels or fewer")
