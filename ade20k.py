@@ -830,6 +830,7 @@ def fetch_rest(url: str, part: str, timeout: float) -> str | None:
                 have += len(block)
                 progress(f"{part}: {have // 10**6} of {total // 10**6} MB", started)
 
+        have = os.path.getsize(part)  # (more than it should be if another process fetches too)
         if length and have != total:
             return f"the server broke off after {have} of {total} bytes"
         return None

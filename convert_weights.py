@@ -622,8 +622,7 @@ def to_timm(state_dict: Tensors, arch: str) -> Tensors:
 def read_checkpoint(path: str) -> dict:
     """The dictionary in a file, or behind a URL, which is fetched to torch's cache first.
     WeightsError if unreadable."""
-    is_url = path.startswith(("http://", "https://"))
-    file = cached(path) if is_url else path
+    file = local_path(path)
     try:
         content = read_file(file)
     except FileNotFoundError as error:
@@ -632,7 +631,7 @@ def read_checkpoint(path: str) -> dict:
         reason = first_line(error)
         if "eights only load failed" in reason:  # torch goes on to advise to execute it
             reason = "no pickle of tensors and plain containers alone; nothing else is read"
-        if is_url:
+        if file != path:
             os.remove(file)  # or the next try would find it in the cache
         raise WeightsError(f"{path}: not a checkpoint, or a damaged one ({reason})") from error
 
@@ -646,8 +645,12 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def cached(url: str) -> str:
-    """Where torch's cache keeps the file behind a URL; fetched if it is not there yet."""
+def local_path(url: str) -> str:
+    """The path itself or, for a URL, where torch's cache keeps the file behind it, which is fetched
+    if it is not there yet. By one process at a time."""
+    if not url.startswith(("http://", "https://")):
+        return url
+
     name = os.path.basename(urlparse(url).path)
     digest = re.search(r"-([0-9a-f]{8,64})\.", name)
     if not digest:

@@ -48,7 +48,14 @@ from ade20k import (
     resize_bilinear,
     scaled_size,
 )
-from convert_weights import WeightsError, describe, load_into, load_weights
+from convert_weights import (
+    WeightsError,
+    describe,
+    load_into,
+    load_weights,
+    local_path,
+    split_choice,
+)
 from upernet import (
     IGNORE_INDEX,
     Segmenter,
@@ -767,12 +774,17 @@ def run(args: argparse.Namespace) -> None:
     """Plan, label, report; what the command line says, on every process."""
     rank, world, device = setup_processes()
     say = partial(print, flush=True) if rank == 0 else silent
-    paths = {args.checkpoint, args.image or args.data} - {None, "toy"}
+    checkpoint, _ = split_choice(args.checkpoint)
+    paths = {checkpoint, args.image or args.data} - {None, "toy"}
     missing = sorted(path for path in paths if not os.path.exists(path))
     if args.dry_run and missing:
         say(f"{missing[0]}: not there yet, the rest of the command is in order")
         return
 
+    if rank == 0:
+        local_path(checkpoint)  # one process fetches what lies behind a URL
+    if world > 1:
+        dist.barrier()
     model, pairs, classes = plan(args, device, say)
     refuse_overwriting(args, pairs)
     if args.dry_run:

@@ -634,49 +634,6 @@ def test_a_page_in_place_of_a_file_is_not_kept(server, hub):
     assert os.listdir(hub) == []
 
 
-def test_a_server_that_stalls_or_lies_about_the_length(server, tmp_path):
-    content = os.urandom(200_000)
-    server.files["/a"], server.faults[:] = content, [-50_000]
-    ade20k.fetch(server.url + "/a", str(tmp_path / "a"), timeout=0.5)
-
-    assert (tmp_path / "a").read_bytes() == content and server.starts == [0, 50_000]
-
-    server.length = 300_000
-
-    with pytest.raises(OSError, match="broke off after 200000 of"):
-        ade20k.fetch(server.url + "/a", str(tmp_path / "b"), attempts=1, timeout=0.5)
-
-    (tmp_path / "d.part").write_bytes(content)  # killed after the last byte, before the move
-    ade20k.fetch(server.url + "/a", str(tmp_path / "d"))
-    (tmp_path / "e.part").write_bytes(content + b"more")  # of another version of the file
-    server.length = None
-    ade20k.fetch(server.url + "/a", str(tmp_path / "e"))
-
-    assert (tmp_path / "d").read_bytes() == (tmp_path / "e").read_bytes() == content
-
-    server.length = 100
-
-    with pytest.raises(ValueError, match="hash"):
-        ade20k.fetch(server.url + "/a", str(tmp_path / "c"), hashlib.sha1(content).hexdigest())
-
-
-def test_two_processes_fetch_one_file_once(server, tmp_path):
-    content = os.urandom(3_000_000)
-    server.files["/a"], server.faults[:] = content, [-1_000_000]
-    digest = hashlib.sha1(content).hexdigest()
-    code = f"import ade20k; ade20k.fetch('{server.url}/a', 'a', '{digest}', timeout=1)"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": ROOT}
-        )
-        for _ in range(2)
-    ]
-
-    assert [p.wait(60) for p in both] == [0, 0]
-    assert (tmp_path / "a").read_bytes() == content and os.listdir(tmp_path) == ["a"]
-    assert server.starts == [0, 1_000_000], "the second process waited for the first one's file"
-
-
 # ---- Names that people's files have ----
 
 
