@@ -132,7 +132,7 @@ def read_classes(root: str) -> Classes:
         elif ignored_colours is not None and numbers in [[], *palette, *ignored_colours]:
             raise DataError(f"{where} has no colour of its own, which `colours` asks for")
         else:
-            palette.append(numbers or free_colour(len(names)))
+            palette.append(numbers or default_colour(len(names)))
             names.append(name)
 
     if not 0 < len(names) < 256:
@@ -156,7 +156,7 @@ def text_lines(path: str) -> Iterator[tuple[str, str]]:
                 yield line, where
 
 
-def free_colour(k: int) -> list[int]:
+def default_colour(k: int) -> list[int]:
     """A colour for class k. Hues in steps of the golden section are far apart however many there
     are; three brightnesses tell apart what comes near."""
     rgb = colorsys.hsv_to_rgb(k * 0.618 % 1, 0.9, 1 - k % 3 / 4)

@@ -94,6 +94,7 @@ def load_into(
     used = {k: v for k, v in state_dict.items() if k not in reasons}
     own = {k: v for k, v in own.items() if k not in reasons}
     if facts["neck"] is not None:
+        # Its shape may differ: set_grid makes room for it below.
         own["backbone.pos_embed"] = used["backbone.pos_embed"]
     compare("the weights", used, own, facts)
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from glob import glob
+from glob import escape, glob
 from multiprocessing import active_children, get_start_method, parent_process
 
 import numpy as np
@@ -91,7 +91,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products and convolutions in dtype, the rest (norms, softmax, loss) in float32."""
+    """Matrix products and convolutions in dtype; in float32 stay the weights, the sum that runs
+    through the backbone with its LayerNorms, and the loss."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
@@ -108,8 +109,9 @@ def prepare(
 ) -> nn.Module:
     """The model on the device, in its layout; compiled by parts and, since `H % patch` asks for it,
     for each size of input."""
-    for part in model.children() if compiled else ():
-        part.compile(dynamic=False)
+    if compiled:
+        for part in model.children():
+            part.compile(dynamic=False)
     return model.to(device, memory_format=memory_format(device, dtype))
 
 
@@ -166,24 +168,27 @@ def label_pixels(views: list[tuple[int, int, Tensor]], H: int, W: int) -> Tensor
     steps of the protocol, h' to h and h to H, are one matrix along y (see upernet.py)."""
     C = views[0][2].shape[1]
     matrices = []
-    for h, _, x in views:
-        matrices.append(resize_matrix(h, H, x) @ resize_matrix(x.shape[2], h, x))  # (H, h')
+    for h, _, logits in views:
+        small = resize_matrix(logits.shape[2], h, logits)  # (h, h')
+        matrices.append(resize_matrix(h, H, logits) @ small)  # (H, h')
 
-    labels, step = [], rows_at_once(x.device, W * C)
+    labels, step = [], rows_at_once(logits.device, W * C)
     for start in range(0, H, step):
         stop = min(start + step, H)
         total = None
-        for (h, w, x), matrix in zip(views, matrices):
-            # Take the few rows of this view that these rows of the picture are mixed from.
-            first, last = source_rows(*source_rows(start, stop, h, H), x.shape[2], h)
-            x = x[:, :, first:last]  # (1, C, n, w')
-            x = resize(resize(x, (last - first, w)), (last - first, W))  # (1, C, n, W)
-            x = x[0].permute(1, 2, 0).flatten(1)  # (n, W C)
-            x = (matrix[start:stop, first:last] @ x).view(-1, W, C)  # (stop - start, W, C)
+        for (h, w, logits), matrix in zip(views, matrices):
+            # Take the few rows of the logits that these rows of the picture are mixed from.
+            near = source_rows(start, stop, h, H)  # of the resized picture
+            first, last = source_rows(*near, logits.shape[2], h)
+            part = logits[:, :, first:last]  # (1, C, n, w')
+            # (Along x all is needed at once, where a dense matrix would be the slower form.)
+            wide = resize(resize(part, (last - first, w)), (last - first, W))  # (1, C, n, W)
+            wide = wide[0].permute(1, 2, 0).flatten(1)  # (n, W C)
+            mixed = (matrix[start:stop, first:last] @ wide).view(-1, W, C)  # (rows, W, C)
             if len(views) > 1:
-                x = x.softmax(2)  # (of one view, the largest stays the largest)
-            total = x if total is None else total.add_(x)
-        labels.append(total.argmax(2).to(torch.uint8))  # (stop - start, W)
+                mixed = mixed.softmax(2)  # (of one view, the largest stays the largest)
+            total = mixed if total is None else total.add_(mixed)
+        labels.append(total.argmax(2).to(torch.uint8))  # (rows, W)
     return torch.cat(labels)
 
 
@@ -565,17 +570,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def find_checkpoints(folder: str) -> list[str]:
+    """The checkpoint_*.pt in a work directory and in those below it, the last written first."""
+    here = escape(folder)  # a name may hold what glob takes for a pattern
+    found = glob(os.path.join(here, "checkpoint_*.pt"))
+    found += glob(os.path.join(here, "*", "checkpoint_*.pt"))
+    return sorted(found, key=os.path.getmtime, reverse=True)
+
+
 def checkpoints(folder: str) -> list[str]:
-    """The checkpoint_*.pt in a work directory and in those below it, the last written first.
-    UsageError if there is none."""
-    places = (folder, os.path.join(folder, "*"))
-    found = [path for place in places for path in glob(os.path.join(place, "checkpoint_*.pt"))]
+    """The same; UsageError if there is none."""
+    found = find_checkpoints(folder)
     if not found:
         raise UsageError(
             f"{folder}: no checkpoint_*.pt in it, train one with `python train.py --data toy` or "
             "name a file with --checkpoint"
         )
-    return sorted(found, key=os.path.getmtime, reverse=True)
+    return found
 
 
 def choose_checkpoint(folder: str) -> tuple[str, str]:

@@ -213,9 +213,9 @@ class VisionTransformer(nn.Module):
     something else without it. It is dropped from the maps, as it lies nowhere in the picture.
 
     final_norm ("LN" in the names of the recipes): one LayerNorm after the last layer, so it changes
-    the last map alone. registers: so many learned tokens go through all layers beside it, where
-    the network puts what it would else write over patches of plain background (Darcet et al. 2023,
-    arXiv:2309.16588)."""
+    the last map alone. registers: so many more learned tokens go through all layers. The network
+    uses them as scratch space, which it else takes from patches of plain background (Darcet et al.
+    2023, arXiv:2309.16588)."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, rate, layer_scale) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6) if final_norm else None
 
-        # From scratch: timm's and the paper's initialisation. (The reference means to do the same,
+        # From scratch: timm's initialisation. (The reference means to do the same,
         # but hands weights to helpers that expect modules and ignore them, so its untrained ViT
         # keeps torch's defaults. Recipes never notice: they all start from pretrained weights.)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -266,8 +266,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> four (B, D, h, w)"""
-        # Tokens lie in memory as channels_last maps do; the convolutions after them get the order
-        # that the images came in.
+        # The maps get the memory format of the images, which flatten and transpose lose.
         layout = torch.contiguous_format
         if images.is_contiguous(memory_format=torch.channels_last):
             layout = torch.channels_last

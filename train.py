@@ -66,6 +66,7 @@ from evaluate import (
     curves,
     errors_in_one_sentence,
     evaluate,
+    find_checkpoints,
     memory_format,
     prepare,
     scores,
@@ -185,11 +186,12 @@ def train(args: Namespace, checkpoint: dict) -> None:
     batches = iter(run.loader)
     model, optimizer, scaler, device = run.parallel, run.optimizer, run.scaler, run.device
     layout = memory_format(device, run.dtype)
-    alone = model.no_sync if run.world > 1 else nullcontext  # gradients stay in their process
+    no_sync = model.no_sync if run.world > 1 else nullcontext  # gradients stay in their process
 
     for i in range(run.start, args.iters):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(i, args.iters, **run.schedule) * group.get("scale", 1)
+            rate = learning_rate(i, args.iters, **run.schedule)
+            group["lr"] = rate * group.get("scale", 1)  # (older checkpoints have no scale)
         torch.manual_seed(dropout_seed(args.seed, i, run.rank))
         batch = next_batch(run, batches)  # this process's part: images, labels, sizes
 
@@ -202,11 +204,12 @@ def train(args: Namespace, checkpoint: dict) -> None:
         for k, part in enumerate(parts, start=1):
             x, y, size = (t.to(device, non_blocking=True) for t in part)  # uint8: few bytes travel
             x = normalise(x, size).contiguous(memory_format=layout)  # (micro, 3, S, S) float32
-            with alone() if k < run.steps else nullcontext():
+            with no_sync() if k < run.steps else nullcontext():
                 with autocast(device, run.dtype):
                     loss, addends = model(x, y.long())
                 scaler.scale(loss / run.steps).backward()
-            losses += torch.stack([loss.detach(), *addends.values()]) / run.steps
+            three = torch.stack([loss.detach(), addends["decode"], addends["aux"]])
+            losses += three / run.steps
 
         losses, finite, stop = agree(run, losses)  # waits for the device, once an iteration
         if finite:
@@ -260,8 +263,8 @@ class Run:
 
         # Data.
         self.training, self.validation, self.classes = find_data(args, checkpoint)
-        self.names = fingerprint(self.training)
-        self.names_before = checkpoint.get("names", self.names)
+        self.fingerprint = fingerprint(self.training)
+        self.fingerprint_before = checkpoint.get("names", self.fingerprint)
 
         # Model. DistributedDataParallel gives all processes the weights of rank 0.
         self.model = self.parallel = start_model(self, checkpoint)
@@ -391,6 +394,7 @@ def start_model(run: Run, checkpoint: dict) -> Segmenter:
     with torch.device("meta" if args.dry_run else "cpu"):  # a plan needs shapes, no numbers
         model = build_model(args.arch, args.neck, len(run.classes.names))
     if args.dry_run:
+        adapt(model, args.drop_path, args.freeze)
         return model.to_empty(device=run.device)
 
     source = PRETRAINED.get(args.arch) if args.pretrained == "auto" else args.pretrained
@@ -495,7 +499,8 @@ def validate(run: Run, n: int) -> None:
             dist.broadcast(b, 0)
 
     matrix, rows = np.zeros([len(run.classes.names)] * 2, np.int64), []
-    shown = {count * k // 4 // run.world * run.world for k in range(4)}  # spread over the set
+    # Four that are spread over the set, rounded down to multiples of world: those are rank 0's.
+    shown = {count * k // 4 // run.world * run.world for k in range(4)}
     pictures = evaluate(
         run.model, run.validation, run.classes, matrix, run.rank, run.world, args.workers,
         short=args.short_side, dtype=run.dtype,
@@ -684,10 +689,10 @@ def doubts(run: Run) -> list[str]:
             f"{peak:.1e} alone, not to {args.lr:g}: a shorter --warmup would change that"
         )
 
-    if run.names != run.names_before:
+    if run.fingerprint != run.fingerprint_before:
         found.append(
-            f"{args.data}: {run.names_before} until here, from here on {run.names}: the run goes "
-            "on with other pictures than it would have seen"
+            f"{args.data}: {run.fingerprint_before} until here, from here on {run.fingerprint}: "
+            "the run goes on with other pictures than it would have seen"
         )
 
     if not run.validation:
@@ -731,7 +736,8 @@ def save(run: Run, n: int) -> None:
         run.best = max((run.best, *run.entries), key=lambda entry: entry.get("mIoU") or 0)
         content = {k: getattr(run, k).state_dict() for k in ("model", "optimizer", "scaler")}
         content |= dict(iteration=n, window=run.window, best=run.best, seed=run.args.seed)
-        content |= dict(args=vars(run.args), classes=tuple(run.classes), names=run.names)
+        content |= dict(args=vars(run.args), classes=tuple(run.classes))
+        content |= dict(names=run.fingerprint)
         done = write_or_warn(path, lambda path: write_checkpoint(content, path))
 
         old = saved_checkpoints(run.args.work_dir)[: -run.args.keep] if done else []
@@ -799,7 +805,7 @@ TOY = dict(
 )
 # Arguments that change nothing in what a run computes: they may differ on --resume, unsaid.
 NO_EFFECT = ("work_dir", "resume", "workers", "keep", "timeout", "dry_run")
-# Those that are part of the optimizer's state: they may not.
+# Those that the optimizer's state holds, which --resume brings back: they may not.
 IN_THE_OPTIMIZER = ("optimizer", "weight_decay", "layer_decay", "freeze")
 
 
@@ -916,8 +922,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
     if given.data == "toy":
         parser.set_defaults(**TOY)
 
-    anywhere = os.path.join(escape(given.work_dir or "runs"), "**", "checkpoint_*.pt")
-    if given.resume and given.work_dir and not glob(anywhere, recursive=True):
+    if given.resume and given.work_dir and not find_checkpoints(given.work_dir):
         print(f"{given.work_dir}: holds no checkpoint yet, a run starts anew", file=sys.stderr)
     elif given.resume:
         checkpoint = usable_checkpoint(given.work_dir or "runs")

@@ -14,11 +14,11 @@ Paper: UPerNet (Xiao et al. 2018, arXiv:1807.10221): a feature pyramid (FPN, Lin
 arXiv:1612.03144) on top of the pyramid pooling of PSPNet (Zhao et al. 2017, arXiv:1612.01105). "^"
 is an upsampling that is added.
 
-Departures from the paper, all of them the reference's: 512 channels throughout, dropout before the
-classifier, an auxiliary head on level 4, and only the one task, scene parsing.
+Departures from the paper, all of them the reference's: dropout before the classifier, an auxiliary
+head on level 4, and only the one task, scene parsing.
 
-Names of dimensions: B batch, C channels or classes, h w the size of a map, H W the larger size it
-is brought to, O output channels.
+Names of dimensions: B batch, C channels (of logits: one for each class), O output channels, D the
+width of the backbone, h w the size of a map, H W the larger size it is brought to.
 """
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 from model import ARCHS, NECKS, build_backbone
 
 IGNORE_INDEX = 255  # the label of pixels that nobody labelled: no loss, no metric
-AUX_WEIGHT = 0.4  # of the auxiliary head's loss (PSPNet, section 3.3)
+AUX_WEIGHT = 0.4  # of the auxiliary head's loss (PSPNet, section 5.2)
 
 
 # ---- Resizing is two small matrices --------------------------------------------------------------
@@ -43,11 +43,13 @@ AUX_WEIGHT = 0.4  # of the auxiliary head's loss (PSPNet, section 3.3)
 #          the centre of new 1 lies a quarter of the way            ...
 #          from that of old 0 to that of old 1
 #
-# Whatever is linear and comes next can change places with it, and be done on the small map:
-# - a 3x3 convolution of an upsampled map, which neck and head consist of (conv3x3_of_resized);
-# - the loss and the prediction want the logits at the picture's size: they take some rows of My at
-#   a time, and never hold the large logits as a whole (UpsampledCrossEntropy, evaluate.predict);
-# - two resizings in a row are one, whose matrix is the product of both (evaluate.predict).
+# What acts on the channels can change places with it, and be done on the small map. What acts along
+# an axis multiplies into its matrix. What reads pixel by pixel can take a few rows of My at once:
+# - a 3x3 convolution of an upsampled map, which neck and head consist of, is a product of channels
+#   and three shifts along each axis (conv3x3_of_resized);
+# - two resizings in a row are one, whose matrix is the product of both (evaluate.label_pixels);
+# - the loss and the prediction, which want the logits at the picture's size, never hold them as a
+#   whole (UpsampledCrossEntropy, evaluate.label_pixels).
 
 
 def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
@@ -111,7 +113,7 @@ def conv3x3_of_resized(maps: list[Tensor], weight: Tensor) -> Tensor:
 
 def add_upsampled_conv3x3(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """total (B, O, H, W) plus the convolution of x (B, C, h, w), brought to (H, W), with weight
-    (O, C, 3, 3). total may be written over. Exact. The plain form:
+    (O, C, 3, 3). total may be written over: it belongs to this function. Exact. The plain form:
 
         total + F.conv2d(resize(x, (H, W)), weight, padding=1)
 
@@ -126,14 +128,15 @@ def add_upsampled_conv3x3(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     columns = columns.permute(1, 2, 0).reshape(W, w * 3)
     weight = weight.permute(2, 1, 3, 0).reshape(3, C, 3 * O)  # for each ky from C to (kx, O)
 
+    # The channels come last from here on, so that each product reads and writes whole rows.
     x = x.permute(0, 2, 3, 1).reshape(B, h * w, C)
     total = total.permute(0, 2, 3, 1).reshape(B, H, W * O)
     for ky in range(3):  # one after the other, added in place: a third of the memory
-        taps = x @ weight[ky]  # (B, h w, 3 O)
-        wide = columns @ taps.view(B, h, w * 3, O)  # (B, h, W, O): three taps along x, added up
+        taps = x @ weight[ky]  # (B, h w, 3 O), laid out as (B, h, w, kx, O)
+        wide = columns @ taps.view(B, h, w * 3, O)  # (B, h, W, O): the three kx, added up
         wide = wide.view(B, h, W * O)
-        above = rows[ky].to(wide.dtype).expand(B, H, h)
-        total = total.baddbmm_(above, wide)  # total + above @ wide
+        along_y = rows[ky].to(wide.dtype).expand(B, H, h)  # (no autocast in place)
+        total = total.baddbmm_(along_y, wide)  # total + along_y @ wide
     return total.view(B, H, W, O).permute(0, 3, 1, 2)
 
 
@@ -250,16 +253,18 @@ class UPerHead(nn.Module):
         for i in (2, 1, 0):
             levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[2:])
 
-        # Fusion: a 3x3 convolution over the four levels side by side, at the size of the finest.
+        # Smoothing: a 3x3 convolution for each level but the top, against what upsampling leaves.
         for i, conv in enumerate(self.fpn_convs):
             levels[i] = conv(levels[i])
+
+        # Fusion: one 3x3 convolution over the four levels side by side, at the size of the finest.
         x = self.fpn_bottleneck.of_resized(levels)  # (B, channels, h_1, w_1)
         return self.classifier(self.dropout(x))  # (B, C, h_1, w_1)
 
 
 class FCNHead(nn.Module):
     """The auxiliary head, a classifier straight on level 4. It serves training alone: it brings
-    gradient to the backbone past the whole other head (PSPNet, section 3.3).
+    gradient to the backbone past the whole other head (PSPNet, section 4: deep supervision).
 
     Four maps, of which it reads the last (B, width, h_4, w_4) -> logits (B, C, h_4, w_4)."""
 
@@ -296,10 +301,10 @@ class UpsampledCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
         B, C, h, w = logits.shape
         _, H, W = labels.shape
-        my = resize_matrix(h, H, logits)  # (H, h)
-        mx = resize_matrix(w, W, logits)  # (W, w)
-        wide = mx @ logits.permute(0, 2, 3, 1)  # (B, h, W, C): the C logits of a pixel side by side
-        wide = wide.flatten(2)  # (B, h, W C)
+        rows = resize_matrix(h, H, logits)  # My, (H, h)
+        columns = resize_matrix(w, W, logits)  # Mx, (W, w)
+        wide = columns @ logits.permute(0, 2, 3, 1)  # (B, h, W, C)
+        wide = wide.flatten(2)  # (B, h, W C): the C logits of a pixel side by side
         wanted = ctx.needs_input_grad[0]
         grad = torch.zeros_like(wide) if wanted else None
 
@@ -308,9 +313,9 @@ class UpsampledCrossEntropy(torch.autograd.Function):
         for start in range(0, H, step):
             stop = min(start + step, H)
             first, last = source_rows(start, stop, h, H)
-            m = my[start:stop, first:last]
-            tall = m @ wide[:, first:last]  # (B, rows, W C)
-            log_p = tall.view(B, -1, W, C).log_softmax(3)
+            m = rows[start:stop, first:last]
+            large = m @ wide[:, first:last]  # (B, stop - start, W C)
+            log_p = large.view(B, -1, W, C).log_softmax(3)
 
             label = labels[:, start:stop, :, None]
             kept = label != IGNORE_INDEX
@@ -323,7 +328,7 @@ class UpsampledCrossEntropy(torch.autograd.Function):
                 p *= kept
                 grad[:, first:last] += m.mT @ p.view(B, -1, W * C)
         if wanted:
-            grad = mx.mT @ grad.view(B, h, W, C)  # (B, h, w, C)
+            grad = columns.mT @ grad.view(B, h, W, C)  # (B, h, w, C)
             ctx.save_for_backward(grad.permute(0, 3, 1, 2) / labels.numel())
         return loss / labels.numel()
 
@@ -342,7 +347,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     The mean is over all pixels: ignored ones add no loss but count in the divisor, as in the
     reference. A mean over the labelled ones alone would give the few labelled pixels of a picture
     that is hardly labelled the weight of a whole picture."""
-    with torch.autocast(logits.device.type, enabled=False):  # float32 under autocast too, as there
+    with torch.autocast(logits.device.type, enabled=False):  # as the reference
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return UpsampledCrossEntropy.apply(logits, labels)
 

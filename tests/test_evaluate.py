@@ -374,6 +374,16 @@ def test_any_folder_of_pictures_is_labelled_without_truth(run):
     assert done.returncode == 0 and os.listdir(run.folder / "one") == ["p3.png"]
 
 
+def test_checkpoints_are_found_in_folders_whose_names_look_like_patterns(tmp_path):
+    path = tmp_path / "my [1] runs*" / "a" / "checkpoint_7.pt"
+    os.makedirs(path.parent)
+    path.write_bytes(b"")
+    for folder in (path.parent, path.parent.parent):
+        assert evaluate.checkpoints(str(folder)) == [str(path)]
+    with pytest.raises(evaluate.UsageError, match="no checkpoint_"):
+        evaluate.checkpoints(str(tmp_path))
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_unreadable_files_of_a_folder_are_named_at_the_end_and_the_others_labelled(processes, run):
     folder = run.folder / "set/images/validation"

@@ -438,7 +438,7 @@ def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
         args, _ = train.parse(argv)
         schedule = train.OPTIMIZERS["adamw"] | dict(lr=args.lr, warmup=args.warmup)
         run = dict(args=args, training=[1], validation=[1], schedule=schedule, classes=None)
-        return train.doubts(SimpleNamespace(**run, names="", names_before=""))
+        return train.doubts(SimpleNamespace(**run, fingerprint="", fingerprint_before=""))
 
     monkeypatch.setattr(train, "label_warnings", lambda pairs, classes: [])
     (said,) = doubted(["--iters", "200"])
@@ -458,6 +458,8 @@ def test_a_frozen_run_changes_neck_and_heads_alone(straight, folder):
     assert changed == {"decode_head", "auxiliary_head"}
     content = torch.load(work / "checkpoint_2.pt", weights_only=True)
     assert {g["weight_decay"] for g in content["optimizer"]["param_groups"]} == {0.05}
+    done = run(folder, "--resume", "--work-dir", work, "--iters", 4, "--dry-run")
+    assert done.returncode == 0 and "iterations 2 to 4" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
