@@ -730,13 +730,16 @@ def class_warnings(pixels: ndarray, classes: Classes, seen: int, total: int) -> 
     each label, in `seen` of `total` label files."""
     count = len(classes.names)
     missing = [name for name, n in zip(classes.names, pixels) if n == 0]
+    named = missing[:20]
+    if len(missing) > 20:
+        named.append(f"and {len(missing) - 20} more")
     warnings = []
 
     # Rare classes may well be absent from a part of a large set; many of them is another matter.
     if missing and (seen == total or len(missing) > count / 3):
         warnings.append(
             f"{len(missing)} of {count} classes are in none of the training labels "
-            f"({seen} of {total} files were looked at): {', '.join(missing)}"
+            f"({seen} of {total} files were looked at): {', '.join(named)}"
         )
     if len(missing) > count - 2:
         warnings.append("with fewer than two classes in the labels there is nothing to learn")
