@@ -494,15 +494,27 @@ def parse_scales(text: str) -> tuple[float, ...]:
     return scales
 
 
-def at_least(least: int) -> Callable:
-    """A whole number on the command line."""
+def number(kind: type, words: str, low: float, high: float = 2**63) -> Callable[[str], float]:
+    """-> an argparse type: an int or float, at least low and below high, or argparse's error, that
+    it is not what `words` say. (nan is in no interval.)"""
 
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} must be {least} or more")
-        return int(text)
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+        return value
 
-    return number
+    return read
+
+
+POSITIVE = number(int, "a whole number above 0", 1)
+COUNT = number(int, "a whole number of 0 or more", 0)
+REAL = number(float, "a number of 0 or more", 0, math.inf)
+FACTOR = number(float, "a number from 0 to 1", 0, math.nextafter(1, 2))
+RATE = number(float, "a number of 0 or more and below 1", 0, 1)
 
 
 def options() -> argparse.ArgumentParser:
@@ -528,15 +540,15 @@ def options() -> argparse.ArgumentParser:
         help="sizes relative to (2048, 512); 0.5,...,1.75 means steps of 0.25 (default: 1)")
     add("--flip", action="store_true",
         help="add the mirrored picture at every scale")
-    add("--short-side", type=at_least(1), metavar="PIXELS",
+    add("--short-side", type=POSITIVE, metavar="PIXELS",
         help="of pictures at scale 1 (default: as trained, else 512)")
-    add("--slide", type=at_least(1), metavar="PIXELS",
+    add("--slide", type=POSITIVE, metavar="PIXELS",
         help="label square windows of this side instead of whole pictures, e.g. 512")
-    add("--stride", type=at_least(1), metavar="PIXELS",
+    add("--stride", type=POSITIVE, metavar="PIXELS",
         help="from one window to the next, e.g. 341")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="auto (default): bfloat16 if in hardware, else float32")
-    add("--workers", type=at_least(0), default=2,
+    add("--workers", type=COUNT, default=2,
         help="processes that read pictures (default: 2)")
     add("--compile", action="store_true",
         help="torch.compile the model: a minute at each new size of pictures, then faster")
@@ -550,7 +562,7 @@ def options() -> argparse.ArgumentParser:
         help="write one png a picture, with the values of the data set's own label files")
     add("--show", metavar="DIR",
         help="write one sheet a picture: picture, truth, prediction, legend; or an overlay")
-    add("--opacity", type=float, default=0.6,
+    add("--opacity", type=FACTOR, default=0.6,
         help="of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
     return parser
 
@@ -561,8 +573,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.slide or 0) < (args.stride or 0) or (args.slide and not args.stride):
         parser.error("--slide needs a --stride, of as many pixels or fewer")
-    if not 0 <= args.opacity <= 1:
-        parser.error(f"--opacity {args.opacity} must be 0 to 1")
     if args.image and not (args.show or args.save_labels):
         parser.error("--image needs --show DIR or --save-labels DIR, or nothing would come out")
     if args.image and args.json:

@@ -22,7 +22,7 @@ import signal
 import sys
 import zipfile
 import zlib
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from glob import escape, glob
@@ -57,7 +57,12 @@ from convert_weights import (
     write_checkpoint,
 )
 from evaluate import (
+    COUNT,
     DTYPES,
+    FACTOR,
+    POSITIVE,
+    RATE,
+    REAL,
     SIGNALS,
     UsageError,
     autocast,
@@ -807,29 +812,6 @@ TOY = dict(
 NO_EFFECT = ("work_dir", "resume", "workers", "keep", "timeout", "dry_run")
 # Those that the optimizer's state holds, which --resume brings back: they may not.
 IN_THE_OPTIMIZER = ("optimizer", "weight_decay", "layer_decay", "freeze")
-
-
-def number(kind: type, words: str, low: float, high: float = 2**63) -> Callable[[str], float]:
-    """-> an argparse type: an int or float, at least low and below high, or what `words` say it has
-    to be. (nan is in no interval.)"""
-
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value < high:
-            raise ArgumentTypeError(f"{text!r} is not {words}")
-        return value
-
-    return read
-
-
-POSITIVE = number(int, "a whole number above 0", 1)
-COUNT = number(int, "a whole number of 0 or more", 0)
-REAL = number(float, "a number of 0 or more", 0, math.inf)
-FACTOR = number(float, "a number from 0 to 1", 0, math.nextafter(1, 2))
-RATE = number(float, "a number of 0 or more and below 1", 0, 1)
 
 
 def options(**more) -> ArgumentParser:
