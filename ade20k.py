@@ -17,27 +17,31 @@ As a program:  python ade20k.py {download,toy,check} DIR
 import argparse
 import colorsys
 import hashlib
-import http.client
 import importlib.util
 import os
 import re
 import sys
 import time
 import unicodedata
-import urllib.request
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
-from os.path import dirname, exists, isdir, join
+from os.path import dirname, exists, getsize, isdir, join, splitext
 from typing import NamedTuple
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from numpy import ndarray
+from numpy.random import Generator, default_rng
 from PIL import Image, PngImagePlugin
+from PIL.Image import Transpose
 from torch import Tensor
 
 from upernet import IGNORE_INDEX
@@ -118,22 +122,23 @@ def read_classes(root: str) -> Classes:
 
         if max(numbers, default=0) > 255 or (name in names and not setting):
             raise DataError(f"{where} has a colour above 255 or a name that another line has")
-        elif setting and not names and setting[1] != "ignore" and not zero_ignored:
+
+        if not setting:
+            if ignored_colours is not None and numbers in [[], *palette, *ignored_colours]:
+                raise DataError(f"{where} has no colour of its own, which `colours` asks for")
+            palette.append(numbers or default_colour(len(names)))
+            names.append(name)
+        elif not names and setting[1] != "ignore" and not zero_ignored:
             ignored_colours = []
-        elif setting and not names and numbers in ([0], [255]) and ignored_colours is None:
+        elif not names and numbers in ([0], [255]) and ignored_colours is None:
             zero_ignored = numbers == [0]
-        elif setting and not names and len(numbers) == 3 and ignored_colours is not None:
+        elif not names and len(numbers) == 3 and ignored_colours is not None:
             ignored_colours.append(numbers)
-        elif setting:
+        else:
             raise DataError(
                 f"{where} must be `ignore 0`, `ignore 255` or `colours` or, below `colours`, "
                 "`ignore R G B`, and stand above the first class"
             )
-        elif ignored_colours is not None and numbers in [[], *palette, *ignored_colours]:
-            raise DataError(f"{where} has no colour of its own, which `colours` asks for")
-        else:
-            palette.append(numbers or default_colour(len(names)))
-            names.append(name)
 
     if not 0 < len(names) < 256:
         raise DataError(
@@ -168,13 +173,13 @@ def default_colour(k: int) -> list[int]:
 
 # What EXIF's orientation says must be done to see the picture upright.
 TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
 }
 
 # Text in a png is nobody's reason to refuse it: Pillow does so above 1 MB.
@@ -182,17 +187,33 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
 
 
 @contextmanager
-def opened(path: str) -> Iterator[Image.Image]:
-    """A picture file; whatever goes wrong while it is open and read is a DataError."""
+def opened(path: str, label: bool = False) -> Iterator[Image.Image]:
+    """A picture file or, of a format that keeps every value, a label file. Whatever goes wrong
+    while it is open and read is a DataError that names it."""
     try:
         with Image.open(path) as file:
+            if label and may_change_values(file):
+                raise DataError(f"is a {file.format} file that may change labels, save them as png")
             yield file
-    except DataError:
-        raise
+    except DataError as fault:
+        raise DataError(f"{path}: {fault}") from None
     except Exception as error:  # Pillow's decoders raise a dozen different types on damaged files
         raise DataError(
             f"{path}: cannot be read as a picture ({error}), replace the file"
         ) from error
+
+
+def may_change_values(file: Image.Image) -> bool:
+    """Is an open file, whatever its name, in a format that loses, or may number a palette anew
+    (GIF)?"""
+    if file.format == "TIFF":
+        return file.info["compression"] in ("jpeg", "tiff_jpeg", "webp")
+    if file.format == "PPM":  # with another maximum than 255 Pillow stretches it
+        return "ppm" in str(file.tile)
+    if file.format == "WEBP":
+        with open(file.filename, "rb") as content:
+            return re.search(rb"VP8[ L]", content.read())[0] != b"VP8L"
+    return file.format not in ("PNG", "BMP", "TGA", "PCX", "SGI", "QOI")
 
 
 def load_image(path: str) -> ndarray:
@@ -202,24 +223,18 @@ def load_image(path: str) -> ndarray:
     cv2.imread does it."""
     with opened(path) as picture:
         picture.load()
-        turn = TURNS.get(orientation(picture))
+        turn = None
+        with suppress(Exception):  # an EXIF block that cannot be read says nothing about pixels
+            turn = TURNS.get(picture.getexif().get(274))
+
         if picture.mode == "F":
             raise ValueError("its pixels are floating-point numbers of unknown range")
         if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip instead of scale
             upper = (np.asarray(picture) >> 8).clip(0, 255)
             picture = Image.fromarray(upper.astype(np.uint8))
-        if picture.mode != "RGB":
-            picture = picture.convert("RGB")
+
+        picture = picture.convert("RGB")
         return np.asarray(picture if turn is None else picture.transpose(turn))
-
-
-def orientation(picture: Image.Image) -> int:
-    """EXIF's tag 274: how the camera was held. A block that cannot be read says nothing about the
-    pixels, which are good, and does not stop anybody."""
-    try:
-        return picture.getexif().get(274, 1)
-    except Exception:
-        return 1
 
 
 def load_label(path: str, classes: Classes = Classes()) -> ndarray:
@@ -228,102 +243,103 @@ def load_label(path: str, classes: Classes = Classes()) -> ndarray:
     The file has one channel of 1 to 16 bits (of a palette, the indices), or the classes' colours.
     DataError if its format may have changed labels, or it holds a value or a colour that is no
     class."""
-    with opened(path) as file:
-        check_lossless(file, path)
-        if classes.ignored_colours is not None:
-            return label_of_colours(np.asarray(file.convert("RGB")), path, classes)
-        few_bits = re.search(r"L;([24])", str(file.tile))
-        values = np.asarray(file)
+    with opened(path, label=True) as file:
+        if classes.ignored_colours is None:
+            return label_of_numbers(file, classes)
+        return label_of_colours(file, classes)
+
+
+def label_of_numbers(file: Image.Image, classes: Classes) -> ndarray:
+    """A label file of one channel -> (H, W) uint8, 0..C-1 or 255."""
+    coding = str(file.tile)
+    values = np.asarray(file)
     if values.ndim != 2 or values.dtype.kind not in "biu" or values.min() < 0:
         raise DataError(
-            f"{path}: labels must be one channel of integers from 0 on, this is {values.dtype} of "
-            f"shape {values.shape}; for colours, begin classes.txt with a line `colours`"
+            f"labels must be one channel of integers from 0 on, this is {values.dtype} of shape "
+            f"{values.shape}; for colours, begin classes.txt with a line `colours`"
         )
-    if few_bits:  # Pillow stretches what 2 or 4 bits hold to 0..255
-        stored = 2 ** int(few_bits[1]) - 1
-        values = values // (255 // stored)
+    if "L;2" in coding:  # Pillow has stretched 0..3 to 0..255,
+        values = values // 85
+    if "L;4" in coding:  # and 0..15
+        values = values // 17
 
     count = len(classes.names)
-    if classes.zero_ignored:
-        largest, ignored = count, 0
-    else:
-        largest, ignored = count - 1, IGNORE_INDEX
-    if values.max() > largest:
-        above = values[(values > largest) & (values != ignored)]
-        if len(above):
+    first, unlabelled = (1, 0) if classes.zero_ignored else (0, IGNORE_INDEX)
+    wrong = values[(values >= first + count) & (values != unlabelled)]
+    if wrong.size:
+        raise DataError(
+            f"label {wrong.max()} is above the {count} classes, {unlabelled} is for unlabelled "
+            "pixels; classes.txt says what labels mean"
+        )
+    # The one place where labels are shifted.
+    return np.where(values == unlabelled, IGNORE_INDEX, values - first).astype(np.uint8)
+
+
+def label_of_colours(file: Image.Image, classes: Classes) -> ndarray:
+    """A label file in the colours of classes -> (H, W) uint8, 0..C-1 or 255."""
+    if ";16" in str(file.tile):  # Pillow cuts colours of 16 bits, and clips grey
+        values = np.asarray(file)
+        if values.ndim == 3 or (values[values > 255] < 65535).any():
             raise DataError(
-                f"{path}: label {above.max()} is above the {count} classes, "
-                f"{ignored} is for unlabelled pixels; classes.txt says what labels mean"
+                "has colours of 16 bits, those in classes.txt have 8: save it as a png of 8 bits"
             )
 
-    label = values.astype(np.uint8)  # a copy, which may be written
-    if classes.zero_ignored:  # the one place where labels are shifted
-        label = label - 1
-        label[values == 0] = IGNORE_INDEX
-    return label
+    table = np.full((256, 256, 256), -1, np.int16)  # the label of every colour there is
+    for colour in classes.ignored_colours:
+        table[*colour] = IGNORE_INDEX
+    for k, colour in enumerate(classes.palette):
+        table[*colour] = k
 
-
-def check_lossless(file: Image.Image, path: str) -> None:
-    """DataError if an opened label file is in a format that may change values, whatever its name:
-    one that loses, or that may number its palette anew (GIF)."""
-    kind = file.format
-    good = kind in ("PNG", "TIFF", "BMP", "TGA", "WEBP", "PPM", "PCX", "SGI", "QOI")
-    if kind == "TIFF":
-        good = file.info["compression"] not in ("jpeg", "tiff_jpeg", "webp")
-    if kind == "WEBP":
-        with open(path, "rb") as content:
-            good = re.search(rb"VP8[ L]", content.read())[0] == b"VP8L"
-    if kind == "PPM":  # with another maximum than 255 Pillow stretches it
-        good = "ppm" not in str(file.tile)
-    if not good:
-        raise DataError(f"{path}: is a {kind} file that may change labels, save them as png")
-
-
-def label_of_colours(rgb: ndarray, path: str, classes: Classes) -> ndarray:
-    """(H, W, 3) uint8, colours of classes -> (H, W) uint8, 0..C-1 or 255."""
-    place = np.array([1 << 16, 1 << 8, 1])
-    colours = np.array(classes.palette + classes.ignored_colours) @ place
-    table = np.full(1 << 24, -1, np.int16)  # of all colours there are
-    table[colours] = IGNORE_INDEX
-    table[colours[: len(classes.names)]] = range(len(classes.names))
-
-    label = table[rgb @ place]  # (H, W)
-    wrong = label < 0
-    if wrong.any():
-        y, x = np.argwhere(wrong)[0]
+    rgb = np.asarray(file.convert("RGB"))
+    label = table[*rgb.transpose(2, 0, 1)]  # (H, W)
+    if label.min() < 0:
+        y, x = np.argwhere(label < 0)[0]
         r, g, b = rgb[y, x]
         raise DataError(
-            f"{path}: the pixel at x = {x}, y = {y} has the colour {r} {g} {b}, "
+            f"the pixel at x = {x}, y = {y} has the colour {r} {g} {b}, "
             "which is in no line of classes.txt"
         )
     return label.astype(np.uint8)
 
 
 def load(
-    image_path: str, label_path: str, classes: Classes = Classes()
-) -> tuple[ndarray, ndarray]:
+    image_path: str, label_path: str | None, classes: Classes = Classes()
+) -> tuple[ndarray, ndarray | None]:
     """load_image and load_label of one sample; DataError if their sizes differ."""
     image = load_image(image_path)
+    if label_path is None:
+        return image, None
+
     label = load_label(label_path, classes)
-    h, w = image.shape[:2]
-    label_h, label_w = label.shape
-    if (h, w) != (label_h, label_w):
-        raise DataError(
-            f"{image_path}: the picture has {h}x{w} pixels, its label file {label_path} "
-            f"{label_h}x{label_w}, they must be equal"
-        )
+    if image.shape[:2] != label.shape:
+        raise size_fault(image_path, image.shape, label_path, label.shape)
     return image, label
+
+
+def check_headers(image_path: str, label_path: str) -> None:
+    """DataError if the first bytes of the two files tell that they cannot be read, or are of
+    different sizes (turned by EXIF or not)."""
+    with opened(image_path) as file:
+        size = file.size[::-1]
+    with opened(label_path, label=True) as file:
+        label_size = file.size[::-1]
+    if sorted(size) != sorted(label_size):
+        raise size_fault(image_path, size, label_path, label_size)
+
+
+def size_fault(image_path: str, size: tuple, label_path: str, label_size: tuple) -> DataError:
+    (h, w, *_), (label_h, label_w) = size, label_size
+    return DataError(
+        f"{image_path}: the picture has {h}x{w} pixels, its label file {label_path} "
+        f"{label_h}x{label_w}, they must be equal"
+    )
 
 
 # ---- transforms ----------------------------------------------------------------------------------
 
 
 def train_transform(
-    image: ndarray,
-    label: ndarray,
-    rng: np.random.Generator,
-    crop: int = 512,
-    short: int = 512,
+    image: ndarray, label: ndarray, rng: Generator, crop: int = 512, short: int = 512
 ) -> tuple[ndarray, ndarray, tuple[int, int]]:
     """The reference's training pipeline up to normalisation: scale, crop, flip, distort, pad.
 
@@ -332,38 +348,42 @@ def train_transform(
     *after* normalisation, which no uint8 can say: normalise(images, sizes) does it. Random numbers
     are drawn in the reference's order, so that a test can replay its stream."""
     # Scale the picture into (4 short, short) * U(0.5, 2).
-    ratio = rng.random() * 1.5 + 0.5
     H, W = label.shape
+    ratio = rng.random() * 1.5 + 0.5
     h, w = scaled_size(H, W, int(4 * short * ratio), int(short * ratio))
-    rows = nearest_indices(H, h)
-    columns = nearest_indices(W, w)
+    label = label[nearest_indices(H, h)][:, nearest_indices(W, w)]  # (h, w)
 
-    # A crop of hardly anything but one class teaches little: it is drawn again, up to ten times,
-    # while one class fills 75% or more of its labelled pixels. The eleventh is taken as it comes.
-    for _ in range(11):
-        y0 = rng.integers(0, max(h - crop, 0) + 1)
-        x0 = rng.integers(0, max(w - crop, 0) + 1)
-        y1 = min(y0 + crop, h)
-        x1 = min(x0 + crop, w)
-        cropped = label[rows[y0:y1]]
-        cropped = cropped[:, columns[x0:x1]]  # (y1 - y0, x1 - x0)
+    y, x = choose_crop(label, crop, rng)
+    label = label[y : y + crop, x : x + crop]
+    size = label.shape
+    box = (y, x, y + size[0], x + size[1])
+    image = resize_bilinear(image, h, w, box)  # (3, *size)
 
-        pixels = Image.fromarray(cropped).histogram()  # of each label
-        counts = np.array(pixels[:IGNORE_INDEX])
-        if np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < 0.75:
-            break
-
-    image = resize_bilinear(image, h, w, (y0, x0, y1, x1))  # (3, y1 - y0, x1 - x0)
     if rng.random() < 0.5:
         image = image[:, :, ::-1]
-        cropped = cropped[:, ::-1]
+        label = label[:, ::-1]
     image = distort(image, rng)
 
-    size = cropped.shape
     pad = [(0, crop - side) for side in size]
     image = np.pad(image, [(0, 0), *pad])  # (3, crop, crop)
-    cropped = np.pad(cropped, pad, constant_values=IGNORE_INDEX)  # (crop, crop)
-    return image, cropped, size
+    label = np.pad(label, pad, constant_values=IGNORE_INDEX)  # (crop, crop)
+    return image, label, size
+
+
+def choose_crop(label: ndarray, crop: int, rng: Generator) -> tuple[int, int]:
+    """The upper left corner (y, x) of a crop that teaches something. One of hardly anything but
+    one class is drawn again, up to ten times, while that class fills 75% or more of its labelled
+    pixels. The eleventh is taken as it comes."""
+    h, w = label.shape
+    for _ in range(11):
+        y = rng.integers(0, max(h - crop, 0) + 1)
+        x = rng.integers(0, max(w - crop, 0) + 1)
+        part = label[y : y + crop, x : x + crop]
+
+        counts = np.bincount(part.ravel())[:IGNORE_INDEX]  # pixels of each class
+        if counts.max() < 0.75 * counts.sum():
+            break
+    return y, x
 
 
 def scaled_size(height: int, width: int, long: int, short: int) -> tuple[int, int]:
@@ -391,75 +411,64 @@ def resize_bilinear(
     filters, which do, would feed the network smoother pictures than the published runs saw."""
     H, W = image.shape[:2]
     y0, x0, y1, x1 = box or (0, 0, h, w)
-    if (h, w) == (H, W):
-        return image[y0:y1, x0:x1].transpose(2, 0, 1)
+    x = source_places(x0, x1, W, w)
+    y = source_places(y0, y1, H, h)
+    start = int(y[0])
+    rows = image[start : int(y[-1]) + 2].transpose(2, 0, 1)  # those that the target needs
 
-    rows, top, bottom, weight_y = neighbours(y0, y1, H, h)
-    columns, left, right, weight_x = neighbours(x0, x1, W, w)
-    x = image[rows, columns].transpose(2, 0, 1).astype(np.float32, order="C")
-
-    # take(..., mode="clip") is x[:, :, left] without a check of each index.
-    x = mix(
-        x.take(left, 2, mode="clip"),
-        x.take(right, 2, mode="clip"),
-        weight_x,
-    )  # (3, rows, x1 - x0)
-    x = mix(x[:, top], x[:, bottom], weight_y[:, None])  # (3, y1 - y0, x1 - x0)
-    x += 0.5
-    return x.astype(np.uint8)
+    rows = interpolate(rows, x, axis=2)  # (3, n, x1 - x0)
+    image = interpolate(rows, y - start, axis=1)  # (3, y1 - y0, x1 - x0)
+    image += 0.5
+    return image.astype(np.uint8)
 
 
-def neighbours(
-    first: int, last: int, old: int, new: int
-) -> tuple[slice, ndarray, ndarray, ndarray]:
-    """Of an axis resized from old to new pixels: where the target pixels first..last - 1 look.
-
-    -> the slice of the source that they need, the indices in it of the pixels before and after each
-    one's centre, which lies at (i + 1/2) old / new, and the weight of the one after"""
-    x = (np.arange(first, last) + 0.5) * old / new - 0.5
-    index = np.floor(x).astype(np.intp)
-    weight = (x - index).astype(np.float32)
-
-    before = index.clip(0, old - 1)
-    after = (index + 1).clip(0, old - 1)
-    start = before[0]
-    used = slice(start, after[-1] + 1)
-    return used, before - start, after - start, weight
+def source_places(first: int, last: int, old: int, new: int) -> ndarray:
+    """Of an axis resized from old to new pixels: the places in the source that the centres of the
+    target pixels first..last - 1 come from."""
+    return (np.arange(first, last) + 0.5) * old / new - 0.5
 
 
-def mix(first: ndarray, second: ndarray, weight: ndarray) -> ndarray:
-    """first + (second - first) * weight, in second's place: new memory costs more than sums."""
-    second -= first
-    second *= weight
-    second += first
-    return second
+def interpolate(x: ndarray, place: ndarray, axis: int) -> ndarray:
+    """x (3, H, W) at places between its pixels along an axis, float32."""
+    index = np.floor(place).astype(np.intp)
+    weight = (place - index).astype(np.float32)
+    if axis == 1:
+        weight = weight[:, None]
+
+    # Beyond the border (mode="clip") its pixels go on. In place: new memory costs more than sums.
+    before = x.take(index, axis, mode="clip").astype(np.float32)
+    after = x.take(index + 1, axis, mode="clip").astype(np.float32)
+    after -= before
+    after *= weight
+    after += before
+    return after  # before + (after - before) * weight
 
 
-def distort(image: ndarray, rng: np.random.Generator) -> ndarray:
+def distort(image: ndarray, rng: Generator) -> ndarray:
     """Photometric distortion of (3, H, W) uint8 (SSD, Liu et al. 2016, arXiv:1512.02325, section
     2.2): brightness, contrast (here or at the end), saturation, hue, each with probability 1/2."""
-    if rng.integers(0, 2):
-        image = scale_levels(image, offset=rng.uniform(-32, 32))
+    coin = partial(rng.integers, 0, 2)
+    if coin():
+        image = scale_levels(image, 1, rng.uniform(-32, 32))
 
-    contrast_first = rng.integers(0, 2)
-    if contrast_first and rng.integers(0, 2):
-        image = scale_levels(image, factor=rng.uniform(0.5, 1.5))
+    contrast_first = coin()
+    if contrast_first and coin():
+        image = scale_levels(image, rng.uniform(0.5, 1.5))
 
-    if rng.integers(0, 2):
+    if coin():
         hue, saturation, value = rgb_to_hsv(image)
-        image = hsv_to_rgb(hue, scale_levels(saturation, factor=rng.uniform(0.5, 1.5)), value)
+        image = hsv_to_rgb(hue, scale_levels(saturation, rng.uniform(0.5, 1.5)), value)
 
-    if rng.integers(0, 2):
+    if coin():
         hue, saturation, value = rgb_to_hsv(image)
-        turned = (np.arange(180) + rng.integers(-18, 18)) % 180  # `%` on whole pictures is slow
-        image = hsv_to_rgb(turned.take(hue, mode="clip"), saturation, value)
+        image = hsv_to_rgb((hue + rng.integers(-18, 18)) % 180, saturation, value)
 
-    if not contrast_first and rng.integers(0, 2):
-        image = scale_levels(image, factor=rng.uniform(0.5, 1.5))
+    if not contrast_first and coin():
+        image = scale_levels(image, rng.uniform(0.5, 1.5))
     return image
 
 
-def scale_levels(x: ndarray, factor: float = 1, offset: float = 0) -> ndarray:
+def scale_levels(x: ndarray, factor: float, offset: float = 0) -> ndarray:
     """x * factor + offset, clipped to 0..255 and truncated, uint8."""
     x = x.astype(np.float32) * factor + offset
     return np.clip(x, 0, 255).astype(np.uint8)
@@ -473,11 +482,10 @@ def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
     if sizes is None:
         return x
 
-    H, W = x.shape[2:]
-    inside_y = torch.arange(H, device=device) < sizes[:, :1]  # (B, H)
-    inside_x = torch.arange(W, device=device) < sizes[:, 1:]  # (B, W)
-    inside = inside_y[:, None, :, None] & inside_x[:, None, None, :]  # (B, 1, H, W)
-    return x * inside
+    h, w = sizes.T.reshape(2, -1, 1, 1, 1)  # each (B, 1, 1, 1)
+    row = torch.arange(x.shape[2], device=device)[:, None]  # (H, 1)
+    column = torch.arange(x.shape[3], device=device)  # (W)
+    return x * ((row < h) & (column < w))
 
 
 # ---- HSV, as the reference's cv2 rounds it -------------------------------------------------------
@@ -495,34 +503,32 @@ def fixed_point(numerator: int) -> ndarray:
 HUE_STEP = fixed_point(30)  # 30 / spread: a sixth of the circle is 30 steps
 SATURATION_STEP = fixed_point(255)  # 255 / value
 
+
+def rgb_to_hsv(image: ndarray) -> tuple[ndarray, ndarray, ndarray]:
+    """(3, H, W) uint8 -> hue (H, W) 0..179, saturation 0..255, value 0..255, integers, equal to
+    cv2's."""
+    r, g, b = rgb = image.astype(np.int16)
+    value = rgb.max(axis=0)
+    spread = value - rgb.min(axis=0)
+
+    # Around the largest channel: red stands at 0, green at 60, blue at 120.
+    hue = np.where(value == g, b - r + 2 * spread, r - g + 4 * spread)
+    hue = np.where(value == r, g - b, hue)
+
+    half = 1 << 11  # rounds what the shift cuts
+    saturation = (spread * SATURATION_STEP[value] + half) >> 12
+    hue = (hue * HUE_STEP[spread] + half) >> 12
+    hue[hue < 0] += 180
+    return hue, saturation, value
+
+
 # Back to RGB (Smith 1978, "Color gamut transform pairs"): channel = value * (1 - saturation *
 # fade(hue)). fade is 0 over the two of six sectors where the channel dominates (R around hue 0, G
 # around 60, B around 120), 1 opposite, a ramp between. Rounded to float32 as in cv2's vector code,
 # so that the truncation at the end meets the same numbers.
-SECTOR = np.float64(np.arange(180, dtype=np.float32) * np.float32(6 / 180))  # 0..6
-FADE = []
-for start in (5, 3, 1):
-    place = (SECTOR + start) % 6
-    ramps = np.minimum(place, 4 - place).clip(0, 1)
-    FADE.append(np.float64(np.float32(ramps)))
-
-
-def rgb_to_hsv(image: ndarray) -> tuple[ndarray, ndarray, ndarray]:
-    """(3, H, W) uint8 -> hue (H, W) 0..179, saturation 0..255, value 0..255, integers, equal to
-    cv2's. (hue: an index)"""
-    r, g, b = image.astype(np.int16)
-    value = np.maximum(np.maximum(r, g), b)
-    spread = value - np.minimum(np.minimum(r, g), b)
-
-    hue = np.where(value == g, b - r + 2 * spread, r - g + 4 * spread)
-    hue = np.where(value == r, g - b, hue)
-    hue = hue * HUE_STEP.take(spread, mode="clip")
-    saturation = spread * SATURATION_STEP.take(value, mode="clip")
-    for x in (saturation, hue):
-        x += 1 << 11  # rounds what the shift cuts
-        x >>= 12
-    hue += (hue >> 31) & 180  # where it is negative
-    return hue.astype(np.intp), saturation, value
+SECTOR = np.arange(180, dtype=np.float32) * np.float32(6 / 180)  # 0..6
+PLACE = (SECTOR.astype(np.float64) + [[5], [3], [1]]) % 6  # (3, 180): of R, G, B
+FADE = np.minimum(PLACE, 4 - PLACE).clip(0, 1).astype(np.float32).astype(np.float64)
 
 
 def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
@@ -530,17 +536,12 @@ def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
     rounds). -> (3, H, W) uint8"""
     unit = np.float32(1 / 255)
     value = value.astype(np.float32) * unit
-    saturation = np.float64(saturation.astype(np.float32) * unit)
+    saturation = saturation.astype(np.float32) * unit
 
     # float64 inside the bracket, rounded once: cv2 uses a fused multiply-add there.
-    image = np.empty((3, *hue.shape), np.uint8)
-    for channel, fade in zip(image, FADE):
-        x = fade.take(hue, mode="clip")
-        x *= saturation
-        x = np.subtract(1, x, out=x).astype(np.float32)
-        x *= value
-        channel[:] = np.multiply(x, np.float32(255), out=x)
-    return image
+    share = 1 - saturation.astype(np.float64) * FADE[:, hue]  # (3, H, W)
+    image = value * share.astype(np.float32) * np.float32(255)
+    return image.astype(np.uint8)
 
 
 # ---- samples -------------------------------------------------------------------------------------
@@ -588,10 +589,7 @@ def load_pair(
 ) -> tuple[str, ndarray, ndarray | None]:
     """(image path, label path or None) -> image path, picture and label (or None) at their own
     size."""
-    image_path, label_path = pair
-    if label_path is None:
-        return image_path, load_image(image_path), None
-    return image_path, *load(image_path, label_path, classes)
+    return pair[0], *load(*pair, classes)
 
 
 # ---- finding the files, and their faults ---------------------------------------------------------
@@ -606,13 +604,10 @@ def find_pairs(root: str, split: str, optional: bool = False) -> list[Pair]:
         return []
 
     pairs, faults = scan(root, split)
-    with ThreadPool(16) as threads:  # they wait for a (network) disk, and compute nothing
-        faults += filter(None, threads.map(header_fault, pairs))
-
+    faults += read_all(check_headers, pairs)[1]
     if faults:
-        first, *others = faults
-        more = f"; and {len(others)} faults more" if others else ""
-        raise DataError(f"{first}{more}; `python ade20k.py check {root}` lists all")
+        more = f"; and {len(faults) - 1} faults more" if len(faults) > 1 else ""
+        raise DataError(f"{faults[0]}{more}; `python ade20k.py check {root}` lists all")
     if not pairs:
         raise DataError(f"{root}/images/{split}: holds no pictures")
     return pairs
@@ -620,8 +615,7 @@ def find_pairs(root: str, split: str, optional: bool = False) -> list[Pair]:
 
 def has_split(root: str, split: str) -> bool:
     """Is there any folder of a split? One alone is a fault, none may be meant so."""
-    folders = [join(root, kind, split) for kind in ("images", "annotations")]
-    return any(map(isdir, folders))
+    return isdir(join(root, "images", split)) or isdir(join(root, "annotations", split))
 
 
 def scan(root: str, split: str) -> tuple[list[Pair], list[str]]:
@@ -633,42 +627,58 @@ def scan(root: str, split: str) -> tuple[list[Pair], list[str]]:
         if not isdir(folder):
             raise DataError(missing_folder(root, folder))
 
-    faults = []
-    images = files_by_stem(image_folder, faults)
-    labels = files_by_stem(label_folder, faults)
-    for stem, image in images.items():
-        if stem not in labels:
-            wanted = join(label_folder, stem)
-            faults.append(f"{image}: its label file {wanted}.png is missing")
-    for stem, label in labels.items():
-        if stem not in images:
-            faults.append(f"{label}: its picture in {image_folder} is missing")
-
-    pairs = [(images[stem], labels[stem]) for stem in images if stem in labels]
+    pairs, faults = [], []
+    images = files_by_stem(image_folder)
+    labels = files_by_stem(label_folder)
+    for stem in images | labels:
+        match images[stem], labels[stem]:
+            case [image], [label]:
+                pairs.append((image, label))
+            case [image], []:
+                wanted = join(label_folder, stem)
+                faults.append(f"{image}: its label file {wanted}.png is missing")
+            case [], [label]:
+                faults.append(f"{label}: its picture in {image_folder} is missing")
+            case several:
+                first, twin, *_ = max(several, key=len)
+                faults.append(f"{twin}: has the name of {first}, remove or rename one of them")
     return pairs, faults
 
 
-def files_by_stem(folder: str, faults: list[str]) -> dict[str, str]:
-    """-> {name without suffix: path} of the pictures in a folder, sorted by name; a name that comes
-    twice is added to faults"""
-    suffixes, paths = picture_suffixes(), {}
-    for name in sorted(os.listdir(folder)):
-        stem, suffix = os.path.splitext(name)
-        stem = unicodedata.normalize("NFC", stem)  # "é" may be one letter, or "e" and its accent
-        if suffix.lower() not in suffixes:
-            continue
-        path = join(folder, name)
-        if stem in paths:
-            faults.append(f"{path}: has the name of {paths[stem]}, remove or rename one of them")
-        else:
-            paths[stem] = path
-    return paths
-
-
-def picture_suffixes() -> set[str]:
-    """Of all formats that Pillow reads: .jpg, .png, .tif, ..., in small letters."""
+def files_by_stem(folder: str) -> dict[str, list[str]]:
+    """-> {name without suffix: paths} of the files in any format that Pillow reads, sorted by name.
+    Names are one that differ in case or in how an accent is spelled ("é" may be one letter, or "e"
+    and its accent): on some disks they are one file, and so are the results made of them."""
     formats = Image.registered_extensions()
-    return {suffix for suffix, kind in formats.items() if kind in Image.OPEN}
+    files = defaultdict(list)
+    for name in sorted(os.listdir(folder)):
+        stem, suffix = splitext(name)
+        if formats.get(suffix.lower()) in Image.OPEN:
+            stem = unicodedata.normalize("NFC", stem).casefold()
+            files[stem].append(join(folder, name))
+    return files
+
+
+def read_all(read: Callable, pairs: list[Pair], title: str = "") -> tuple[list, list[str]]:
+    """read(image path, label path) of all pairs, in threads: while one waits for a disk, or
+    decodes, others run. -> what it returned, in order, and the sentences of its DataErrors"""
+    results, faults, started = [], [], time.monotonic()
+
+    def attempt(pair: Pair) -> object:
+        try:
+            return read(*pair)
+        except DataError as fault:
+            return fault
+
+    with ThreadPool(16) as threads:
+        for n, result in enumerate(threads.imap(attempt, pairs), start=1):
+            if isinstance(result, DataError):
+                faults.append(str(result))
+            else:
+                results.append(result)
+            if title:
+                progress(f"{title}: {n} of {len(pairs)} pictures", started, n == len(pairs))
+    return results, faults
 
 
 def missing_folder(root: str, folder: str) -> str:
@@ -699,47 +709,38 @@ def missing_folder(root: str, folder: str) -> str:
     )
 
 
-def header_fault(pair: Pair) -> str | None:
-    """What the first bytes of the two files tell: unreadable, or of different sizes (turned by EXIF
-    or not)."""
-    try:
-        with opened(pair[0]) as image, opened(pair[1]) as label:
-            check_lossless(label, pair[1])
-            w, h = image.size
-            label_w, label_h = label.size
-    except DataError as fault:
-        return str(fault)
-    if sorted((w, h)) != sorted((label_w, label_h)):
-        return f"{pair[0]}: the picture is {w}x{h}, its label file {pair[1]} {label_w}x{label_h}"
-    return None
-
-
 def label_warnings(pairs: list[Pair], classes: Classes, most: int = 300) -> list[str]:
     """class_warnings of the label files, or of `most` spread evenly over them (a second's work)."""
     step = max(1, len(pairs) // most)
-    some = [label_path for _, label_path in pairs[::step][:most]]
-    pixels = np.zeros(256, np.int64)
-    with ThreadPool() as threads:
-        for label in threads.imap(partial(load_label, classes=classes), some):
-            pixels += np.bincount(label.ravel(), minlength=256)
-    return class_warnings(pixels, classes, len(some), len(pairs))
+    counts, faults = read_all(
+        lambda _, label_path: count_labels(load_label(label_path, classes)),
+        pairs[::step][:most],
+    )
+    if faults:
+        raise DataError(faults[0])
+    return class_warnings(np.array(counts), classes, len(pairs))
 
 
-def class_warnings(pixels: ndarray, classes: Classes, seen: int, total: int) -> list[str]:
-    """What no training can learn from these labels, in sentences. pixels: (256,), how many have
-    each label, in `seen` of `total` label files."""
-    count = len(classes.names)
-    missing = [name for name, n in zip(classes.names, pixels) if n == 0]
-    named = missing[:20]
+def count_labels(label: ndarray) -> ndarray:
+    """-> (256,), how many pixels have each label"""
+    return np.bincount(label.ravel(), minlength=256)
+
+
+def class_warnings(counts: ndarray, classes: Classes, total: int) -> list[str]:
+    """What no training can learn from these labels, in sentences. counts: (n, 256), the pixels of
+    each label in n of `total` label files."""
+    seen, count = len(counts), len(classes.names)
+    missing = [name for name, n in zip(classes.names, counts.sum(axis=0)) if n == 0]
+    named = ", ".join(missing[:20])
     if len(missing) > 20:
-        named.append(f"and {len(missing) - 20} more")
+        named += f", and {len(missing) - 20} more"
     warnings = []
 
     # Rare classes may well be absent from a part of a large set; many of them is another matter.
     if missing and (seen == total or len(missing) > count / 3):
         warnings.append(
             f"{len(missing)} of {count} classes are in none of the training labels "
-            f"({seen} of {total} files were looked at): {', '.join(named)}"
+            f"({seen} of {total} files were looked at): {named}"
         )
     if len(missing) > count - 2:
         warnings.append("with fewer than two classes in the labels there is nothing to learn")
@@ -775,13 +776,7 @@ URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"  # as it stands in public scripts; 922 MB
 
 
-def fetch(
-    url: str,
-    path: str,
-    sha: str = "",
-    attempts: int = 5,
-    timeout: float = 60,
-) -> None:
+def fetch(url: str, path: str, sha: str = "", attempts: int = 5, timeout: float = 60) -> None:
     """Download url to path: to path.part first, resumed after a break, moved into place once it is
     whole.
 
@@ -793,9 +788,17 @@ def fetch(
 
     for attempt in range(attempts):
         time.sleep(attempt)
-        problem = fetch_rest(url, part, timeout)
-        if problem is None:
+        try:
+            fetch_rest(url, part, timeout)
             break
+        except HTTPError as error:
+            if error.code != 416:
+                raise OSError(f"{url}: the server answers {error.code} {error.reason}") from error
+            problem = f"the server has nothing after the {getsize(part)} bytes of {part}"
+            problem += ", which is deleted"
+            os.remove(part)
+        except (OSError, HTTPException) as error:
+            problem = str(error) or type(error).__name__
     else:
         raise OSError(f"{url}: {problem}; the next try goes on from there")
 
@@ -811,39 +814,28 @@ def fetch(
     os.replace(part, path)
 
 
-def fetch_rest(url: str, part: str, timeout: float) -> str | None:
-    """Append to part what it lacks of url. -> None, or what broke off and is worth another try;
-    OSError if nothing is."""
-    have = os.path.getsize(part) if exists(part) else 0
-    started = time.monotonic()
-    request = urllib.request.Request(url, headers={"User-Agent": "python"})
+def fetch_rest(url: str, part: str, timeout: float) -> None:
+    """Append to part what it lacks of url; OSError or HTTPException where that breaks off."""
+    have = getsize(part) if exists(part) else 0
+    request = Request(url, headers={"User-Agent": "python"})
     if have:
         request.add_header("Range", f"bytes={have}-")
 
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer, open(part, "ab") as file:
-            if answer.status != 206:  # 200: the server knows no ranges, and sends all of it
-                file.seek(0)
-                have = file.truncate()
-            length = answer.headers.get("Content-Length")  # not every server tells
-            total = have + int(length or 0)
+    started = time.monotonic()
+    with urlopen(request, timeout=timeout) as answer, open(part, "ab") as file:
+        if answer.status != 206:  # 200: the server knows no ranges, and sends all of it
+            have = file.truncate(0)
+        length = answer.headers.get("Content-Length")  # not every server tells
+        total = have + int(length or 0)
 
-            while block := answer.read1(1 << 20):  # (read would lose what came before a break)
-                file.write(block)
-                have += len(block)
-                progress(f"{part}: {have // 10**6} of {total // 10**6} MB", started)
+        while block := answer.read1(1 << 20):  # (read would lose what came before a break)
+            file.write(block)
+            have += len(block)
+            progress(f"{part}: {have // 10**6} of {total // 10**6} MB", started)
 
-        have = os.path.getsize(part)  # (more than it should be if another process fetches too)
-        if length and have != total:
-            return f"the server broke off after {have} of {total} bytes"
-        return None
-    except urllib.error.HTTPError as error:
-        if error.code != 416:
-            raise OSError(f"{url}: the server answers {error.code} {error.reason}") from error
-        os.remove(part)
-        return f"the server has nothing after the {have} bytes of {part}, which is deleted"
-    except (OSError, http.client.HTTPException) as error:
-        return str(error) or type(error).__name__
+    have = getsize(part)  # (more than it should be if another process fetches too)
+    if length and have != total:
+        raise OSError(f"the server broke off after {have} of {total} bytes")
 
 
 def progress(text: str, started: float, done: bool = False) -> None:
@@ -885,53 +877,40 @@ def check(root: str) -> int:
     """Read every file of a data set, print what is in it and every fault by file. -> the number of
     faults"""
     classes = read_classes(root)
-    faults = check_split(root, "training", classes)
-    if not has_split(root, "validation"):
-        print("validation: none, training goes without")
-        return faults
-    return faults + check_split(root, "validation", classes)
-
-
-def check_split(root: str, split: str, classes: Classes) -> int:
-    """-> the number of faults"""
-    pairs, faults = scan(root, split)
-    good, started = [], time.monotonic()
     read = partial(read_sample, classes=classes)
-    with ThreadPool() as threads:  # while one decodes, others run
-        for n, (fault, *sample) in enumerate(threads.imap(read, pairs), start=1):
-            so_far = f"{split}: {n} of {len(pairs)} pictures"
-            progress(so_far, started, done=n == len(pairs))
-            if fault:
-                faults.append(fault)
-            else:
-                good.append(sample)
+    total = 0
+    for split in ("training", "validation"):
+        if split == "validation" and not has_split(root, split):
+            print("validation: none, training goes without")
+            break
 
-    print(f"{split}: {len(good)} good pictures, {len(faults)} faults")
-    if good:
-        print_contents(good, split, classes)
-    for fault in faults:
-        print(f"  FAULT {fault}")
-    return len(faults)
+        pairs, faults = scan(root, split)
+        samples, unreadable = read_all(read, pairs, split)
+        faults += unreadable
+        print(f"{split}: {len(samples)} good pictures, {len(faults)} faults")
+        if samples:
+            print_contents(samples, split, classes)
+        for fault in faults:
+            print(f"  FAULT {fault}")
+        total += len(faults)
+    return total
 
 
-def read_sample(pair: Pair, classes: Classes) -> tuple:
-    """Read one sample whole. -> None, (H, W), (256,) pixels of each label; or its fault"""
-    try:
-        label = load(*pair, classes)[1]
-        return None, label.shape, np.bincount(label.ravel(), minlength=256)
-    except DataError as fault:
-        return (str(fault),)
+def read_sample(image_path: str, label_path: str, classes: Classes) -> tuple:
+    """-> (H, W), (256,) pixels of each label"""
+    label = load(image_path, label_path, classes)[1]
+    return label.shape, count_labels(label)
 
 
 def print_contents(samples: list[tuple], split: str, classes: Classes) -> None:
-    """samples: [(H, W), (256,) pixels of each label] of each picture."""
-    sizes, counts = (np.array(x) for x in zip(*samples))
+    """samples: read_sample of each picture."""
+    sizes, counts = (np.array(x) for x in zip(*samples))  # (n, 2), (n, 256)
     h0, w0 = sizes.min(axis=0)
     h1, w1 = sizes.max(axis=0)
-    pixels = counts.sum(axis=0)  # (256,)
     pictures = (counts > 0).sum(axis=0)  # (256,), how many hold each label
+    pixels = counts.sum(axis=0)  # (256,)
     share = pixels / pixels.sum()
-    present = [k for k in np.argsort(-pixels[:IGNORE_INDEX]) if pixels[k]]
+    present = [k for k in np.argsort(-share[:IGNORE_INDEX]) if share[k]]
 
     print(
         f"  height {h0} to {h1}, width {w0} to {w1}; {share[IGNORE_INDEX]:.1%} of the pixels "
@@ -942,7 +921,7 @@ def print_contents(samples: list[tuple], split: str, classes: Classes) -> None:
         print(f"    {name:20s} {share[k]:7.2%} of the pixels, {pictures[k]:6d} pictures")
 
     if split == "training":
-        for warning in class_warnings(pixels, classes, len(samples), len(samples)):
+        for warning in class_warnings(counts, classes, len(counts)):
             print(f"  WARNING {warning}")
 
 

@@ -693,7 +693,7 @@ def test_pictures_of_any_size_are_read_and_cut(height, width, tmp_path):
     paths = str(tmp_path / "x.png"), str(tmp_path / "y.png")
     Image.fromarray(rgb).save(paths[0])
     Image.fromarray(np.ones((height, width), np.uint8)).save(paths[1])
-    assert ade20k.header_fault(paths) is None
+    assert ade20k.check_headers(*paths) is None
     image, label = ade20k.load(*paths)
     assert (image == rgb).all() and label.shape == (height, width)
 
