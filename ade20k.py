@@ -311,28 +311,28 @@ def load(
         return image, None
 
     label = load_label(label_path, classes)
-    if image.shape[:2] != label.shape:
-        raise size_fault(image_path, image.shape, label_path, label.shape)
+    require_equal(image_path, image.shape[:2], label_path, label.shape)
     return image, label
 
 
 def check_headers(image_path: str, label_path: str) -> None:
     """DataError if the first bytes of the two files tell that they cannot be read, or are of
-    different sizes (turned by EXIF or not)."""
-    with opened(image_path) as file:
-        size = file.size[::-1]
-    with opened(label_path, label=True) as file:
-        label_size = file.size[::-1]
-    if sorted(size) != sorted(label_size):
-        raise size_fault(image_path, size, label_path, label_size)
+    different sizes (one of them turned by EXIF or not)."""
+    with opened(image_path) as image:
+        sides = sorted(image.size)
+    with opened(label_path, label=True) as label:
+        label_sides = sorted(label.size)
+
+    require_equal(image_path, sides, label_path, label_sides)
 
 
-def size_fault(image_path: str, size: tuple, label_path: str, label_size: tuple) -> DataError:
-    (h, w, *_), (label_h, label_w) = size, label_size
-    return DataError(
-        f"{image_path}: the picture has {h}x{w} pixels, its label file {label_path} "
-        f"{label_h}x{label_w}, they must be equal"
-    )
+def require_equal(image_path: str, size: tuple, label_path: str, label_size: tuple) -> None:
+    """DataError if a picture and its label file differ in their two sides."""
+    if size != label_size:
+        raise DataError(
+            f"{image_path}: the picture has {size[0]}x{size[1]} pixels, its label file "
+            f"{label_path} {label_size[0]}x{label_size[1]}, they must be equal"
+        )
 
 
 # ---- transforms ----------------------------------------------------------------------------------
@@ -413,11 +413,12 @@ def resize_bilinear(
     y0, x0, y1, x1 = box or (0, 0, h, w)
     x = source_places(x0, x1, W, w)
     y = source_places(y0, y1, H, h)
-    start = int(y[0])
-    rows = image[start : int(y[-1]) + 2].transpose(2, 0, 1)  # those that the target needs
+    first = int(y[0])
+    rows = image[first : int(y[-1]) + 2]  # all that the target needs, (n, W, 3)
 
-    rows = interpolate(rows, x, axis=2)  # (3, n, x1 - x0)
-    image = interpolate(rows, y - start, axis=1)  # (3, y1 - y0, x1 - x0)
+    image = rows.transpose(2, 0, 1).astype(np.float32, order="C")
+    image = interpolate(image, x, axis=2)  # (3, n, x1 - x0)
+    image = interpolate(image, y - first, axis=1)  # (3, y1 - y0, x1 - x0)
     image += 0.5
     return image.astype(np.uint8)
 
@@ -429,15 +430,16 @@ def source_places(first: int, last: int, old: int, new: int) -> ndarray:
 
 
 def interpolate(x: ndarray, place: ndarray, axis: int) -> ndarray:
-    """x (3, H, W) at places between its pixels along an axis, float32."""
+    """x (3, H, W) float32 at places between its pixels along an axis: 2.25 is a quarter of the way
+    from pixel 2 to pixel 3."""
     index = np.floor(place).astype(np.intp)
     weight = (place - index).astype(np.float32)
     if axis == 1:
         weight = weight[:, None]
 
     # Beyond the border (mode="clip") its pixels go on. In place: new memory costs more than sums.
-    before = x.take(index, axis, mode="clip").astype(np.float32)
-    after = x.take(index + 1, axis, mode="clip").astype(np.float32)
+    before = x.take(index, axis, mode="clip")
+    after = x.take(index + 1, axis, mode="clip")
     after -= before
     after *= weight
     after += before
@@ -516,10 +518,10 @@ def rgb_to_hsv(image: ndarray) -> tuple[ndarray, ndarray, ndarray]:
     hue = np.where(value == r, g - b, hue)
 
     half = 1 << 11  # rounds what the shift cuts
-    saturation = (spread * SATURATION_STEP[value] + half) >> 12
-    hue = (hue * HUE_STEP[spread] + half) >> 12
-    hue[hue < 0] += 180
-    return hue, saturation, value
+    saturation = (spread * SATURATION_STEP.take(value, mode="clip") + half) >> 12
+    hue = (hue * HUE_STEP.take(spread, mode="clip") + half) >> 12
+    hue += 180 * (hue < 0)
+    return hue.astype(np.intp), saturation, value  # (hue: an index)
 
 
 # Back to RGB (Smith 1978, "Color gamut transform pairs"): channel = value * (1 - saturation *
@@ -536,12 +538,16 @@ def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
     rounds). -> (3, H, W) uint8"""
     unit = np.float32(1 / 255)
     value = value.astype(np.float32) * unit
-    saturation = saturation.astype(np.float32) * unit
+    saturation = np.float64(saturation.astype(np.float32) * unit)
 
-    # float64 inside the bracket, rounded once: cv2 uses a fused multiply-add there.
-    share = 1 - saturation.astype(np.float64) * FADE[:, hue]  # (3, H, W)
-    image = value * share.astype(np.float32) * np.float32(255)
-    return image.astype(np.uint8)
+    image = np.empty((3, *hue.shape), np.uint8)
+    for channel, fade in zip(image, FADE):
+        # float64 inside the bracket, rounded once: cv2 uses a fused multiply-add there.
+        x = np.float32(1 - saturation * fade[hue])
+        x *= value
+        x *= np.float32(255)
+        channel[:] = x
+    return image
 
 
 # ---- samples -------------------------------------------------------------------------------------
@@ -794,9 +800,9 @@ def fetch(url: str, path: str, sha: str = "", attempts: int = 5, timeout: float 
         except HTTPError as error:
             if error.code != 416:
                 raise OSError(f"{url}: the server answers {error.code} {error.reason}") from error
-            problem = f"the server has nothing after the {getsize(part)} bytes of {part}"
-            problem += ", which is deleted"
+            have = getsize(part)
             os.remove(part)
+            problem = f"the server has nothing after the {have} bytes of {part}, which is deleted"
         except (OSError, HTTPException) as error:
             problem = str(error) or type(error).__name__
     else:
@@ -942,8 +948,7 @@ def main() -> None:
     try:
         if args.action == "check":
             sys.exit(1 if check(args.dir) else 0)
-        make = {"download": download, "toy": make_toy}[args.action]
-        print(make(args.dir))
+        print(download(args.dir) if args.action == "download" else make_toy(args.dir))
     except (DataError, OSError, ValueError, zipfile.BadZipFile) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
