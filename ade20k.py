@@ -115,6 +115,7 @@ def read_classes(root: str) -> Classes:
     names, palette = [], []
     zero_ignored, ignored_colours = False, None
     for line, where in text_lines(path):
+        # A setting, or a name with its three numbers or without.
         setting = re.fullmatch(r"(colou?rs|ignore)((?:\s+\d+)*)", line.lower())
         name, rgb = re.fullmatch(r"(.*?\S)((?:\s+\d+){3})?", line).groups()
         digits = setting[2] if setting else rgb or ""
@@ -195,12 +196,11 @@ def opened(path: str, label: bool = False) -> Iterator[Image.Image]:
             if label and may_change_values(file):
                 raise DataError(f"is a {file.format} file that may change labels, save them as png")
             yield file
-    except DataError as fault:
-        raise DataError(f"{path}: {fault}") from None
     except Exception as error:  # Pillow's decoders raise a dozen different types on damaged files
-        raise DataError(
-            f"{path}: cannot be read as a picture ({error}), replace the file"
-        ) from error
+        fault = f"cannot be read as a picture ({error}), replace the file"
+        if isinstance(error, DataError):
+            fault = error
+        raise DataError(f"{path}: {fault}") from error
 
 
 def may_change_values(file: Image.Image) -> bool:
@@ -258,21 +258,25 @@ def label_of_numbers(file: Image.Image, classes: Classes) -> ndarray:
             f"labels must be one channel of integers from 0 on, this is {values.dtype} of shape "
             f"{values.shape}; for colours, begin classes.txt with a line `colours`"
         )
-    if "L;2" in coding:  # Pillow has stretched 0..3 to 0..255,
+    if "L;2" in coding:  # Pillow has stretched 0..3 to 0..255
         values = values // 85
     if "L;4" in coding:  # and 0..15
         values = values // 17
 
+    first, unlabelled = 0, IGNORE_INDEX  # what the file holds for class 0, and for no class
+    if classes.zero_ignored:
+        first, unlabelled = 1, 0
     count = len(classes.names)
-    first, unlabelled = (1, 0) if classes.zero_ignored else (0, IGNORE_INDEX)
     wrong = values[(values >= first + count) & (values != unlabelled)]
     if wrong.size:
         raise DataError(
             f"label {wrong.max()} is above the {count} classes, {unlabelled} is for unlabelled "
             "pixels; classes.txt says what labels mean"
         )
+
     # The one place where labels are shifted.
-    return np.where(values == unlabelled, IGNORE_INDEX, values - first).astype(np.uint8)
+    label = np.where(values == unlabelled, IGNORE_INDEX, values - first)
+    return label.astype(np.uint8)
 
 
 def label_of_colours(file: Image.Image, classes: Classes) -> ndarray:
@@ -351,13 +355,14 @@ def train_transform(
     H, W = label.shape
     ratio = rng.random() * 1.5 + 0.5
     h, w = scaled_size(H, W, int(4 * short * ratio), int(short * ratio))
-    label = label[nearest_indices(H, h)][:, nearest_indices(W, w)]  # (h, w)
+    rows = nearest_indices(H, h)
+    columns = nearest_indices(W, w)
+    label = label[rows][:, columns]  # (h, w)
 
-    y, x = choose_crop(label, crop, rng)
-    label = label[y : y + crop, x : x + crop]
-    size = label.shape
-    box = (y, x, y + size[0], x + size[1])
-    image = resize_bilinear(image, h, w, box)  # (3, *size)
+    label, y, x = random_crop(label, crop, rng)
+    size = height, width = label.shape  # crop, or less where the picture is smaller
+    box = (y, x, y + height, x + width)
+    image = resize_bilinear(image, h, w, box)  # (3, height, width)
 
     if rng.random() < 0.5:
         image = image[:, :, ::-1]
@@ -370,27 +375,29 @@ def train_transform(
     return image, label, size
 
 
-def choose_crop(label: ndarray, crop: int, rng: Generator) -> tuple[int, int]:
-    """The upper left corner (y, x) of a crop that teaches something. One of hardly anything but
-    one class is drawn again, up to ten times, while that class fills 75% or more of its labelled
-    pixels. The eleventh is taken as it comes."""
+def random_crop(label: ndarray, crop: int, rng: Generator) -> tuple[ndarray, int, int]:
+    """A crop that teaches something, and its upper left corner y, x.
+
+    One of hardly anything but one class is drawn again, up to ten times, while that class fills 75%
+    or more of its labelled pixels. The eleventh is taken as it comes."""
     h, w = label.shape
     for _ in range(11):
         y = rng.integers(0, max(h - crop, 0) + 1)
         x = rng.integers(0, max(w - crop, 0) + 1)
-        part = label[y : y + crop, x : x + crop]
+        cropped = label[y : y + crop, x : x + crop]
 
-        counts = np.bincount(part.ravel())[:IGNORE_INDEX]  # pixels of each class
-        if counts.max() < 0.75 * counts.sum():
+        pixels = np.bincount(cropped.ravel())[:IGNORE_INDEX]  # of each class
+        if pixels.max() < 0.75 * pixels.sum():
             break
-    return y, x
+    return cropped, y, x
 
 
 def scaled_size(height: int, width: int, long: int, short: int) -> tuple[int, int]:
     """The largest (h, w) of the same aspect with long side <= long, short side <= short, as
     mmcv.rescale_size; at least 1."""
     scale = min(long / max(height, width), short / min(height, width))
-    h, w = (int(side * scale + 0.5) for side in (height, width))
+    h = int(height * scale + 0.5)
+    w = int(width * scale + 0.5)
     return max(1, h), max(1, w)
 
 
@@ -520,7 +527,7 @@ def rgb_to_hsv(image: ndarray) -> tuple[ndarray, ndarray, ndarray]:
     half = 1 << 11  # rounds what the shift cuts
     saturation = (spread * SATURATION_STEP.take(value, mode="clip") + half) >> 12
     hue = (hue * HUE_STEP.take(spread, mode="clip") + half) >> 12
-    hue += 180 * (hue < 0)
+    hue[hue < 0] += 180
     return hue.astype(np.intp), saturation, value  # (hue: an index)
 
 
@@ -529,8 +536,9 @@ def rgb_to_hsv(image: ndarray) -> tuple[ndarray, ndarray, ndarray]:
 # around 60, B around 120), 1 opposite, a ramp between. Rounded to float32 as in cv2's vector code,
 # so that the truncation at the end meets the same numbers.
 SECTOR = np.arange(180, dtype=np.float32) * np.float32(6 / 180)  # 0..6
-PLACE = (SECTOR.astype(np.float64) + [[5], [3], [1]]) % 6  # (3, 180): of R, G, B
-FADE = np.minimum(PLACE, 4 - PLACE).clip(0, 1).astype(np.float32).astype(np.float64)
+PLACE = (np.float64(SECTOR) + [[5], [3], [1]]) % 6  # (3, 180): of R, G, B
+RAMP = np.minimum(PLACE, 4 - PLACE).clip(0, 1)
+FADE = np.float64(np.float32(RAMP))
 
 
 def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
@@ -568,13 +576,13 @@ class TrainSet(torch.utils.data.Dataset):
     def paths(self, position: int) -> Pair:
         """Of the picture and its label. Every pass over the data has an order of its own."""
         epoch, i = divmod(position, len(self.pairs))
-        rng = np.random.default_rng([self.seed, epoch, 0])
+        rng = default_rng([self.seed, epoch, 0])
         return self.pairs[rng.permutation(len(self.pairs))[i]]
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
         """-> image (3, S, S) uint8, label (S, S) uint8, size (2,) before padding"""
         image, label = load(*self.paths(position), self.classes)
-        rng = np.random.default_rng([self.seed, position, 1])
+        rng = default_rng([self.seed, position, 1])
         image, label, size = train_transform(image, label, rng, self.crop, self.short)
         return torch.from_numpy(image), torch.from_numpy(label), torch.tensor(size)
 
@@ -610,10 +618,13 @@ def find_pairs(root: str, split: str, optional: bool = False) -> list[Pair]:
         return []
 
     pairs, faults = scan(root, split)
-    faults += read_all(check_headers, pairs)[1]
+    _, more = read_all(check_headers, pairs)
+    faults += more
     if faults:
-        more = f"; and {len(faults) - 1} faults more" if len(faults) > 1 else ""
-        raise DataError(f"{faults[0]}{more}; `python ade20k.py check {root}` lists all")
+        first, *others = faults
+        if others:
+            first += f"; and {len(others)} faults more"
+        raise DataError(f"{first}; `python ade20k.py check {root}` lists all")
     if not pairs:
         raise DataError(f"{root}/images/{split}: holds no pictures")
     return pairs
@@ -668,7 +679,8 @@ def files_by_stem(folder: str) -> dict[str, list[str]]:
 def read_all(read: Callable, pairs: list[Pair], title: str = "") -> tuple[list, list[str]]:
     """read(image path, label path) of all pairs, in threads: while one waits for a disk, or
     decodes, others run. -> what it returned, in order, and the sentences of its DataErrors"""
-    results, faults, started = [], [], time.monotonic()
+    results, faults = [], []
+    started = time.monotonic()
 
     def attempt(pair: Pair) -> object:
         try:
@@ -718,10 +730,12 @@ def missing_folder(root: str, folder: str) -> str:
 def label_warnings(pairs: list[Pair], classes: Classes, most: int = 300) -> list[str]:
     """class_warnings of the label files, or of `most` spread evenly over them (a second's work)."""
     step = max(1, len(pairs) // most)
-    counts, faults = read_all(
-        lambda _, label_path: count_labels(load_label(label_path, classes)),
-        pairs[::step][:most],
-    )
+    some = pairs[::step][:most]
+
+    def read(_: str, label_path: str) -> ndarray:
+        return count_labels(load_label(label_path, classes))
+
+    counts, faults = read_all(read, some)
     if faults:
         raise DataError(faults[0])
     return class_warnings(np.array(counts), classes, len(pairs))
@@ -736,7 +750,8 @@ def class_warnings(counts: ndarray, classes: Classes, total: int) -> list[str]:
     """What no training can learn from these labels, in sentences. counts: (n, 256), the pixels of
     each label in n of `total` label files."""
     seen, count = len(counts), len(classes.names)
-    missing = [name for name, n in zip(classes.names, counts.sum(axis=0)) if n == 0]
+    pixels = counts.sum(axis=0)
+    missing = [name for name, n in zip(classes.names, pixels) if n == 0]
     named = ", ".join(missing[:20])
     if len(missing) > 20:
         named += f", and {len(missing) - 20} more"
@@ -847,7 +862,8 @@ def fetch_rest(url: str, part: str, timeout: float) -> None:
 def progress(text: str, started: float, done: bool = False) -> None:
     """On a terminal one line that is written over, and cleared by an empty text; elsewhere only its
     last state."""
-    text += f", {time.monotonic() - started:.0f} s" if text else ""
+    if text:
+        text += f", {time.monotonic() - started:.0f} s"
     if sys.stderr.isatty():
         print(f"\r{text}\033[K", end="\n" if done else "", file=sys.stderr, flush=True)
     elif done:
@@ -891,8 +907,8 @@ def check(root: str) -> int:
             break
 
         pairs, faults = scan(root, split)
-        samples, unreadable = read_all(read, pairs, split)
-        faults += unreadable
+        samples, more = read_all(read, pairs, split)
+        faults += more
         print(f"{split}: {len(samples)} good pictures, {len(faults)} faults")
         if samples:
             print_contents(samples, split, classes)
@@ -903,8 +919,8 @@ def check(root: str) -> int:
 
 
 def read_sample(image_path: str, label_path: str, classes: Classes) -> tuple:
-    """-> (H, W), (256,) pixels of each label"""
-    label = load(image_path, label_path, classes)[1]
+    """Read one sample whole. -> (H, W), (256,) pixels of each label"""
+    _, label = load(image_path, label_path, classes)
     return label.shape, count_labels(label)
 
 
@@ -916,7 +932,8 @@ def print_contents(samples: list[tuple], split: str, classes: Classes) -> None:
     pictures = (counts > 0).sum(axis=0)  # (256,), how many hold each label
     pixels = counts.sum(axis=0)  # (256,)
     share = pixels / pixels.sum()
-    present = [k for k in np.argsort(-share[:IGNORE_INDEX]) if share[k]]
+    order = np.argsort(-share[:IGNORE_INDEX])
+    present = [k for k in order if share[k]]
 
     print(
         f"  height {h0} to {h1}, width {w0} to {w1}; {share[IGNORE_INDEX]:.1%} of the pixels "
@@ -948,7 +965,8 @@ def main() -> None:
     try:
         if args.action == "check":
             sys.exit(1 if check(args.dir) else 0)
-        print(download(args.dir) if args.action == "download" else make_toy(args.dir))
+        make = download if args.action == "download" else make_toy
+        print(make(args.dir))
     except (DataError, OSError, ValueError, zipfile.BadZipFile) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
