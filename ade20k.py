@@ -550,8 +550,10 @@ def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
 
     image = np.empty((3, *hue.shape), np.uint8)
     for channel, fade in zip(image, FADE):
-        # float64 inside the bracket, rounded once: cv2 uses a fused multiply-add there.
-        x = np.float32(1 - saturation * fade[hue])
+        # float64 up to the bracket's end, rounded once: cv2 uses a fused multiply-add there.
+        x = fade[hue]
+        x *= saturation
+        x = np.float32(1 - x)
         x *= value
         x *= np.float32(255)
         channel[:] = x
