@@ -165,7 +165,9 @@ def text_lines(path: str) -> Iterator[tuple[str, str]]:
 def default_colour(k: int) -> list[int]:
     """A colour for class k. Hues in steps of the golden section are far apart however many there
     are; three brightnesses tell apart what comes near."""
-    rgb = colorsys.hsv_to_rgb(k * 0.618 % 1, 0.9, 1 - k % 3 / 4)
+    hue = k * 0.618 % 1
+    value = 1 - k % 3 / 4
+    rgb = colorsys.hsv_to_rgb(hue, 0.9, value)
     return [round(255 * x) for x in rgb]
 
 
@@ -258,6 +260,7 @@ def label_of_numbers(file: Image.Image, classes: Classes) -> ndarray:
             f"labels must be one channel of integers from 0 on, this is {values.dtype} of shape "
             f"{values.shape}; for colours, begin classes.txt with a line `colours`"
         )
+
     if "L;2" in coding:  # Pillow has stretched 0..3 to 0..255
         values = values // 85
     if "L;4" in coding:  # and 0..15
@@ -283,7 +286,8 @@ def label_of_colours(file: Image.Image, classes: Classes) -> ndarray:
     """A label file in the colours of classes -> (H, W) uint8, 0..C-1 or 255."""
     if ";16" in str(file.tile):  # Pillow cuts colours of 16 bits, and clips grey
         values = np.asarray(file)
-        if values.ndim == 3 or (values[values > 255] < 65535).any():
+        between = values[values > 255] < 65535
+        if values.ndim == 3 or between.any():
             raise DataError(
                 "has colours of 16 bits, those in classes.txt have 8: save it as a png of 8 bits"
             )
@@ -333,9 +337,11 @@ def check_headers(image_path: str, label_path: str) -> None:
 def require_equal(image_path: str, size: tuple, label_path: str, label_size: tuple) -> None:
     """DataError if a picture and its label file differ in their two sides."""
     if size != label_size:
+        h, w = size
+        label_h, label_w = label_size
         raise DataError(
-            f"{image_path}: the picture has {size[0]}x{size[1]} pixels, its label file "
-            f"{label_path} {label_size[0]}x{label_size[1]}, they must be equal"
+            f"{image_path}: the picture has {h}x{w} pixels, its label file {label_path} "
+            f"{label_h}x{label_w}, they must be equal"
         )
 
 
@@ -354,7 +360,8 @@ def train_transform(
     # Scale the picture into (4 short, short) * U(0.5, 2).
     H, W = label.shape
     ratio = rng.random() * 1.5 + 0.5
-    h, w = scaled_size(H, W, int(4 * short * ratio), int(short * ratio))
+    long = 4 * short
+    h, w = scaled_size(H, W, int(long * ratio), int(short * ratio))
     rows = nearest_indices(H, h)
     columns = nearest_indices(W, w)
     label = label[rows][:, columns]  # (h, w)
@@ -416,13 +423,14 @@ def resize_bilinear(
 
     image (H, W, 3) uint8 -> (3, y1 - y0, x1 - x0) uint8. No antialiasing when shrinking: Pillow's
     filters, which do, would feed the network smoother pictures than the published runs saw."""
-    H, W = image.shape[:2]
     y0, x0, y1, x1 = box or (0, 0, h, w)
-    x = source_places(x0, x1, W, w)
+    H, W, _ = image.shape
     y = source_places(y0, y1, H, h)
-    first = int(y[0])
-    rows = image[first : int(y[-1]) + 2]  # all that the target needs, (n, W, 3)
+    x = source_places(x0, x1, W, w)
 
+    # Take the rows that the target needs, mix their columns, mix the rows.
+    first, last = int(y[0]), int(y[-1]) + 1
+    rows = image[first : last + 1]  # (n, W, 3)
     image = rows.transpose(2, 0, 1).astype(np.float32, order="C")
     image = interpolate(image, x, axis=2)  # (3, n, x1 - x0)
     image = interpolate(image, y - first, axis=1)  # (3, y1 - y0, x1 - x0)
@@ -466,11 +474,13 @@ def distort(image: ndarray, rng: Generator) -> ndarray:
 
     if coin():
         hue, saturation, value = rgb_to_hsv(image)
-        image = hsv_to_rgb(hue, scale_levels(saturation, rng.uniform(0.5, 1.5)), value)
+        saturation = scale_levels(saturation, rng.uniform(0.5, 1.5))
+        image = hsv_to_rgb(hue, saturation, value)
 
     if coin():
         hue, saturation, value = rgb_to_hsv(image)
-        image = hsv_to_rgb((hue + rng.integers(-18, 18)) % 180, saturation, value)
+        hue = (hue + rng.integers(-18, 18)) % 180
+        image = hsv_to_rgb(hue, saturation, value)
 
     if not contrast_first and coin():
         image = scale_levels(image, rng.uniform(0.5, 1.5))
@@ -634,7 +644,8 @@ def find_pairs(root: str, split: str, optional: bool = False) -> list[Pair]:
 
 def has_split(root: str, split: str) -> bool:
     """Is there any folder of a split? One alone is a fault, none may be meant so."""
-    return isdir(join(root, "images", split)) or isdir(join(root, "annotations", split))
+    folders = [join(root, kind, split) for kind in ("images", "annotations")]
+    return any(map(isdir, folders))
 
 
 def scan(root: str, split: str) -> tuple[list[Pair], list[str]]:
@@ -697,7 +708,8 @@ def read_all(read: Callable, pairs: list[Pair], title: str = "") -> tuple[list, 
             else:
                 results.append(result)
             if title:
-                progress(f"{title}: {n} of {len(pairs)} pictures", started, n == len(pairs))
+                so_far = f"{title}: {n} of {len(pairs)} pictures"
+                progress(so_far, started, done=n == len(pairs))
     return results, faults
 
 
@@ -711,7 +723,9 @@ def missing_folder(root: str, folder: str) -> str:
             "`python ade20k.py download data/ade` fetches that one (1 GB)"
         )
 
-    names = [*sorted(os.listdir(root)), "..", "../.."] if isdir(root) else []
+    names = []
+    if isdir(root):
+        names = [*sorted(os.listdir(root)), "..", "../.."]
     for name in names:
         near = os.path.normpath(join(root, name))
         if isdir(f"{near}/images/training") and isdir(f"{near}/annotations/training"):
@@ -828,6 +842,7 @@ def fetch(url: str, path: str, sha: str = "", attempts: int = 5, timeout: float 
     with open(part, "rb") as file:
         kind = "sha1" if len(sha) == 40 else "sha256"
         digest = hashlib.file_digest(file, kind).hexdigest()
+
     if not digest.startswith(sha):
         os.remove(part)
         raise ValueError(
@@ -854,7 +869,8 @@ def fetch_rest(url: str, part: str, timeout: float) -> None:
         while block := answer.read1(1 << 20):  # (read would lose what came before a break)
             file.write(block)
             have += len(block)
-            progress(f"{part}: {have // 10**6} of {total // 10**6} MB", started)
+            megabytes = f"{have // 10**6} of {total // 10**6} MB"
+            progress(f"{part}: {megabytes}", started)
 
     have = getsize(part)  # (more than it should be if another process fetches too)
     if length and have != total:
@@ -889,6 +905,7 @@ def download(folder: str) -> str:
             if name.startswith(("/", "\\")) or ".." in name.split("/"):
                 raise ValueError(f"{path}: holds {name!r}, outside the folder; not unpacked")
         archive.extractall(unpacked)
+
     os.rename(join(unpacked, "ADEChallengeData2016"), root)
     os.rmdir(unpacked)
     return root
@@ -917,6 +934,7 @@ def check(root: str) -> int:
         for fault in faults:
             print(f"  FAULT {fault}")
         total += len(faults)
+
     return total
 
 
@@ -929,6 +947,7 @@ def read_sample(image_path: str, label_path: str, classes: Classes) -> tuple:
 def print_contents(samples: list[tuple], split: str, classes: Classes) -> None:
     """samples: read_sample of each picture."""
     sizes, counts = (np.array(x) for x in zip(*samples))  # (n, 2), (n, 256)
+
     h0, w0 = sizes.min(axis=0)
     h1, w1 = sizes.max(axis=0)
     pictures = (counts > 0).sum(axis=0)  # (256,), how many hold each label

@@ -2,9 +2,9 @@
 
     python ade20k.py toy DIR, or --data toy    96 training and 24 validation pictures, 256 x 192
 
-Training cuts 96 x 96 pixels out of them, 12 x 12 patches of toy_p8. Its table of positions is one of
-16 x 16, as if for 128 x 128: so the toy run resizes positions too, as every larger model does that
-was pretrained at another size.
+Training cuts 96 x 96 pixels out of them, 12 x 12 patches of toy_p8. Its positions are a table of
+16 x 16, as if for 128 x 128: so the toy run resizes positions too, as every model does that was
+pretrained at another size.
 
 A scene is a small world in metres: x to the right, y up, z away from the eye, the ground at y = 0.
 The eye stands at (0, eye, 0) and looks along z. By similar triangles the point (x, y, z) appears at
@@ -240,8 +240,8 @@ class Scene(NamedTuple):
     things: dict[str, Crowd]  # name in THINGS -> where they stand
 
 
-# The scenes, three tables of one form: where the eye stands and the line runs, the ground from below
-# to above, and what stands on it.
+# The scenes, three tables of one form: where the eye stands and the line runs, the ground from
+# below to above, and what stands on it.
 EVERYWHERE = 9e9
 STREET = Scene(
     eye=3.2,
