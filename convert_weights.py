@@ -5,17 +5,20 @@ and writes them again.
     load_into(model, state_dict, facts)  # every tensor used once, or an error that lists the others
     python convert_weights.py SRC DST --to ours|mmseg|timm
 
-What a file is, its content tells and never its name: the container (torch's zip or old pickle,
-safetensors, numpy's npz) by its first bytes, the kind by what it calls the patch embedding. First
-stand the names that each kind has for our tensors, then the steps from a file to a state_dict, and
-last the files themselves. No pickle is executed: torch.load runs with weights_only=True, which
-builds tensors and plain containers and nothing else."""
+Everybody's ViT has the same tensors under other names, so most of the work is a table of names for
+each kind of file; the tables come first. Then come the steps from a file to a state_dict:
+
+    unwrap, translate, identify, add what is known to be missing, fit the positions, compare
+
+and last the files themselves. What a file is, its content tells and never its name: the container
+(torch's zip or old pickle, safetensors, numpy's npz) by its first bytes, the kind by what it calls
+the patch embedding. No pickle is executed: torch.load runs with weights_only=True, which builds
+tensors and plain containers and nothing else."""
 
 import argparse
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
 import sys
@@ -40,8 +43,9 @@ Tensors = dict[str, Tensor]  # by name
 
 # ---- What the others call our tensors ------------------------------------------------------------
 
-# Left what stands in a file's names, right what stands in ours: rename() replaces it line by line.
-# Where q, k and v are one matrix, they lie in this order everywhere.
+# Left a piece of a file's names, right the same piece of ours. rename() replaces one after the
+# other, so a longer piece stands above one that it contains. What no line names is called the same
+# in both. Where q, k and v are one matrix, they lie in this order everywhere.
 MMSEG = {  # and mmpretrain, whose attention has our names
     "backbone.ln1.":                                    "backbone.norm.",
     "patch_embed.projection.":                          "patch_embed.proj.",
@@ -124,10 +128,10 @@ JAX = {
     "scale":                                            "weight",
 }
 
-# Each kind of file: what it calls the patch embedding, which tells it from the others, what we put
-# before its names, and its table. A longer patch embedding comes before the one it ends with.
-# mmsegmentation's whole models are those of 0.x and 1.x, its backbones what its vit2mmseg.py
-# writes. DeiT and MAE use timm's names, Google JAX's.
+# The kinds of files: what each calls the patch embedding, by which it is known, what we put before
+# its names, and its table. A longer name comes before one that it ends with. mmsegmentation: whole
+# models of 0.x and 1.x, and the backbones that its vit2mmseg.py writes. timm: also DeiT, MAE and
+# DINOv2. JAX: Google's own files.
 KINDS = {
     "ours":                    ("backbone.patch_embed.proj.weight", "", {}),
     "mmsegmentation":          ("backbone.patch_embed.projection.weight", "", MMSEG),
@@ -238,9 +242,20 @@ def load_into(
     with about("the weights"):
         compare(used, model, facts, left_out)
 
-    facts["left_out"] += [f"{name} ({reason})" for name in left_out]
+    facts["left_out"] = facts["left_out"] + [f"{name} ({reason})" for name in left_out]
     model.backbone.set_grid(facts["grid"])
     model.load_state_dict(used, strict=False)  # compare() was the strict part
+
+
+def describe(facts: dict) -> str:
+    """facts in one line."""
+    shown = ("kind", "arch", "neck", "num_classes", "resolution", "tensors", "dtype")
+    text = ", ".join(f"{k} {facts[k]}" for k in shown if facts.get(k) is not None)
+    if facts["added"]:
+        text += "; added: " + "; ".join(facts["added"])
+    if facts["left_out"]:
+        text += "; left out: " + "; ".join(facts["left_out"])
+    return text
 
 
 class WeightsError(Exception):
@@ -264,7 +279,7 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-# ---- unwrap --------------------------------------------------------------------------------------
+# ---- Unwrap --------------------------------------------------------------------------------------
 
 # What torch.compile, FSDP and activation checkpointing put inside names, wherever they wrap a part.
 INSIDE = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
@@ -300,17 +315,18 @@ def unwrap(content: dict, choice: str, path: str) -> tuple[str, Tensors, list[st
         )
     kind, home, wrapper = models[meant[0]]
 
-    # One wrapper may stand inside another, and a head outside of the backbone's. All tensors of the
-    # dictionary that are no other model's must be known; what stands beside them is named.
-    wrappers = [w for _, where, w in models.values() if where == home]
+    # All tensors of the model's own dictionary count, unless they are another model's: the wrapper
+    # may be the backbone's alone ("vit."), or stand inside another one. All else is beside them.
     weights, beside = {}, []
     for (where, name), value in entries.items():
-        owner = max([w for w in wrappers if name.startswith(w)], key=len, default=wrapper)
+        owners = [w for _, place, w in models.values() if place == where and name.startswith(w)]
+        owner = max(owners, key=len, default=wrapper)
         first = (where + name).removeprefix(home).split(".")[0]
         if where == home and owner == wrapper and isinstance(value, Tensor):
             weights[name.removeprefix(wrapper)] = value
         elif first not in ("meta", "args", "classes", *beside):
             beside.append(first)
+
     return kind, weights, [f"{listed(beside)} (beside the weights)"] if beside else []
 
 
@@ -344,6 +360,7 @@ def find_models(entries: dict) -> dict:
                 wrapper = name.removesuffix(patch_embed)
                 models[(where + wrapper).strip(".") or "top"] = (kind, where, wrapper)
                 break
+
     return models
 
 
@@ -355,7 +372,7 @@ def listed(texts: list[str], separator: str = ", ") -> str:
     return separator.join(shown)
 
 
-# ---- translate -----------------------------------------------------------------------------------
+# ---- Translate -----------------------------------------------------------------------------------
 
 
 def translate(weights: Tensors, kind: str) -> tuple[Tensors, list[str]]:
@@ -373,7 +390,9 @@ def translate(weights: Tensors, kind: str) -> tuple[Tensors, list[str]]:
         ours = rename(prefix + name, table)
         if ours in tensors:
             raise WeightsError(f"two of its tensors are {ours}")
-        tensors[ours] = from_jax(name, value) if kind == "JAX" else value
+        if kind == "JAX":
+            value = from_jax(name, value).contiguous()  # or it would be written with strides
+        tensors[ours] = value
 
     join_qkv(tensors)
     return tensors, left_out
@@ -386,6 +405,7 @@ def from_jax(name: str, value: Tensor) -> Tensor:
         return value.flatten()  # those of attention are (heads, d)
     if not name.endswith("kernel"):
         return value
+
     if value.ndim == 4:
         return value.permute(3, 2, 0, 1)  # (out, in, h, w)
     if "/out/" in name:
@@ -406,6 +426,7 @@ def check_values(tensors: Tensors) -> None:
     for name, value in tensors.items():
         if name.endswith(".num_batches_tracked"):  # BatchNorm counts
             continue
+
         if not value.is_floating_point():
             raise WeightsError(
                 f"{name} holds {value.dtype}, no floating point numbers: quantised, or damaged; "
@@ -418,25 +439,25 @@ def check_values(tensors: Tensors) -> None:
             )
 
 
-# ---- identify ------------------------------------------------------------------------------------
+# ---- Identify ------------------------------------------------------------------------------------
 
 
 def identify(tensors: Tensors) -> dict:
     """Find arch, neck, num_classes and dtype. WeightsError if no architecture fits."""
     width, _, patch, _ = tensors["backbone.patch_embed.proj.weight"].shape
-    depth = len({name.split(".")[2] for name in tensors if name.startswith("backbone.blocks.")})
-    registers = tensors.get("backbone.reg_token", torch.empty(1, 0)).shape[1]
-    scaled = "backbone.blocks.0.ls1.gamma" in tensors
-    found = dict(width=width, depth=depth, patch=patch, registers=registers, layer_scale=scaled)
-
-    plain = dict(registers=0, layer_scale=False)
+    found = {
+        "width": width,
+        "patch": patch,
+        "depth": len({name.split(".")[2] for name in tensors if ".blocks." in name}),
+        "registers": tensors.get("backbone.reg_token", torch.empty(1, 0)).shape[1],
+        "layer_scale": "backbone.blocks.0.ls1.gamma" in tensors,
+    }
+    plain = {"registers": 0, "layer_scale": False}
     fits = [arch for arch, a in ARCHS.items() if found.items() <= (plain | a).items()]
     if not fits:
-        more = ", with layer scale" if scaled else ""
-        raise WeightsError(
-            f"{depth} layers, {width} wide, patches of {patch}, {registers} registers{more}: none "
-            f"of {', '.join(ARCHS)}"
-        )
+        text = "{depth} layers, {width} wide, patches of {patch}, {registers} registers"
+        more = ", with layer scale" if found["layer_scale"] else ""
+        raise WeightsError(text.format(**found) + more + ": none of " + ", ".join(ARCHS))
 
     neck = num_classes = None
     if "decode_head" in parts(tensors):
@@ -463,9 +484,12 @@ def recall(content: dict, facts: dict) -> None:
     elif facts["arch"] == "vit_b16" and "deit" in str(content.get("meta")):
         facts["arch"] = "deit_b16"
 
+    if facts["neck"] is None:
+        return
+
     try:
         classes = classes_said(content)
-        if classes and facts["neck"] is not None:
+        if classes:
             facts["classes"] = checked_classes(facts["num_classes"], *classes)
     except Exception:  # there may stand anything
         facts["left_out"].append("the names of its classes (no name and colour for each)")
@@ -481,6 +505,7 @@ def classes_said(content: dict) -> tuple | None:
     said = {key.lower(): value for key, value in said.items()}
     if "classes" not in said:
         return None
+
     zero_ignored = said.get("reduce_zero_label") or "reduce_zero_label=True" in str(meta)
     return said["classes"], said.get("palette"), zero_ignored
 
@@ -489,17 +514,19 @@ def checked_classes(num_classes: int, names, palette, zero_ignored, ignored_colo
     """The fields of ade20k.Classes, or any exception where they are not a printable name and a
     colour for each class."""
     names = tuple(name.strip() for name in names)  # mmsegmentation says "bed "
+    palette = [list(colour) for colour in palette]
+    colours = palette + [list(colour) for colour in ignored_colours or []]
+
+    fit = len(names) == len(palette) == num_classes
     printable = all(name.isprintable() and 0 < len(name) <= 100 for name in names)
-    if len(names) != num_classes or not printable:
+    rgb = all(len(bytes(colour)) == 3 for colour in colours)  # bytes takes 0 to 255 and no others
+    if not (fit and printable and rgb):
         raise ValueError
 
-    palette = np.array(palette, np.uint8).reshape(num_classes, 3).tolist()
-    if ignored_colours is not None:
-        ignored_colours = np.array(ignored_colours, np.uint8).reshape(-1, 3).tolist()
     return names, palette, bool(zero_ignored), ignored_colours
 
 
-# ---- add what is known to be missing, fit the positions ------------------------------------------
+# ---- Add what is known to be missing, fit the positions ------------------------------------------
 
 
 def add_known_missing(tensors: Tensors, facts: dict) -> None:
@@ -508,6 +535,7 @@ def add_known_missing(tensors: Tensors, facts: dict) -> None:
     if facts["kind"].startswith("mmsegmentation") and bias not in tensors:
         tensors[bias] = torch.zeros(ARCHS[facts["arch"]]["width"])
         facts["added"].append("a patch bias of zeros, as mmsegmentation 1.2 has none")
+
     if facts["neck"] is not None and "auxiliary_head" not in parts(tensors):
         facts["left_out"].append(
             "auxiliary_head (not in the file: evaluation needs none, training starts it anew)"
@@ -521,6 +549,7 @@ def fit_positions(tensors: Tensors, facts: dict, bicubic: bool) -> None:
     facts["grid"] = ours = (arch["grid"], arch["grid"])
     if name not in tensors:
         return
+
     pos_embed = tensors[name]  # (1, N, D)
     rows = pos_embed.shape[1]
 
@@ -534,6 +563,7 @@ def fit_positions(tensors: Tensors, facts: dict, bicubic: bool) -> None:
     side = math.isqrt(pos_embed.shape[1] - 1)
     if pos_embed.shape[1] != 1 + side * side:
         return
+
     size = side * arch["patch"]
     facts["resolution"] = f"{size}x{size}"
 
@@ -546,20 +576,24 @@ def fit_positions(tensors: Tensors, facts: dict, bicubic: bool) -> None:
     tensors[name] = pos_embed
 
 
-# ---- compare -------------------------------------------------------------------------------------
+# ---- Compare -------------------------------------------------------------------------------------
 
 
 def compare(tensors: Tensors, model: nn.Module, facts: dict, but: list[str] = ()) -> None:
     """WeightsError that lists the tensors that are missing, left over or of another shape, and the
-    likely cause. The file must set the model's tensors of its own parts, and the neck of a whole
-    model, `but` those of these names."""
-    must = parts(tensors) if facts["neck"] is None else parts(tensors) | {"neck"}
+    likely cause. A file must set the model's tensors in those parts that it has itself, and in the
+    neck if it is a whole model, but none with a name in `but`."""
+    must = parts(tensors)
+    if facts["neck"] is not None:
+        must.add("neck")
+
     file = {name: tuple(value.shape) for name, value in tensors.items()}
     ours = {
         name: tuple(value.shape)
         for name, value in model.state_dict().items()
         if name.split(".")[0] in must and name not in but
     }
+
     h, w = facts["grid"]  # which the model will have
     ours["backbone.pos_embed"] = (1, 1 + h * w, model.backbone.pos_embed.shape[2])
 
@@ -574,11 +608,9 @@ def compare(tensors: Tensors, model: nn.Module, facts: dict, but: list[str] = ()
 
     if faults:
         cause = likely_cause(list(faults), [n for n in faults if n in file and n in ours])
-        raise WeightsError(
-            f"a {facts['kind']} file for {facts['arch']}, neck {facts['neck']}, "
-            f"{facts['num_classes']} classes does not fit ({cause}?): "
-            + listed(list(faults.values()), "; ")
-        )
+        text = "a {kind} file for {arch}, neck {neck}, {num_classes} classes does not fit"
+        faults = listed(list(faults.values()), "; ")
+        raise WeightsError(f"{text.format(**facts)} ({cause}?): {faults}")
 
 
 def likely_cause(faults: list[str], reshaped: list[str]) -> str:
@@ -592,18 +624,7 @@ def likely_cause(faults: list[str], reshaped: list[str]) -> str:
     return "a file that is not whole, or has more"
 
 
-def describe(facts: dict) -> str:
-    """facts in one line."""
-    shown = ("kind", "arch", "neck", "num_classes", "resolution", "tensors", "dtype")
-    text = ", ".join(f"{k} {facts[k]}" for k in shown if facts.get(k) is not None)
-    if facts["added"]:
-        text += "; added: " + "; ".join(facts["added"])
-    if facts["left_out"]:
-        text += "; left out: " + "; ".join(facts["left_out"])
-    return text
-
-
-# ---- And back ------------------------------------------------------------------------------------
+# ---- Back to the names of others -----------------------------------------------------------------
 
 
 def to_mmseg(state_dict: Tensors) -> Tensors:
@@ -665,15 +686,18 @@ def read_file(path: str) -> dict:
 
     if first[8:9] == b"{":
         return read_safetensors(path)
+
     is_zip = first.startswith(b"PK")
     if is_zip:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+
         packed = sum(e.file_size for e in entries if e.compress_type != zipfile.ZIP_STORED)
         if packed > LARGEST:
             raise ValueError(f"would unpack to {packed / 1e9:.1f} GB")
         if all(e.filename.endswith(".npy") for e in entries):
             return read_npz(path)
+
     return read_torch(path, is_zip)
 
 
@@ -700,6 +724,7 @@ def read_torch(path: str, is_zip: bool) -> dict:
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
     stand_ins = [(Skipped, name) for name in names if name != "collections.defaultdict"]
     allowed = [*stand_ins, (plain_dict, "collections.defaultdict")]
+
     with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(allowed):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
@@ -730,11 +755,9 @@ SAFETENSORS_DTYPES = {
 def read_safetensors(path: str) -> Tensors:
     """Tensors that are views of the mapped file, read when they are used. ValueError where the
     header and the file do not agree."""
-    with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
+    data = np.memmap(path, np.uint8, mode="c")  # bytes; what is written to them stays in memory
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
+    header = json.loads(bytes(data[8:start]))
     header.pop("__metadata__", None)
 
     spans = sorted(entry["data_offsets"] for entry in header.values())
@@ -746,8 +769,8 @@ def read_safetensors(path: str) -> Tensors:
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        raw = torch.frombuffer(data, dtype=torch.uint8, count=end - begin, offset=start + begin)
-        tensors[name] = raw.view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        value = torch.from_numpy(data[start + begin : start + end])
+        tensors[name] = value.view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
 
 
@@ -769,6 +792,7 @@ def write_safetensors(tensors: Tensors, file: BinaryIO) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
+
     for value in tensors.values():
         file.write(value.reshape(-1).view(torch.uint8).numpy())
 
@@ -779,6 +803,7 @@ def write_checkpoint(content: dict, path: str) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     part = path + ".part"
     write = write_safetensors if path.endswith(".safetensors") else torch.save
+
     try:
         with open(part, "wb") as file:
             write(content, file)
@@ -875,8 +900,6 @@ def convert(src: str, dst: str, to: str, bicubic: bool) -> None:
     state_dict, facts = load_weights(src, bicubic)
     arch, whole = facts["arch"], facts["neck"] is not None
     print(describe(facts))
-    # JAX's kernels are transposed views, and would be written with strides.
-    state_dict = {name: value.contiguous() for name, value in state_dict.items()}
 
     if to == "ours":
         content = {"model": state_dict, "args": facts.get("args", {"arch": arch})}
@@ -896,6 +919,7 @@ def convert(src: str, dst: str, to: str, bicubic: bool) -> None:
 
     if dst.endswith(".safetensors"):  # which holds tensors and nothing else
         content = content.get("model") or content.get("state_dict") or content
+
     write_checkpoint(content, dst)
     print(f"{dst}: written, {to}")
 
