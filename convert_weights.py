@@ -5,22 +5,27 @@ and writes them again.
     load_into(model, state_dict, facts)  # every tensor used once, or an error that lists the others
     python convert_weights.py SRC DST --to ours|mmseg|timm
 
-What a file is, its content tells and never its name: the container (torch's zip or old pickle,
-safetensors, numpy's npz) by its first bytes, the kind by what it calls the patch embedding, see
-KINDS. Whatever stands before that name (module., vit., ema_model.module.) is a wrapper's and is
-taken off every name. No pickle is executed: torch.load runs with weights_only=True, which builds
+Everybody's ViT has the same tensors under other names, so most of the work is a table of names for
+each kind of file; the tables come first. Then come the steps from a file to a state_dict:
+
+    unwrap, translate, identify, add what is known to be missing, fit the positions, compare
+
+and last the files themselves. What a file is, its content tells and never its name: the container
+(torch's zip or old pickle, safetensors, numpy's npz) by its first bytes, the kind by what it calls
+the patch embedding. No pickle is executed: torch.load runs with weights_only=True, which builds
 tensors and plain containers and nothing else."""
 
 import argparse
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
 import sys
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 from urllib.parse import urlparse
 
@@ -36,15 +41,156 @@ from upernet import build_model
 Tensors = dict[str, Tensor]  # by name
 
 
+# ---- What the others call our tensors ------------------------------------------------------------
+
+# Left a piece of a file's names, right the same piece of ours. rename() replaces one after the
+# other, so a longer piece stands above one that it contains. What no line names is called the same
+# in both. Where q, k and v are one matrix, they lie in this order everywhere.
+MMSEG = {  # and mmpretrain, whose attention has our names
+    "backbone.ln1.":                                    "backbone.norm.",
+    "patch_embed.projection.":                          "patch_embed.proj.",
+    ".ln1.":                                            ".norm1.",
+    ".attn.attn.in_proj_":                              ".attn.qkv.",
+    ".attn.attn.out_proj.":                             ".attn.proj.",
+    ".ln2.":                                            ".norm2.",
+    ".ffn.layers.0.0.":                                 ".mlp.fc1.",
+    ".ffn.layers.1.":                                   ".mlp.fc2.",
+    "backbone.layers.":                                 "backbone.blocks.",
+    "neck.lateral_convs.0.conv.":                       "neck.lateral_convs.0.",
+    "neck.lateral_convs.1.conv.":                       "neck.lateral_convs.1.",
+    "neck.lateral_convs.2.conv.":                       "neck.lateral_convs.2.",
+    "neck.lateral_convs.3.conv.":                       "neck.lateral_convs.3.",
+    "neck.convs.0.conv.":                               "neck.convs.0.",
+    "neck.convs.1.conv.":                               "neck.convs.1.",
+    "neck.convs.2.conv.":                               "neck.convs.2.",
+    "neck.convs.3.conv.":                               "neck.convs.3.",
+    "psp_modules.0.1.":                                 "ppm.0.",
+    "psp_modules.1.1.":                                 "ppm.1.",
+    "psp_modules.2.1.":                                 "ppm.2.",
+    "psp_modules.3.1.":                                 "ppm.3.",
+    "auxiliary_head.convs.0.":                          "auxiliary_head.conv.",
+    "head.conv_seg.":                                   "head.classifier.",
+}
+TIMM = {  # what the authors of DeiT-III and DINOv2 call otherwise
+    ".gamma_1":                                         ".ls1.gamma",
+    ".gamma_2":                                         ".ls2.gamma",
+    "register_tokens":                                  "reg_token",
+}
+HUGGING_FACE = {
+    "embeddings.cls_token":                             "backbone.cls_token",
+    "embeddings.position_embeddings":                   "backbone.pos_embed",
+    "embeddings.patch_embeddings.projection.":          "backbone.patch_embed.proj.",
+    "encoder.layer.":                                   "backbone.blocks.",
+    ".layernorm_before.":                               ".norm1.",
+    ".attention.attention.query.":                      ".attn.q.",
+    ".attention.attention.key.":                        ".attn.k.",
+    ".attention.attention.value.":                      ".attn.v.",
+    ".attention.output.dense.":                         ".attn.proj.",
+    ".layernorm_after.":                                ".norm2.",
+    ".intermediate.dense.":                             ".mlp.fc1.",
+    ".output.dense.":                                   ".mlp.fc2.",
+    "layernorm.":                                       "backbone.norm.",
+    # DINOv2:
+    "embeddings.register_tokens":                       "backbone.reg_token",
+    ".layer_scale1.lambda1":                            ".ls1.gamma",
+    ".layer_scale2.lambda1":                            ".ls2.gamma",
+}
+TORCHVISION = {
+    "class_token":                                      "backbone.cls_token",
+    "encoder.pos_embedding":                            "backbone.pos_embed",
+    "conv_proj.":                                       "backbone.patch_embed.proj.",
+    "encoder.layers.encoder_layer_":                    "backbone.blocks.",
+    ".ln_1.":                                           ".norm1.",
+    ".self_attention.in_proj_":                         ".attn.qkv.",
+    ".self_attention.out_proj.":                        ".attn.proj.",
+    ".ln_2.":                                           ".norm2.",
+    ".mlp.0.":                                          ".mlp.fc1.",
+    ".mlp.3.":                                          ".mlp.fc2.",
+    ".mlp.linear_1.":                                   ".mlp.fc1.",  # in the files of 2021
+    ".mlp.linear_2.":                                   ".mlp.fc2.",
+    "encoder.ln.":                                      "backbone.norm.",
+}
+JAX = {
+    "cls":                                              "backbone.cls_token",
+    "Transformer/posembed_input/pos_embedding":         "backbone.pos_embed",
+    "embedding/":                                       "backbone.patch_embed.proj.",
+    "Transformer/encoderblock_":                        "backbone.blocks.",
+    "/LayerNorm_0/":                                    ".norm1.",
+    "/MultiHeadDotProductAttention_1/query/":           ".attn.q.",
+    "/MultiHeadDotProductAttention_1/key/":             ".attn.k.",
+    "/MultiHeadDotProductAttention_1/value/":           ".attn.v.",
+    "/MultiHeadDotProductAttention_1/out/":             ".attn.proj.",
+    "/LayerNorm_2/":                                    ".norm2.",
+    "/MlpBlock_3/Dense_0/":                             ".mlp.fc1.",
+    "/MlpBlock_3/Dense_1/":                             ".mlp.fc2.",
+    "Transformer/encoder_norm/":                        "backbone.norm.",
+    "kernel":                                           "weight",
+    "scale":                                            "weight",
+}
+
+# The kinds of files: what each calls the patch embedding, by which it is known, what we put before
+# its names, and its table. A longer name comes before one that it ends with. mmsegmentation: whole
+# models of 0.x and 1.x, and the backbones that its vit2mmseg.py writes. timm: also DeiT, MAE and
+# DINOv2. JAX: Google's own files.
+KINDS = {
+    "ours":                    ("backbone.patch_embed.proj.weight", "", {}),
+    "mmsegmentation":          ("backbone.patch_embed.projection.weight", "", MMSEG),
+    "mmsegmentation backbone": ("patch_embed.projection.weight", "backbone.", MMSEG),
+    "Hugging Face":            ("embeddings.patch_embeddings.projection.weight", "", HUGGING_FACE),
+    "timm":                    ("patch_embed.proj.weight", "backbone.", TIMM),
+    "torchvision":             ("conv_proj.weight", "", TORCHVISION),
+    "JAX":                     ("embedding/kernel", "", JAX),
+}
+
+# What is left out on purpose, and how the names of these tensors start (without "backbone.").
+DISTILLATION = "distillation, no part of the model"
+LEFT_OUT = {
+    "a classifier of whole images":
+        ("head.", "head/", "heads.", "fc.", "classifier.", "cls_classifier.",
+         "pre_logits.", "pre_logits/", "pooler."),
+    DISTILLATION:
+        ("dist_token", "head_dist.", "embeddings.distillation_token", "distillation_classifier."),
+    "stands for hidden patches in pretraining":
+        ("mask_token", "embeddings.mask_token", "decoder.mask_token"),
+    "the decoder of MAE's pretraining":
+        ("decoder_", "decoder.decoder_"),
+    "the decoder of another kind of model":
+        ("decoder.",),
+    "the norm of pooled features":
+        ("fc_norm.",),
+    "a second set of weights, those before averaging":  # mmcv's EMAHook swaps the two
+        ("ema_",),
+}
+
+
+def rename(name: str, table: dict[str, str]) -> str:
+    """backbone.layers.7.ln1.bias -> backbone.blocks.7.norm1.bias, with the table MMSEG."""
+    for old, new in table.items():
+        name = name.replace(old, new)
+    return name
+
+
+# ---- From a file to a model ----------------------------------------------------------------------
+
+
 def load_weights(path_or_url: str, bicubic: bool = False) -> tuple[Tensors, dict]:
     """Read any known format. -> (state_dict in our names, facts). WeightsError otherwise. Behind a
     colon, as in x.pth:teacher, stands which model is meant where a file holds several.
 
-    facts: kind, arch (the first one in ARCHS of these shapes, so vit_b16 for a bare deit_b16: they
-    differ in drop path alone), neck and num_classes (None for a backbone), grid (of pos_embed, as
-    it is given), resolution (in the file), tensors (how many are used), left_out and added (list of
-    str, each with its reason), dtype (of the floating point numbers in the file), classes (the
-    fields of ade20k.Classes) where the file names them, and args of our own checkpoints.
+    facts:
+        kind         one of KINDS
+        arch         the first one in ARCHS of these shapes, unless the file says more: vit_b16 for
+                     a bare deit_b16, which differs in drop path alone
+        neck         one of NECKS, None for a backbone
+        num_classes  None for a backbone
+        dtype        of the floating point numbers in the file
+        tensors      how many are used
+        added        what the file lacks and is known, each with its reason
+        left_out     what is not used, tensors and other entries, each with its reason
+        grid         of the positions (h, w), as they are given here
+        resolution   of the pictures in training, from the positions in the file
+        classes      the fields of ade20k.Classes, where the file names them
+        args         the command line of the training, in our own checkpoints
 
     A whole model keeps its pos_embed to the bit. That of a backbone, which starts a new model, is
     resized to the architecture's grid: with torch's bicubic, as mmsegmentation and timm do; that of
@@ -52,20 +198,21 @@ def load_weights(path_or_url: str, bicubic: bool = False) -> tuple[Tensors, dict
     file: copy it before the file is overwritten."""
     path, choice = split_choice(path_or_url)
     content = read_checkpoint(path)
-    facts = {"left_out": [], "added": []}
 
-    weights = unwrap(path, content, choice, facts)
-    tensors = translate(path, weights, facts)
-    check_values(path, tensors, facts)
-    identify(path, tensors, facts)
-    recall(content, facts)
-    add_known_missing(tensors, facts)
+    with about(path):
+        kind, weights, beside = unwrap(content, choice, path)
+        tensors, left_out = translate(weights, kind)
+        check_values(tensors)
+        facts = {"kind": kind, **identify(tensors), "added": [], "left_out": beside + left_out}
+        recall(content, facts)
+        add_known_missing(tensors, facts)
+        fit_positions(tensors, facts, bicubic)
 
-    with torch.device("meta"):  # shapes without memory
         neck = facts["neck"] or ("ln" if "backbone.norm.weight" in tensors else "none")
-        model = build_model(facts["arch"], neck, facts["num_classes"] or 150)
-    fit_positions(tensors, facts, model.backbone, bicubic)
-    compare(path, tensors, tensors_to_set(model, tensors, facts), facts)
+        with torch.device("meta"):  # shapes without memory
+            model = build_model(facts["arch"], neck, facts["num_classes"] or 150)
+        compare(tensors, model, facts)
+
     facts["tensors"] = len(tensors)
     return tensors, facts
 
@@ -74,39 +221,68 @@ def load_into(
     model: nn.Module, state_dict: Tensors, facts: dict, new_classes: bool = False
 ) -> None:
     """Copy what load_weights gave into a model. Every tensor of the file is used and every one of
-    the model set, or WeightsError. The grid of the model's positions becomes that of a whole model
-    in the file. The exceptions, each added to facts["left_out"]:
+    the model set, or WeightsError. The grid of the model's positions becomes that of the file's.
+    The exceptions, each added to facts["left_out"]:
 
     - a backbone leaves neck and heads as they are, and its final norm is left out where the
       model's neck has none;
     - a file without auxiliary head leaves the model's as it is;
     - with new_classes, a whole model for another number of classes leaves both classifiers as they
       are."""
-    own, reasons = tensors_to_set(model, state_dict, facts), {}
     here, there = model.decode_head.classifier.out_channels, facts["num_classes"]
-    for name in state_dict:
-        if facts["neck"] is None and name.startswith("backbone.norm.") and name not in own:
-            reasons[name] = "the model has no final norm"
-        if new_classes and there not in (here, None) and ".classifier." in name:
-            reasons[name] = f"{there} classes in the file, {here} here: starts anew"
+    left_out, reason = [], ""
+    if facts["neck"] is None and model.backbone.norm is None:
+        left_out = [name for name in state_dict if name.startswith("backbone.norm.")]
+        reason = "the model has no final norm"
+    elif facts["neck"] is not None and new_classes and here != there:
+        left_out = [name for name in state_dict if ".classifier." in name]
+        reason = f"{there} classes in the file, {here} here: starts anew"
 
-    facts["left_out"] = facts["left_out"] + [f"{k} ({why})" for k, why in reasons.items()]
-    used = {k: v for k, v in state_dict.items() if k not in reasons}
-    own = {k: v for k, v in own.items() if k not in reasons}
-    if facts["neck"] is not None:
-        # Its shape may differ: set_grid makes room for it below.
-        own["backbone.pos_embed"] = used["backbone.pos_embed"]
-    compare("the weights", used, own, facts)
+    used = {name: value for name, value in state_dict.items() if name not in left_out}
+    with about("the weights"):
+        compare(used, model, facts, left_out)
 
+    facts["left_out"] = facts["left_out"] + [f"{name} ({reason})" for name in left_out]
     model.backbone.set_grid(facts["grid"])
     model.load_state_dict(used, strict=False)  # compare() was the strict part
+
+
+def describe(facts: dict) -> str:
+    """facts in one line."""
+    shown = ("kind", "arch", "neck", "num_classes", "resolution", "tensors", "dtype")
+    text = ", ".join(f"{k} {facts[k]}" for k in shown if facts.get(k) is not None)
+    if facts["added"]:
+        text += "; added: " + "; ".join(facts["added"])
+    if facts["left_out"]:
+        text += "; left out: " + "; ".join(facts["left_out"])
+    return text
 
 
 class WeightsError(Exception):
     """A weight file that cannot be used, in one sentence: the file, what is wrong, the way out."""
 
 
-# ---- The steps of load_weights -------------------------------------------------------------------
+@contextmanager
+def about(path: str) -> Iterator[None]:
+    """Say the file's name before what is wrong with it. Shapes that no whole file has end in an
+    error of torch or Python."""
+    try:
+        yield
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise WeightsError(f"{path}: damaged, {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the advice that follows; its kind where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# ---- Unwrap --------------------------------------------------------------------------------------
+
+# What torch.compile, FSDP and activation checkpointing put inside names, wherever they wrap a part.
+INSIDE = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 
 
 def split_choice(source: str) -> tuple[str, str]:
@@ -118,189 +294,180 @@ def split_choice(source: str) -> tuple[str, str]:
     return path, choice
 
 
-def unwrap(path: str, content: dict, choice: str, facts: dict) -> Tensors:
-    """The tensors of the one model in a file's content, wherever it stands and without what
-    wrappers put before its names. WeightsError where there is none, or several."""
-    found = flatten(content)
-    models = find_models(found)
+def unwrap(content: dict, choice: str, path: str) -> tuple[str, Tensors, list[str]]:
+    """Find the one model in a file's content, and take off its names what wrappers put before them.
+    -> (kind, tensors, what stands beside them). WeightsError where there is none, or several.
+
+    {"epoch": 3, "state_dict": {"module.cls_token": x, ...}} -> "timm", {"cls_token": x, ...}"""
+    entries = flatten(content)
+    models = find_models(entries)
     if not models:
-        first = ", ".join(list(found)[:3]) or "nothing"
+        first = ", ".join(where + name for where, name in list(entries)[:3]) or "nothing"
         raise WeightsError(
-            f"{path}: no known kind of checkpoint, its {len(found)} entries start with {first}"
+            f"no known kind of checkpoint, its {len(entries)} entries start with {first}"
         )
 
-    called = {wrapper: wrapper.replace(":", ".").strip(".") or "top" for wrapper in models}
-    meant = [w for w in models if called[w] == choice] if choice else list(models)
+    names = list(models)
+    meant = [name for name in names if choice in ("", name)]
     if len(meant) != 1:
-        names = list(called.values())
         raise WeightsError(
-            f"{path}: holds {len(models)} models, called {listed(names)}: choose one, as "
-            f"{path}:{names[-1]}"
+            f"holds {len(names)} models, called {listed(names)}: choose one, as {path}:{names[-1]}"
         )
+    kind, home, wrapper = models[meant[0]]
 
-    wrapper = meant[0]
-    facts["kind"] = models[wrapper]
-    holder = wrapper[: wrapper.rfind(":") + 1]  # the dictionary, in which all else must be known
+    # All tensors of the model's own dictionary count, unless they are another model's: the wrapper
+    # may be the backbone's alone ("vit."), or stand inside another one. All else is beside them.
+    weights, beside = {}, []
+    for (where, name), value in entries.items():
+        owners = [w for _, place, w in models.values() if place == where and name.startswith(w)]
+        owner = max(owners, key=len, default=wrapper)
+        first = (where + name).removeprefix(home).split(".")[0]
+        if where == home and owner == wrapper and isinstance(value, Tensor):
+            weights[name.removeprefix(wrapper)] = value
+        elif first not in ("meta", "args", "classes", *beside):
+            beside.append(first)
 
-    weights, beside = {}, {}
-    for name, value in found.items():
-        owner = max([w for w in models if name.startswith(w)], key=len, default=wrapper)
-        inner = name.removeprefix(holder)
-        here = name.startswith(holder) and owner == wrapper and ":" not in inner
-        if here and isinstance(value, Tensor):
-            weights[name.removeprefix(wrapper).removeprefix(holder)] = value
-        else:
-            beside[re.split("[.:]", inner)[0]] = True
-
-    said = [name for name in beside if name not in ("meta", "args", "classes")]
-    if said:
-        facts["left_out"].append(f"{listed(said)} (beside the weights)")
-    return weights
+    return kind, weights, [f"{listed(beside)} (beside the weights)"] if beside else []
 
 
-def find_models(found: dict) -> dict[str, str]:
-    """What stands before the names of each model, and its kind."""
+def flatten(content: dict) -> dict:
+    """The entries of nested dictionaries, each by the path to its dictionary and its name in it:
+    {"state": {"model": {"module.cls_token": x}}} -> {("state.model.", "module.cls_token"): x}. A
+    dictionary that stands in several places, or in itself, comes once."""
+    entries, seen, todo = {}, [], [("", content)]
+
+    for where, holder in todo:  # which grows meanwhile
+        if id(holder) in seen:
+            continue
+        seen.append(id(holder))
+
+        for key, value in holder.items():
+            if isinstance(value, dict) and value:
+                todo.append((f"{where}{key}.", value))
+            else:
+                entries[where, INSIDE.sub("", str(key))] = value
+
+    return entries
+
+
+def find_models(entries: dict) -> dict:
+    """What a user may call each model, and its kind, the path to its dictionary, and what stands
+    before its names there: {"state.model.module": ("timm", "state.model.", "module.")}."""
     models = {}
-    for name, value in found.items():
-        for kind, (mark, _, _) in KINDS.items():
-            wrapper = name.removesuffix(mark)
-            if isinstance(value, Tensor) and wrapper != name and wrapper[-1:] in ("", ".", ":"):
-                models[wrapper] = kind
+    for (where, name), value in entries.items():
+        for kind, (patch_embed, _, _) in KINDS.items():
+            if isinstance(value, Tensor) and f".{name}".endswith(f".{patch_embed}"):
+                wrapper = name.removesuffix(patch_embed)
+                models[(where + wrapper).strip(".") or "top"] = (kind, where, wrapper)
                 break
 
     return models
 
 
-def flatten(content: dict) -> dict:
-    """Nested dictionaries as one: {"state:model:module.cls_token": value}. A dictionary that stands
-    in several places comes once."""
-    flat, seen, todo = {}, set(), [("", content)]
-
-    for where, holder in todo:  # which grows meanwhile
-        if id(holder) in seen:
-            continue
-        seen.add(id(holder))
-
-        for key, value in holder.items():
-            name = where + INSIDE.sub("", str(key))
-            if isinstance(value, dict) and value:
-                todo.append((name + ":", value))
-            else:
-                flat[name] = value
-
-    return flat
-
-
 def listed(texts: list[str], separator: str = ", ") -> str:
     """All of them, or the first twenty and how many more there are."""
-    more = [f"and {len(texts) - 20} more"] if len(texts) > 20 else []
-    return separator.join(texts[:20] + more)
+    shown = texts[:20]
+    if len(texts) > 20:
+        shown.append(f"and {len(texts) - 20} more")
+    return separator.join(shown)
 
 
-def translate(path: str, weights: Tensors, facts: dict) -> Tensors:
-    """The tensors in our names and shapes. WeightsError for an unknown kind of file."""
-    _, prefix, rules = KINDS[facts["kind"]]
-    tensors = {}
-    try:
-        for name, value in sorted(weights.items()):
-            part = name.removeprefix("backbone.")
-            reasons = [why for what, why in LEFT_OUT.items() if re.match(what, part)]
-            if reasons:
-                facts["left_out"].append(f"{name} ({reasons[0]})")
-                continue
-
-            if facts["kind"] == "JAX":
-                name, value = from_jax(name, value)
-            name = rename(prefix + name, rules)
-            if name in tensors:
-                raise WeightsError(f"{path}: two of its tensors are {name}")
-            tensors[name] = value
-
-        join_qkv(tensors)
-    except (RuntimeError, IndexError) as error:  # a matrix that is none
-        raise WeightsError(f"{path}: damaged, {first_line(error)}") from error
-    return tensors
+# ---- Translate -----------------------------------------------------------------------------------
 
 
-def from_jax(name: str, value: Tensor) -> tuple[str, Tensor]:
+def translate(weights: Tensors, kind: str) -> tuple[Tensors, list[str]]:
+    """-> (the tensors in our names and shapes, what is left out on purpose)."""
+    _, prefix, table = KINDS[kind]
+    tensors, left_out = {}, []
+
+    for name, value in sorted(weights.items()):
+        part = name.removeprefix("backbone.")
+        reasons = [reason for reason, starts in LEFT_OUT.items() if part.startswith(starts)]
+        if reasons:
+            left_out.append(f"{name} ({reasons[0]})")
+            continue
+
+        ours = rename(prefix + name, table)
+        if ours in tensors:
+            raise WeightsError(f"two of its tensors are {ours}")
+        if kind == "JAX":
+            value = from_jax(name, value).contiguous()  # or it would be written with strides
+        tensors[ours] = value
+
+    join_qkv(tensors)
+    return tensors, left_out
+
+
+def from_jax(name: str, value: Tensor) -> Tensor:
     """JAX multiplies from the other side: its kernels are (in, out), those of attention
     (in, heads, d) and back, (heads, d, out), that of the patches (h, w, in, out)."""
-    if name.endswith("/kernel"):
-        if value.ndim == 4:
-            value = value.permute(3, 2, 0, 1)  # (out, in, h, w)
-        elif "/out/" in name:
-            value = value.flatten(0, -2).T  # (out, heads * d)
-        else:
-            value = value.flatten(1).T  # (heads * d, in), or (out, in)
-    elif name.endswith("/bias"):
-        value = value.flatten()  # those of attention are (heads, d)
-    return re.sub("/(kernel|scale)$", "/weight", name), value
+    if name.endswith("bias"):
+        return value.flatten()  # those of attention are (heads, d)
+    if not name.endswith("kernel"):
+        return value
 
-
-def rename(name: str, rules: dict[str, str]) -> str:
-    """The name after the first rule whose left side it starts with, or as it was."""
-    for old, new in rules.items():
-        match = re.match(re.escape(old).replace(r"\{\}", r"(\d+)"), name)
-        if match:
-            return new.format(*match.groups()) + name[match.end() :]
-    return name
+    if value.ndim == 4:
+        return value.permute(3, 2, 0, 1)  # (out, in, h, w)
+    if "/out/" in name:
+        return value.flatten(0, -2).T  # (out, heads * d)
+    return value.flatten(1).T  # (heads * d, in), or (out, in)
 
 
 def join_qkv(tensors: Tensors) -> None:
     """Three matrices q, k, v become one that holds them side by side: a single larger product."""
     for q in [name for name in tensors if ".attn.q." in name]:
         three = [q.replace(".q.", f".{x}.") for x in "qkv"]
-        if tensors.keys() >= set(three):
+        if all(name in tensors for name in three):
             tensors[q.replace(".q.", ".qkv.")] = torch.cat([tensors.pop(name) for name in three])
 
 
-def check_values(path: str, tensors: Tensors, facts: dict) -> None:
+def check_values(tensors: Tensors) -> None:
     """WeightsError for numbers that no training would survive."""
-    dtypes = set()
     for name, value in tensors.items():
         if name.endswith(".num_batches_tracked"):  # BatchNorm counts
             continue
+
         if not value.is_floating_point():
             raise WeightsError(
-                f"{path}: {name} holds {value.dtype}, no floating point numbers: quantised, or "
-                "damaged; take the file it was made from"
+                f"{name} holds {value.dtype}, no floating point numbers: quantised, or damaged; "
+                "take the file it was made from"
             )
         if not value.isfinite().all():
             raise WeightsError(
-                f"{path}: {name} has values that are NaN or infinite: the run that wrote it "
-                "diverged, or it is damaged; take an earlier checkpoint"
+                f"{name} has values that are NaN or infinite: the run that wrote it diverged, or "
+                "it is damaged; take an earlier checkpoint"
             )
-        dtypes.add(str(value.dtype).removeprefix("torch."))
-
-    facts["dtype"] = ", ".join(sorted(dtypes))
 
 
-def identify(path: str, tensors: Tensors, facts: dict) -> None:
-    """arch, neck and num_classes from names and shapes. WeightsError if no architecture fits."""
-    found = {"layer_scale": "backbone.blocks.0.ls1.gamma" in tensors}
-    try:
-        found["width"], _, found["patch"], _ = tensors["backbone.patch_embed.proj.weight"].shape
-        found["registers"] = tensors.get("backbone.reg_token", torch.empty(1, 0)).shape[1]
-        num_classes = len(tensors.get("decode_head.classifier.weight", ()))
-    except (ValueError, TypeError, IndexError) as error:
-        raise WeightsError(f"{path}: damaged, {first_line(error)}") from error
-    layers = {k.split(".")[2] for k in tensors if k.startswith("backbone.blocks.")}
-    found["depth"] = len(layers)
+# ---- Identify ------------------------------------------------------------------------------------
 
-    fits = [n for n, a in ARCHS.items() if all(a.get(k, 0) == v for k, v in found.items())]
+
+def identify(tensors: Tensors) -> dict:
+    """Find arch, neck, num_classes and dtype. WeightsError if no architecture fits."""
+    width, _, patch, _ = tensors["backbone.patch_embed.proj.weight"].shape
+    found = {
+        "width": width,
+        "patch": patch,
+        "depth": len({name.split(".")[2] for name in tensors if ".blocks." in name}),
+        "registers": tensors.get("backbone.reg_token", torch.empty(1, 0)).shape[1],
+        "layer_scale": "backbone.blocks.0.ls1.gamma" in tensors,
+    }
+    plain = {"registers": 0, "layer_scale": False}
+    fits = [arch for arch, a in ARCHS.items() if found.items() <= (plain | a).items()]
     if not fits:
+        text = "{depth} layers, {width} wide, patches of {patch}, {registers} registers"
         more = ", with layer scale" if found["layer_scale"] else ""
-        raise WeightsError(
-            f"{path}: {len(layers)} layers, {found['width']} wide, patches of {found['patch']}, "
-            f"{found['registers']} registers{more}: none of {', '.join(ARCHS)}"
-        )
+        raise WeightsError(text.format(**found) + more + ": none of " + ", ".join(ARCHS))
 
-    facts |= {"arch": fits[0], "neck": None, "num_classes": None}
-
+    neck = num_classes = None
     if "decode_head" in parts(tensors):
         has = ("backbone.norm.weight" in tensors, "neck" in parts(tensors))
-        facts["neck"] = next(name for name, needs in NECKS.items() if needs == has)
-        facts["num_classes"] = num_classes
+        neck = next(name for name, needs in NECKS.items() if needs == has)
+        num_classes = len(tensors.get("decode_head.classifier.weight", ()))
+
+    dtypes = {str(value.dtype) for value in tensors.values() if value.is_floating_point()}
+    dtype = ", ".join(sorted(dtypes)).replace("torch.", "")
+    return dict(arch=fits[0], neck=neck, num_classes=num_classes, dtype=dtype)
 
 
 def parts(tensors: Tensors) -> set[str]:
@@ -309,302 +476,168 @@ def parts(tensors: Tensors) -> set[str]:
 
 
 def recall(content: dict, facts: dict) -> None:
-    """What the file itself says about its training: our checkpoints their args and classes,
-    mmsegmentation's the config of the run, as text, and what the data set calls its classes."""
-    meta, args, classes = (content.get(key) for key in ("meta", "args", "classes"))
-    if facts["kind"] == "ours" and isinstance(args, dict) and str(args.get("arch")) in ARCHS:
+    """Take over what the file itself says about its training: our checkpoints their args and
+    classes, mmsegmentation's the config of the run, as text, and the classes of the data set."""
+    args = content.get("args")
+    if facts["kind"] == "ours" and isinstance(args, dict) and args.get("arch") in ARCHS:
         facts |= {"args": args, "arch": args["arch"]}
-    elif facts["arch"] == "vit_b16" and "deit" in str(meta):
+    elif facts["arch"] == "vit_b16" and "deit" in str(content.get("meta")):
         facts["arch"] = "deit_b16"
 
-    if isinstance(meta, dict):
-        said = meta.get("dataset_meta", meta)  # 1.x, 0.x
-        if isinstance(said, dict) and ("classes" in said or "CLASSES" in said):
-            names = said.get("classes", said.get("CLASSES"))
-            palette = said.get("palette", said.get("PALETTE"))
-            ignored = said.get("reduce_zero_label") or "reduce_zero_label=True" in str(meta)
-            classes = (names, palette, bool(ignored))
+    if facts["neck"] is None:
+        return
 
-    if classes is not None and facts["num_classes"] is not None:
-        try:
+    try:
+        classes = classes_said(content)
+        if classes:
             facts["classes"] = checked_classes(facts["num_classes"], *classes)
-        except (TypeError, ValueError, AttributeError):
-            facts["left_out"].append("the names of its classes (no name and colour for each)")
+    except Exception:  # there may stand anything
+        facts["left_out"].append("the names of its classes (no name and colour for each)")
 
 
-def checked_classes(
-    num_classes: int, names, palette, zero_ignored: bool, ignored_colours: list | None = None
-) -> tuple:
-    """The fields of ade20k.Classes, out of a file that may hold anything: one of the exceptions
-    above where they are not a printable name and a colour for each class."""
+def classes_said(content: dict) -> tuple | None:
+    """The fields of ade20k.Classes as the file has them, unchecked."""
+    if "classes" in content:  # ours
+        return content["classes"]
+
+    meta = content.get("meta", {})
+    said = meta.get("dataset_meta", meta)  # mmsegmentation 1.x, 0.x
+    said = {key.lower(): value for key, value in said.items()}
+    if "classes" not in said:
+        return None
+
+    zero_ignored = said.get("reduce_zero_label") or "reduce_zero_label=True" in str(meta)
+    return said["classes"], said.get("palette"), zero_ignored
+
+
+def checked_classes(num_classes: int, names, palette, zero_ignored, ignored_colours=None) -> tuple:
+    """The fields of ade20k.Classes, or any exception where they are not a printable name and a
+    colour for each class."""
     names = tuple(name.strip() for name in names)  # mmsegmentation says "bed "
+    palette = [list(colour) for colour in palette]
+    colours = palette + [list(colour) for colour in ignored_colours or []]
+
     fit = len(names) == len(palette) == num_classes
-    if not fit or not all(name.isprintable() and 0 < len(name) <= 100 for name in names):
+    printable = all(name.isprintable() and 0 < len(name) <= 100 for name in names)
+    rgb = all(len(bytes(colour)) == 3 for colour in colours)  # bytes takes 0 to 255 and no others
+    if not (fit and printable and rgb):
         raise ValueError
 
-    palette = checked_colours(palette)
-    if ignored_colours is not None:
-        ignored_colours = checked_colours(ignored_colours)
     return names, palette, bool(zero_ignored), ignored_colours
 
 
-def checked_colours(colours) -> list[list[int]]:
-    """ValueError where they are not lists of three whole numbers from 0 to 255."""
-    table = np.array(colours).reshape(len(colours), 3)
-    if len(table) and (table.dtype.kind != "i" or table.min() < 0 or table.max() > 255):
-        raise ValueError
-    return table.tolist()
+# ---- Add what is known to be missing, fit the positions ------------------------------------------
 
 
 def add_known_missing(tensors: Tensors, facts: dict) -> None:
-    """What some files lack, and what takes its place."""
+    """Add what some files lack, or say what takes its place."""
     bias = "backbone.patch_embed.proj.bias"
     if facts["kind"].startswith("mmsegmentation") and bias not in tensors:
         tensors[bias] = torch.zeros(ARCHS[facts["arch"]]["width"])
         facts["added"].append("a patch bias of zeros, as mmsegmentation 1.2 has none")
+
     if facts["neck"] is not None and "auxiliary_head" not in parts(tensors):
         facts["left_out"].append(
             "auxiliary_head (not in the file: evaluation needs none, training starts it anew)"
         )
 
 
-def tensors_to_set(model: nn.Module, tensors: Tensors, facts: dict) -> Tensors:
-    """The tensors of the model that a file with these must set: those of its own parts, and of
-    neck and head where it is a whole model."""
-    must = parts(tensors) | {"backbone"}
-    if facts["neck"] is not None:
-        must |= {"neck", "decode_head"}
-    return {k: v for k, v in model.state_dict().items() if k.split(".")[0] in must}
-
-
-def fit_positions(tensors: Tensors, facts: dict, backbone: nn.Module, bicubic: bool) -> None:
-    """Bring a backbone's positions to the grid of ours, or the grid of ours to those of a whole
-    model. A table of an impossible shape is left to compare()."""
+def fit_positions(tensors: Tensors, facts: dict, bicubic: bool) -> None:
+    """Bring the positions of a backbone to our grid; a whole model keeps its own. A table that is
+    missing or belongs to no square is left to compare()."""
     name, arch = "backbone.pos_embed", ARCHS[facts["arch"]]
-    pos_embed = tensors.get(name, torch.empty(0))
-    rows = pos_embed.numel() // arch["width"]
+    facts["grid"] = ours = (arch["grid"], arch["grid"])
+    if name not in tensors:
+        return
+
+    pos_embed = tensors[name]  # (1, N, D)
+    rows = pos_embed.shape[1]
 
     # Of the tokens without a place the class token comes first; DeiT-III gives it no position.
-    extra = 1
     if math.isqrt(rows) ** 2 == rows:
-        extra = 0
+        pos_embed = F.pad(pos_embed, (0, 0, 1, 0))  # (1, 1 + N, D)
+        facts["added"].append("a position of zeros for the class token, which has none")
     elif any(DISTILLATION in text for text in facts["left_out"]):
-        extra = 2
-    side = math.isqrt(max(0, rows - extra))
-    if side == 0 or pos_embed.shape != (1, extra + side * side, arch["width"]):
+        pos_embed = torch.cat([pos_embed[:, :1], pos_embed[:, 2:]], dim=1)  # (1, N - 1, D)
+
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    if pos_embed.shape[1] != 1 + side * side:
         return
+
     size = side * arch["patch"]
     facts["resolution"] = f"{size}x{size}"
 
-    if extra == 0:
-        pos_embed = F.pad(pos_embed, (0, 0, 1, 0))  # (1, 1 + side^2, D)
-        facts["added"].append("a position of zeros for the class token, which has none")
-    elif extra == 2:
-        pos_embed = torch.cat([pos_embed[:, :1], pos_embed[:, 2:]], dim=1)  # (1, 1 + side^2, D)
-
     if facts["neck"] is not None:
-        backbone.set_grid((side, side))
-    elif (side, side) != backbone.grid:
+        facts["grid"] = (side, side)
+    elif (side, side) != ours:
         google = facts["kind"] == "JAX" and not bicubic
         mode = "bilinear" if google else "bicubic"
-        pos_embed = resize_pos_embed(pos_embed.float(), (side, side), backbone.grid, mode)
-    tensors[name], facts["grid"] = pos_embed, backbone.grid
+        pos_embed = resize_pos_embed(pos_embed.float(), (side, side), ours, mode)
+    tensors[name] = pos_embed
 
 
-def compare(path: str, tensors: Tensors, expected: Tensors, facts: dict) -> None:
+# ---- Compare -------------------------------------------------------------------------------------
+
+
+def compare(tensors: Tensors, model: nn.Module, facts: dict, but: list[str] = ()) -> None:
     """WeightsError that lists the tensors that are missing, left over or of another shape, and the
-    likely cause."""
+    likely cause. A file must set the model's tensors in those parts that it has itself, and in the
+    neck if it is a whole model, but none with a name in `but`."""
+    must = parts(tensors)
+    if facts["neck"] is not None:
+        must.add("neck")
+
     file = {name: tuple(value.shape) for name, value in tensors.items()}
-    model = {name: tuple(value.shape) for name, value in expected.items()}
+    ours = {
+        name: tuple(value.shape)
+        for name, value in model.state_dict().items()
+        if name.split(".")[0] in must and name not in but
+    }
+
+    h, w = facts["grid"]  # which the model will have
+    ours["backbone.pos_embed"] = (1, 1 + h * w, model.backbone.pos_embed.shape[2])
+
     faults = {}
-
-    for name in model | file:
+    for name in ours | file:
         if name not in file:
-            faults[name] = f"missing {name} {model[name]}"
-        elif name not in model:
+            faults[name] = f"missing {name} {ours[name]}"
+        elif name not in ours:
             faults[name] = f"left over {name} {file[name]}"
-        elif file[name] != model[name]:
-            faults[name] = f"{name} is {file[name]} in the file, {model[name]} in the model"
+        elif file[name] != ours[name]:
+            faults[name] = f"{name} is {file[name]} in the file, {ours[name]} in the model"
 
-    if not faults:
-        return
-
-    cause = likely_cause(faults, [name for name in faults if name in file and name in model])
-    raise WeightsError(
-        f"{path}: a {facts['kind']} file for {facts['arch']}, neck {facts['neck']}, "
-        f"{facts['num_classes']} classes does not fit ({cause}?): "
-        + listed(list(faults.values()), "; ")
-    )
+    if faults:
+        cause = likely_cause(list(faults), [n for n in faults if n in file and n in ours])
+        text = "a {kind} file for {arch}, neck {neck}, {num_classes} classes does not fit"
+        faults = listed(list(faults.values()), "; ")
+        raise WeightsError(f"{text.format(**facts)} ({cause}?): {faults}")
 
 
-def likely_cause(faults: dict[str, str], reshaped: list[str]) -> str:
+def likely_cause(faults: list[str], reshaped: list[str]) -> str:
     """What most often lies behind faults in tensors of these names, some of another shape."""
-    modules = {name.split(".")[-2] for name in reshaped}
-    if modules == {"classifier"} and len(faults) == len(reshaped):
+    if faults == reshaped and all(".classifier." in name for name in faults):
         return "another class count"
-    if modules & {"proj", "qkv", "backbone"}:
+    if any(name.startswith("backbone.") for name in reshaped):
         return "another architecture"
     if any(name.startswith(("neck.", "backbone.norm.")) for name in faults):
         return "another neck"
     return "a file that is not whole, or has more"
 
 
-def describe(facts: dict) -> str:
-    """facts in one line."""
-    shown = ("kind", "arch", "neck", "num_classes", "resolution", "tensors", "dtype")
-    text = ", ".join(f"{k} {facts[k]}" for k in shown if facts.get(k) is not None)
-    for key in ("added", "left_out"):
-        if facts[key]:
-            text += f"; {key.replace('_', ' ')}: " + "; ".join(facts[key])
-    return text
-
-
-# ---- The tables of names -------------------------------------------------------------------------
-
-# A file's names, ours. {} is a number. What no line matches is called the same in both. Where q, k
-# and v are one matrix, they lie in this order everywhere.
-MMSEG = {
-    "backbone.ln1.":                                            "backbone.norm.",
-    "backbone.patch_embed.projection.":                         "backbone.patch_embed.proj.",
-    "backbone.layers.{}.ln{}.":                                 "backbone.blocks.{}.norm{}.",
-    "backbone.layers.{}.attn.attn.in_proj_":                    "backbone.blocks.{}.attn.qkv.",
-    "backbone.layers.{}.attn.attn.out_proj.":                   "backbone.blocks.{}.attn.proj.",
-    "backbone.layers.{}.ffn.layers.0.0.":                       "backbone.blocks.{}.mlp.fc1.",
-    "backbone.layers.{}.ffn.layers.1.":                         "backbone.blocks.{}.mlp.fc2.",
-    "neck.lateral_convs.{}.conv.":                              "neck.lateral_convs.{}.",
-    "neck.convs.{}.conv.":                                      "neck.convs.{}.",
-    "decode_head.psp_modules.{}.1.":                            "decode_head.ppm.{}.",
-    "decode_head.conv_seg.":                                    "decode_head.classifier.",
-    "auxiliary_head.convs.0.":                                  "auxiliary_head.conv.",
-    "auxiliary_head.conv_seg.":                                 "auxiliary_head.classifier.",
-}
-HUGGING_FACE = {
-    "embeddings.cls_token":                                     "backbone.cls_token",
-    "embeddings.position_embeddings":                           "backbone.pos_embed",
-    "embeddings.patch_embeddings.projection.":                  "backbone.patch_embed.proj.",
-    "encoder.layer.{}.layernorm_before.":                       "backbone.blocks.{}.norm1.",
-    "encoder.layer.{}.attention.attention.query.":              "backbone.blocks.{}.attn.q.",
-    "encoder.layer.{}.attention.attention.key.":                "backbone.blocks.{}.attn.k.",
-    "encoder.layer.{}.attention.attention.value.":              "backbone.blocks.{}.attn.v.",
-    "encoder.layer.{}.attention.output.dense.":                 "backbone.blocks.{}.attn.proj.",
-    "encoder.layer.{}.layernorm_after.":                        "backbone.blocks.{}.norm2.",
-    "encoder.layer.{}.intermediate.dense.":                     "backbone.blocks.{}.mlp.fc1.",
-    "encoder.layer.{}.output.dense.":                           "backbone.blocks.{}.mlp.fc2.",
-    # DINOv2, where it differs:
-    "embeddings.register_tokens":                               "backbone.reg_token",
-    "encoder.layer.{}.norm{}.":                                 "backbone.blocks.{}.norm{}.",
-    "encoder.layer.{}.layer_scale{}.lambda1":                   "backbone.blocks.{}.ls{}.gamma",
-    "encoder.layer.{}.mlp.fc{}.":                               "backbone.blocks.{}.mlp.fc{}.",
-    "layernorm.":                                               "backbone.norm.",
-}
-# mmpretrain's (and mmcls's) backbone is mmsegmentation's, but for its attention.
-MMPRETRAIN = MMSEG | {
-    "backbone.layers.{}.attn.qkv.":                             "backbone.blocks.{}.attn.qkv.",
-    "backbone.layers.{}.attn.proj.":                            "backbone.blocks.{}.attn.proj.",
-}
-# What the authors of DeiT-III and DINOv2 call otherwise than timm.
-TIMM = {
-    "backbone.blocks.{}.gamma_{}":                              "backbone.blocks.{}.ls{}.gamma",
-    "backbone.register_tokens":                                 "backbone.reg_token",
-}
-TORCHVISION = {
-    "class_token":                                              "backbone.cls_token",
-    "encoder.pos_embedding":                                    "backbone.pos_embed",
-    "conv_proj.":                                               "backbone.patch_embed.proj.",
-    "encoder.layers.encoder_layer_{}.ln_{}.":                   "backbone.blocks.{}.norm{}.",
-    "encoder.layers.encoder_layer_{}.self_attention.in_proj_":  "backbone.blocks.{}.attn.qkv.",
-    "encoder.layers.encoder_layer_{}.self_attention.out_proj.": "backbone.blocks.{}.attn.proj.",
-    "encoder.layers.encoder_layer_{}.mlp.0.":                   "backbone.blocks.{}.mlp.fc1.",
-    "encoder.layers.encoder_layer_{}.mlp.3.":                   "backbone.blocks.{}.mlp.fc2.",
-    "encoder.layers.encoder_layer_{}.mlp.linear_1.":            "backbone.blocks.{}.mlp.fc1.",
-    "encoder.layers.encoder_layer_{}.mlp.linear_2.":            "backbone.blocks.{}.mlp.fc2.",
-    "encoder.ln.":                                              "backbone.norm.",
-}
-ATTENTION = "Transformer/encoderblock_{}/MultiHeadDotProductAttention_1/"
-JAX = {
-    "cls":                                                      "backbone.cls_token",
-    "Transformer/posembed_input/pos_embedding":                 "backbone.pos_embed",
-    "embedding/":                                               "backbone.patch_embed.proj.",
-    "Transformer/encoderblock_{}/LayerNorm_0/":                 "backbone.blocks.{}.norm1.",
-    ATTENTION + "query/":                                       "backbone.blocks.{}.attn.q.",
-    ATTENTION + "key/":                                         "backbone.blocks.{}.attn.k.",
-    ATTENTION + "value/":                                       "backbone.blocks.{}.attn.v.",
-    ATTENTION + "out/":                                         "backbone.blocks.{}.attn.proj.",
-    "Transformer/encoderblock_{}/LayerNorm_2/":                 "backbone.blocks.{}.norm2.",
-    "Transformer/encoderblock_{}/MlpBlock_3/Dense_0/":          "backbone.blocks.{}.mlp.fc1.",
-    "Transformer/encoderblock_{}/MlpBlock_3/Dense_1/":          "backbone.blocks.{}.mlp.fc2.",
-    "Transformer/encoder_norm/":                                "backbone.norm.",
-}
-
-# Each kind by what it calls the patch embedding, then what we put before its names, then its table.
-# A longer patch embedding comes before the one it ends with. (mmsegmentation 0.x and 1.x; a
-# backbone alone is what its vit2mmseg.py writes. DeiT and MAE use timm's names, Google JAX's.)
-KINDS = {
-    "ours":                    ("backbone.patch_embed.proj.weight", "", {}),
-    "mmsegmentation":          ("backbone.patch_embed.projection.weight", "", MMPRETRAIN),
-    "mmsegmentation backbone": ("patch_embed.projection.weight", "backbone.", MMPRETRAIN),
-    "Hugging Face":            ("embeddings.patch_embeddings.projection.weight", "", HUGGING_FACE),
-    "timm":                    ("patch_embed.proj.weight", "backbone.", TIMM),
-    "torchvision":             ("conv_proj.weight", "", TORCHVISION),
-    "JAX":                     ("embedding/kernel", "", JAX),
-}
-
-# What torch.compile, FSDP and activation checkpointing put inside names, wherever they wrap a part.
-INSIDE = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
-
-# Tensors that are left out on purpose, by the start of their (unwrapped) name.
-DISTILLATION = "distillation, no part of the model"
-LEFT_OUT = {
-    r"(head|heads|fc|classifier|cls_classifier|pre_logits|pooler)[./]":
-        "a classifier of whole images",
-    r"dist_token|head_dist\.|embeddings\.distillation_token|distillation_classifier\.":
-        DISTILLATION,
-    r"((embeddings|decoder)\.)?mask_token":
-        "stands for hidden patches in pretraining",
-    r"(decoder\.)?decoder_":
-        "the decoder of MAE's pretraining",
-    r"decoder\.":
-        "the decoder of another kind of model",
-    r"fc_norm\.":
-        "the norm of pooled features",
-    r"ema_":  # mmcv's EMAHook swaps the two before it saves
-        "a second set of weights, those before averaging",
-}
-
-# The pretrained backbone of each architecture. Hexadecimal digits at the end of a name start the
-# sha256 of the file.
-TIMM_FILES = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-vitjx/"
-DEIT = "https://dl.fbaipublicfiles.com/deit/"
-DINO = "https://dl.fbaipublicfiles.com/dinov2/"
-PRETRAINED = {
-    "vit_b16":        TIMM_FILES + "jx_vit_base_p16_224-80ecf9dd.pth",
-    "deit_b16":       DEIT + "deit_base_patch16_224-b5f2ef4d.pth",
-    "deit_s16":       DEIT + "deit_small_patch16_224-cd65a155.pth",
-    "deit_t16":       DEIT + "deit_tiny_patch16_224-a1311bcf.pth",
-    "vit_l16":        TIMM_FILES + "jx_vit_large_p16_224-4ee7a4dc.pth",
-    "deit3_s16":      DEIT + "deit_3_small_224_21k.pth",
-    "deit3_b16":      DEIT + "deit_3_base_224_21k.pth",
-    "deit3_l16":      DEIT + "deit_3_large_224_21k.pth",
-    "dinov2_s14":     DINO + "dinov2_vits14/dinov2_vits14_pretrain.pth",
-    "dinov2_b14":     DINO + "dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-    "dinov2_l14":     DINO + "dinov2_vitl14/dinov2_vitl14_pretrain.pth",
-    "dinov2_s14_reg": DINO + "dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
-    "dinov2_b14_reg": DINO + "dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
-    "dinov2_l14_reg": DINO + "dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
-}
+# ---- Back to the names of others -----------------------------------------------------------------
 
 
 def to_mmseg(state_dict: Tensors) -> Tensors:
     """Our names -> those of mmsegmentation 0.x. The tensors are the same objects."""
-    rules = {ours: theirs for theirs, ours in MMSEG.items()}
-    return {rename(name, rules): value for name, value in state_dict.items()}
+    table = {ours: theirs for theirs, ours in MMSEG.items()}
+    return {rename(name, table): value for name, value in state_dict.items()}
 
 
 def backbone_alone(state_dict: Tensors) -> Tensors:
     """The tensors of the backbone, without its prefix, so in timm's names; neck and heads have no
     place there."""
-    names = [name for name in state_dict if name.startswith("backbone.")]
-    return {name.removeprefix("backbone."): state_dict[name] for name in names}
+    prefix = "backbone."
+    return {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
 
 
 def to_timm(state_dict: Tensors, arch: str) -> Tensors:
@@ -612,12 +645,13 @@ def to_timm(state_dict: Tensors, arch: str) -> Tensors:
     that add it to the token once and for all."""
     out = backbone_alone(state_dict)
     if not ARCHS[arch].get("cls_position", True):
-        cls, patches = out["pos_embed"][:, :1], out["pos_embed"][:, 1:]
-        out |= {"cls_token": out["cls_token"] + cls, "pos_embed": patches.contiguous()}
+        pos_embed = out["pos_embed"]  # (1, 1 + h w, D)
+        out["cls_token"] = out["cls_token"] + pos_embed[:, :1]
+        out["pos_embed"] = pos_embed[:, 1:].contiguous()
     return out
 
 
-# ---- Files ---------------------------------------------------------------------------------------
+# ---- Files that nobody has to trust --------------------------------------------------------------
 
 
 def read_checkpoint(path: str) -> dict:
@@ -641,35 +675,6 @@ def read_checkpoint(path: str) -> dict:
     return content
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, without the advice that follows; its kind where it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def local_path(url: str) -> str:
-    """The path itself or, for a URL, where torch's cache keeps the file behind it, which is fetched
-    if it is not there yet. By one process at a time."""
-    if not url.startswith(("http://", "https://")):
-        return url
-
-    name = os.path.basename(urlparse(url).path)
-    digest = re.search(r"-([0-9a-f]{8,64})\.", name)
-    if not digest:
-        # Many files are called model.safetensors: the address tells them apart.
-        name = hashlib.sha256(url.encode()).hexdigest()[:8] + "_" + name
-
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    try:
-        if not os.path.exists(path):
-            fetch(url, path, digest.group(1) if digest else "")
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"{error}; download it by other means and give the file's path, or train from scratch "
-            "with --pretrained none"
-        ) from error
-    return path
-
-
 LARGEST = 2 << 30  # bytes that compressed entries may unpack to, more than the largest backbone
 
 
@@ -681,19 +686,19 @@ def read_file(path: str) -> dict:
 
     if first[8:9] == b"{":
         return read_safetensors(path)
-    if not first.startswith(b"PK"):
-        return read_torch(path, is_zip=False)
 
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
+    is_zip = first.startswith(b"PK")
+    if is_zip:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
 
-    packed = sum(e.file_size for e in entries if e.compress_type != zipfile.ZIP_STORED)
-    if packed > LARGEST:
-        raise ValueError(f"would unpack to {packed / 1e9:.1f} GB")
+        packed = sum(e.file_size for e in entries if e.compress_type != zipfile.ZIP_STORED)
+        if packed > LARGEST:
+            raise ValueError(f"would unpack to {packed / 1e9:.1f} GB")
+        if all(e.filename.endswith(".npy") for e in entries):
+            return read_npz(path)
 
-    if entries and all(e.filename.endswith(".npy") for e in entries):
-        return read_npz(path)
-    return read_torch(path, is_zip=True)
+    return read_torch(path, is_zip)
 
 
 class Skipped:
@@ -719,10 +724,20 @@ def read_torch(path: str, is_zip: bool) -> dict:
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
     stand_ins = [(Skipped, name) for name in names if name != "collections.defaultdict"]
     allowed = [*stand_ins, (plain_dict, "collections.defaultdict")]
+
     with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(allowed):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
+def read_npz(path: str) -> Tensors:
+    """The arrays of a numpy archive; numpy refuses those of Python objects by itself. (An array's
+    header may lie about its size: numpy reserves that much, fails at the end of the data, and has
+    touched no more than is there.)"""
+    with np.load(path) as archive:
+        return {name: torch.from_numpy(archive[name]) for name in archive.files}
+
+
+# safetensors: u64 n | n bytes of JSON {name: {dtype, shape, data_offsets: [a, b]}} | the data
 SAFETENSORS_DTYPES = {
     "F64":  torch.float64,
     "F32":  torch.float32,
@@ -738,37 +753,25 @@ SAFETENSORS_DTYPES = {
 
 
 def read_safetensors(path: str) -> Tensors:
-    """u64 n | n bytes of JSON {name: {dtype, shape, data_offsets: [a, b]}} | the data. Tensors are
-    views of the mapped file, read when they are used. ValueError where the header and the file do
-    not agree."""
-    with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
+    """Tensors that are views of the mapped file, read when they are used. ValueError where the
+    header and the file do not agree."""
+    data = np.memmap(path, np.uint8, mode="c")  # bytes; what is written to them stays in memory
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
+    header = json.loads(bytes(data[8:start]))
     header.pop("__metadata__", None)
 
-    tensors, last = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        shape, dtype = entry["shape"], SAFETENSORS_DTYPES[entry["dtype"]]
-        count = math.prod(shape)
-        value = torch.frombuffer(data, dtype=dtype, count=count, offset=start + last)
-        place = [last, last + value.nbytes]
-        if entry["data_offsets"] != place:
-            raise ValueError(f"{name} lies at {entry['data_offsets']}, {place} would be its place")
-        tensors[name], last = value.reshape(shape), place[1]
+    spans = sorted(entry["data_offsets"] for entry in header.values())
+    begins = [begin for begin, _ in spans]
+    ends = [end for _, end in spans]
+    if begins + [len(data) - start] != [0] + ends:
+        raise ValueError("its tensors overlap, or leave holes")
 
-    if start + last != len(data):
-        raise ValueError(f"{len(data) - start - last} bytes after the last tensor")
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        value = torch.from_numpy(data[start + begin : start + end])
+        tensors[name] = value.view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return tensors
-
-
-def read_npz(path: str) -> Tensors:
-    """The arrays of a numpy archive; numpy refuses those of Python objects by itself. (An array's
-    header may lie about its size: numpy reserves that much, fails at the end of the data, and has
-    touched no more than is there.)"""
-    with np.load(path) as archive:
-        return {name: torch.from_numpy(archive[name]) for name in archive.files}
 
 
 def write_safetensors(tensors: Tensors, file: BinaryIO) -> None:
@@ -777,11 +780,14 @@ def write_safetensors(tensors: Tensors, file: BinaryIO) -> None:
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
 
-    header, last = {"__metadata__": {"format": "pt"}}, 0
+    header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, value in tensors.items():
-        place = [last, last + value.nbytes]
-        last, shape = place[1], list(value.shape)
-        header[name] = {"dtype": names[value.dtype], "shape": shape, "data_offsets": place}
+        begin, end = end, end + value.nbytes
+        header[name] = {
+            "dtype": names[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [begin, end],
+        }
 
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -797,16 +803,73 @@ def write_checkpoint(content: dict, path: str) -> None:
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     part = path + ".part"
     write = write_safetensors if path.endswith(".safetensors") else torch.save
+
     try:
         with open(part, "wb") as file:
             write(content, file)
             file.flush()
             os.fsync(file.fileno())  # on the disk before it has its name, should the power fail
         os.replace(part, path)
-    except BaseException:
+    finally:
         if os.path.exists(part):
             os.remove(part)  # a full disk needs the room
-        raise
+
+
+# ---- URLs ----------------------------------------------------------------------------------------
+
+# The pretrained backbone of each architecture.
+PRETRAINED = {
+    "vit_b16":
+        "https://github.com/rwightman/pytorch-image-models/releases/download/"
+        "v0.1-vitjx/jx_vit_base_p16_224-80ecf9dd.pth",
+    "vit_l16":
+        "https://github.com/rwightman/pytorch-image-models/releases/download/"
+        "v0.1-vitjx/jx_vit_large_p16_224-4ee7a4dc.pth",
+    "deit_b16":  "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth",
+    "deit_s16":  "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth",
+    "deit_t16":  "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth",
+    "deit3_s16": "https://dl.fbaipublicfiles.com/deit/deit_3_small_224_21k.pth",
+    "deit3_b16": "https://dl.fbaipublicfiles.com/deit/deit_3_base_224_21k.pth",
+    "deit3_l16": "https://dl.fbaipublicfiles.com/deit/deit_3_large_224_21k.pth",
+    "dinov2_s14":
+        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
+    "dinov2_b14":
+        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+    "dinov2_l14":
+        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    "dinov2_s14_reg":
+        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
+    "dinov2_b14_reg":
+        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
+    "dinov2_l14_reg":
+        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
+}
+
+
+def local_path(url: str) -> str:
+    """The path itself or, for a URL, where torch's cache keeps the file behind it, which is fetched
+    if it is not there yet. By one process at a time. Hexadecimal digits at the end of a file's name
+    start its sha256, which is checked."""
+    if not url.startswith(("http://", "https://")):
+        return url
+
+    name = os.path.basename(urlparse(url).path)
+    match = re.search(r"-([0-9a-f]{8,64})\.", name)
+    sha = match[1] if match else ""
+    if not sha:
+        # Many files are called model.safetensors: the address tells them apart.
+        name = hashlib.sha256(url.encode()).hexdigest()[:8] + "_" + name
+
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    try:
+        if not os.path.exists(path):
+            fetch(url, path, sha)
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{error}; download it by other means and give the file's path, or train from scratch "
+            "with --pretrained none"
+        ) from error
+    return path
 
 
 # ---- python convert_weights.py -------------------------------------------------------------------
@@ -835,34 +898,30 @@ def convert(src: str, dst: str, to: str, bicubic: bool) -> None:
             raise WeightsError(f"{dst}: writing it would overwrite {file}, give it another name")
 
     state_dict, facts = load_weights(src, bicubic)
+    arch, whole = facts["arch"], facts["neck"] is not None
     print(describe(facts))
-    # JAX's kernels are transposed views, and would be written with strides.
-    state_dict = {name: value.contiguous() for name, value in state_dict.items()}
 
-    key, note = None, ""  # what a torch file calls the dictionary of tensors in it
-    beside = {}
     if to == "ours":
-        content, key = state_dict, "model"
-        beside = {"args": facts.get("args", {"arch": facts["arch"]})}
+        content = {"model": state_dict, "args": facts.get("args", {"arch": arch})}
         if "classes" in facts:
-            beside["classes"] = facts["classes"]
+            content["classes"] = facts["classes"]
     elif to == "timm":
-        content = to_timm(state_dict, facts["arch"])
-    elif ARCHS[facts["arch"]].get("layer_scale"):
-        raise WeightsError(f"{src}: {facts['arch']} has layer scale, mmsegmentation's ViT has none")
+        content = to_timm(state_dict, arch)
+    elif ARCHS[arch].get("layer_scale"):
+        raise WeightsError(f"{src}: {arch} has layer scale, mmsegmentation's ViT has none")
     else:
-        content, key = to_mmseg(state_dict), "state_dict"
-        if facts["neck"] is None:
-            content, key = backbone_alone(content), None
-        note = (
-            "; mmsegmentation 1.2 and later need patch_bias=True in the backbone's config, or they "
+        content = to_mmseg(state_dict)
+        content = {"state_dict": content} if whole else backbone_alone(content)
+        print(
+            "mmsegmentation 1.2 and later need patch_bias=True in the backbone's config, or they "
             "drop the bias of the patch embedding without a word"
         )
 
-    if key and not dst.endswith(".safetensors"):
-        content = {key: content, **beside}
+    if dst.endswith(".safetensors"):  # which holds tensors and nothing else
+        content = content.get("model") or content.get("state_dict") or content
+
     write_checkpoint(content, dst)
-    print(f"{dst}: written, {to}{note}")
+    print(f"{dst}: written, {to}")
 
 
 def main() -> None:
