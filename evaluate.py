@@ -485,6 +485,7 @@ def attention_weights(qkv: Tensor, heads: int, queries: list[int]) -> Tensor:
     """What Attention never holds: softmax(q k^T / sqrt(d)), here of some tokens alone. qkv
     (N, 3 D), as Attention.qkv returns it -> (queries, heads, N); each row sums to 1."""
     q, k, _ = qkv.float().reshape(len(qkv), 3, heads, -1).permute(1, 2, 0, 3)  # each (heads, N, d)
+
     products = q[:, queries] @ k.mT / math.sqrt(q.shape[2])  # (heads, queries, N)
     return products.softmax(2).transpose(0, 1)
 
@@ -514,7 +515,7 @@ def principal_colours(features: Tensor) -> np.ndarray:
     three principal components: grey their mean, black and full two standard deviations from it.
 
     The axes are eigenvectors of the covariance (D, D), which is small however large the map is."""
-    x = features.double().flatten(1).T  # (h w, D)
+    x = features.float().flatten(1).T  # (h w, D)
     x = x - x.mean(0)
     _, axes = torch.linalg.eigh(x.T @ x)  # in columns, the one of the largest variance last
     axes = axes[:, -3:].flip(1)  # (D, 3)
@@ -542,6 +543,7 @@ def watch(model: Segmenter, x: Tensor, dtype: torch.dtype) -> dict:
 
     modules = [backbone, backbone.blocks[-1].attn.qkv, head, head.bottleneck.bn, head.classifier]
     modules += [*head.lateral_convs, *head.fpn_convs]
+
     hooks = [module.register_forward_hook(note) for module in modules]
     with torch.compiler.set_stance("force_eager"):  # what was compiled may call no hooks
         view_logits(model, x, dtype)
@@ -558,6 +560,7 @@ def panel_row(title: str, panels: dict[str, np.ndarray], size: tuple[int, int]) 
     for text, colours in panels.items():
         picture = Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
         drawn.append(stack([caption(text), np.asarray(picture)], 0))
+
     for start in range(0, len(drawn), 6):
         parts.append(stack(drawn[start : start + 6], 1))
     return stack(parts, 0)
@@ -581,7 +584,8 @@ def attention_rows(model: Segmenter, seen: dict, at: tuple, size: tuple) -> list
         panels = {}
         for head, of_tokens in enumerate(of_heads, start=1):
             x = of_tokens[backbone.extra :].view(h, w)
-            panels[f"head {head}: {x.sum():.0%} on patches"] = heat((x / x.max().clamp(min=1e-30)).sqrt())
+            bright = (x / x.max().clamp(min=1e-30)).sqrt()
+            panels[f"head {head}: {x.sum():.0%} on patches"] = heat(bright)
         rows.append(panel_row(title, panels, size))
     return rows
 
@@ -643,6 +647,7 @@ def look_inside(
     H, W = scaled_size(*image.shape[:2], 4 * short, short)
     x = torch.tensor(resize_bilinear(image, H, W)[None], device=backbone.pos_embed.device)
     seen = watch(model, normalise(x), dtype)
+
     # All panels have one size. A strip is drawn thicker than it is, to be seen.
     size = [max(SIDE // 8, SIDE * n // max(H, W)) for n in (W, H)]
 
@@ -653,12 +658,14 @@ def look_inside(
         panel_row(
             f"The picture, {W} x {H} pixels for the network; its label; how sure that is: "
             "1 - entropy / log C, white where certain, black where all classes are alike.",
-            overview(image, label, logits, at, size), size,
+            overview(image, label, logits, at, size),
+            size,
         ),
         panel_row(
             "Learned positions: the cosine of one place's vector with all others, white 1, black 0 "
             "or less (ViT, figure 7). Nobody told the network which patches are neighbours.",
-            {"7 x 7 places": positions}, (2 * SIDE, 2 * SIDE),
+            {"7 x 7 places": positions},
+            (2 * SIDE, 2 * SIDE),
         ),
         *attention_rows(model, seen, at, size),
     ]
@@ -915,10 +922,11 @@ def destination(folder: str, path: str, suffix: str = ".png") -> str:
 
 def file_id(path: str) -> tuple | str:
     """Equal for all paths of one file, however they are written, links among them."""
+    path = os.path.realpath(path)  # (without x/.., which the making of x may bring to life)
     if os.path.exists(path):
         status = os.stat(path)
         return status.st_dev, status.st_ino
-    return os.path.normcase(os.path.realpath(path))
+    return os.path.normcase(path)
 
 
 def refuse_overwriting(args: argparse.Namespace, pairs: list) -> None:
