@@ -756,14 +756,14 @@ def options() -> argparse.ArgumentParser:
         help="load the checkpoint, look at the data, print the plan or what is missing")
 
     add = parser.add_argument_group("results").add_argument
-    add("--json", metavar="FILE",
-        help="write scores and protocol")
+    add("--json", metavar="FILE", help="write scores and protocol")
     add("--save-labels", metavar="DIR",
         help="write one png a picture, with the values of the data set's own label files")
     add("--show", metavar="DIR",
         help="write one sheet a picture: picture, truth, prediction, legend; or an overlay")
     add("--inside", action="store_true", help="one more sheet a picture: attention, maps, ...")
-    add("--at", nargs=2, type=RATE, metavar=("X", "Y"), help="its place (default: 0.5 0.5)")
+    add("--at", nargs=2, type=RATE, metavar=("X", "Y"),
+        help="the place whose attention it shows, in parts of width and height (default: 0.5 0.5)")
     add("--opacity", type=FACTOR, default=0.6,
         help="of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
     return parser
