@@ -478,16 +478,22 @@ def curves(entries: list[dict]) -> Image.Image:
 
 INSIDE = "_inside.png"  # behind the name of the picture
 SIDE = 200  # of a panel, in pixels: the longer one
-RAMP = ((0, 87, 205, 252, 255), (0, 16, 65, 175, 255), (0, 110, 70, 60, 235))  # red, green, blue
+RAMP = (  # black, violet, red, orange, white
+    (0, 87, 205, 252, 255),
+    (0, 16, 65, 175, 255),
+    (0, 110, 70, 60, 235),
+)
 
 
 def attention_weights(qkv: Tensor, heads: int, queries: list[int]) -> Tensor:
     """What Attention never holds: softmax(q k^T / sqrt(d)), here of some tokens alone. qkv
     (N, 3 D), as Attention.qkv returns it -> (queries, heads, N); each row sums to 1."""
-    q, k, _ = qkv.float().reshape(len(qkv), 3, heads, -1).permute(1, 2, 0, 3)  # each (heads, N, d)
+    qkv = qkv.float().reshape(len(qkv), 3, heads, -1)
+    q, k, _ = qkv.permute(1, 2, 0, 3)  # each (heads, N, d)
 
-    products = q[:, queries] @ k.mT / math.sqrt(q.shape[2])  # (heads, queries, N)
-    return products.softmax(2).transpose(0, 1)
+    products = q[:, queries] @ k.mT  # (heads, queries, N)
+    weights = (products / math.sqrt(q.shape[2])).softmax(2)
+    return weights.transpose(0, 1)
 
 
 def position_similarity(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -519,17 +525,20 @@ def principal_colours(features: Tensor) -> np.ndarray:
     x = x - x.mean(0)
     _, axes = torch.linalg.eigh(x.T @ x)  # in columns, the one of the largest variance last
     axes = axes[:, -3:].flip(1)  # (D, 3)
-    x = x @ (axes * axes.sum(0).sign())  # (h w, 3); an axis may point either way: here upwards
+    signs = axes.sum(0).sign()  # an axis may point either way: here to where its sum is positive
+    x = x @ (axes * signs)  # (h w, 3)
 
-    x = 0.5 + x / (4 * x.std(0, correction=0)).clamp(min=1e-9)
-    colours = (255 * x.clamp(0, 1)).view(*features.shape[1:], 3)
-    return colours.byte().cpu().numpy()
+    deviation = x.std(0, correction=0).clamp(min=1e-9)
+    x = 0.5 + x / (4 * deviation)
+    colours = (255 * x.clamp(0, 1)).byte()
+    return colours.view(*features.shape[1:], 3).cpu().numpy()
 
 
 def heat(values: Tensor) -> np.ndarray:
     """(h, w) -> (h, w, 3) uint8, from black, 0 or less, by violet and orange to white, 1."""
-    stops = np.linspace(0, 1, len(RAMP[0]))
-    channels = [np.interp(values.cpu(), stops, channel) for channel in RAMP]
+    values = values.cpu().numpy()
+    stops = np.linspace(0, 1, 5)
+    channels = [np.interp(values, stops, channel) for channel in RAMP]
     return np.stack(channels, axis=2).astype(np.uint8)
 
 
@@ -537,12 +546,18 @@ def watch(model: Segmenter, x: Tensor, dtype: torch.dtype) -> dict:
     """Label a normalised picture (1, 3, H, W) -> {module: (input, output)} of those worth a look.
     (What leaves a BatchNorm has passed the ReLU too, which works in place.)"""
     backbone, head, seen = model.backbone, model.decode_head, {}
+    modules = [
+        backbone,
+        backbone.blocks[-1].attn.qkv,
+        head,
+        *head.lateral_convs,
+        head.bottleneck.bn,
+        *head.fpn_convs,
+        head.classifier,
+    ]
 
     def note(module, inputs, output):
         seen[module] = inputs[0], output
-
-    modules = [backbone, backbone.blocks[-1].attn.qkv, head, head.bottleneck.bn, head.classifier]
-    modules += [*head.lateral_convs, *head.fpn_convs]
 
     hooks = [module.register_forward_hook(note) for module in modules]
     with torch.compiler.set_stance("force_eager"):  # what was compiled may call no hooks
@@ -555,12 +570,13 @@ def watch(model: Segmenter, x: Tensor, dtype: torch.dtype) -> dict:
 def panel_row(title: str, panels: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
     """A title above panels, six side by side. panels: {caption: (h, w, 3) uint8}, all drawn at one
     size, (width, height), each place a rectangle."""
-    parts = [caption(line) for line in textwrap.wrap(title, 100)]
     drawn = []
     for text, colours in panels.items():
-        picture = Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
+        picture = Image.fromarray(colours)
+        picture = picture.resize(size, Image.Resampling.NEAREST)
         drawn.append(stack([caption(text), np.asarray(picture)], 0))
 
+    parts = [caption(line) for line in textwrap.wrap(title, 100)]
     for start in range(0, len(drawn), 6):
         parts.append(stack(drawn[start : start + 6], 1))
     return stack(parts, 0)
@@ -568,10 +584,15 @@ def panel_row(title: str, panels: dict[str, np.ndarray], size: tuple[int, int]) 
 
 def attention_rows(model: Segmenter, seen: dict, at: tuple, size: tuple) -> list[np.ndarray]:
     """What each head of the last layer takes for the class token, and for the patch at a place."""
-    backbone, attention = model.backbone, model.backbone.blocks[-1].attn
-    h, w = seen[backbone][1][0].shape[2:]
-    token = backbone.extra + int(at[1] * h) * w + int(at[0] * w)
-    weights = attention_weights(seen[attention.qkv][1][0], attention.heads, [0, token])
+    backbone = model.backbone
+    attention = backbone.blocks[-1].attn
+    _, maps = seen[backbone]
+    h, w = maps[0].shape[2:]
+    row, column = int(at[1] * h), int(at[0] * w)
+    token = backbone.extra + row * w + column
+
+    _, qkv = seen[attention.qkv]  # (1, N, 3 D)
+    weights = attention_weights(qkv[0], attention.heads, [0, token])
     titles = (
         "Attention of the class token in the last layer, as square roots. Nothing here reads its "
         "answer: a pretrained backbone still looks where it was taught to.",
@@ -621,14 +642,19 @@ def map_rows(model: Segmenter, seen: dict, size: tuple) -> list[np.ndarray]:
 def overview(image: np.ndarray, label: np.ndarray, logits: Tensor, at: tuple, size: tuple) -> dict:
     """Panels of the picture, with a ring around the place, of its label, both (H, W, 3) uint8, and
     of the confidence, from logits (1, C, h, w)."""
-    picture = Image.fromarray(image).resize(size)
-    x, y = (place * n for place, n in zip(at, size))
-    ImageDraw.Draw(picture).ellipse((x - 6, y - 6, x + 6, y + 6), outline="cyan", width=2)
-
     width, height = size
-    sure = confidence(resize(logits.float(), (height, width))[0])
-    text = f"confidence, mean {sure.mean():.2f}"
-    return {"picture": np.asarray(picture), "label": label, text: heat(sure)}
+    picture = Image.fromarray(image).resize(size)
+    x, y = at[0] * width, at[1] * height
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((x - 6, y - 6, x + 6, y + 6), outline="cyan", width=2)
+
+    logits = resize(logits.float(), (height, width))
+    sure = confidence(logits[0])
+    return {
+        "picture": np.asarray(picture),
+        "label": label,
+        f"confidence, mean {sure.mean():.2f}": heat(sure),
+    }
 
 
 @torch.inference_mode()
@@ -645,32 +671,33 @@ def look_inside(
     (x, y) whose attention is shown, from 0, left and top, to below 1."""
     backbone = model.backbone
     H, W = scaled_size(*image.shape[:2], 4 * short, short)
-    x = torch.tensor(resize_bilinear(image, H, W)[None], device=backbone.pos_embed.device)
+    x = torch.tensor(resize_bilinear(image, H, W))
+    x = x[None].to(backbone.pos_embed.device)  # (1, 3, H, W)
     seen = watch(model, normalise(x), dtype)
 
     # All panels have one size. A strip is drawn thicker than it is, to be seen.
     size = [max(SIDE // 8, SIDE * n // max(H, W)) for n in (W, H)]
 
-    label = palette(classes)[prediction]
-    logits = seen[model.decode_head.classifier][1]
-    positions = heat(position_similarity(backbone.pos_embed, backbone.grid))
+    _, logits = seen[model.decode_head]
+    cosines = position_similarity(backbone.pos_embed, backbone.grid)
     left = [
         panel_row(
             f"The picture, {W} x {H} pixels for the network; its label; how sure that is: "
             "1 - entropy / log C, white where certain, black where all classes are alike.",
-            overview(image, label, logits, at, size),
+            overview(image, palette(classes)[prediction], logits, at, size),
             size,
         ),
         panel_row(
             "Learned positions: the cosine of one place's vector with all others, white 1, black 0 "
             "or less (ViT, figure 7). Nobody told the network which patches are neighbours.",
-            {"7 x 7 places": positions},
+            {"7 x 7 places": heat(cosines)},
             (2 * SIDE, 2 * SIDE),
         ),
         *attention_rows(model, seen, at, size),
     ]
     panels = stack([stack(left, 0), stack(map_rows(model, seen, size), 0)], 1)
-    return Image.fromarray(stack([panels, legend([prediction], classes, panels.shape[1])], 0))
+    below = legend([prediction], classes, panels.shape[1])
+    return Image.fromarray(stack([panels, below], 0))
 
 
 # ---- python evaluate.py --------------------------------------------------------------------------
