@@ -878,12 +878,12 @@ def fetch_rest(url: str, part: str, timeout: float) -> None:
 
 
 def progress(text: str, started: float, done: bool = False) -> None:
-    """On a terminal one line that is written over, and cleared by an empty text; elsewhere only its
-    last state."""
+    """On a terminal one line that whatever comes next is written over, and that an empty text
+    clears; elsewhere only its last state."""
     if text:
         text += f", {time.monotonic() - started:.0f} s"
     if sys.stderr.isatty():
-        print(f"\r{text}\033[K", end="\n" if done else "", file=sys.stderr, flush=True)
+        print(f"\r{text}\033[K", end="\n" if done else "\r", file=sys.stderr, flush=True)
     elif done:
         print(text, file=sys.stderr)
 

@@ -45,6 +45,7 @@ from ade20k import (
     label_warnings,
     normalise,
     positions,
+    progress,
     read_classes,
 )
 from convert_weights import (
@@ -467,6 +468,8 @@ def log(run: Run, n: int, losses: list[float], finite: bool) -> None:
         run.window = [a + b for a, b in zip(run.window, (*losses, 1))]
         run.skipped = 0
     if n % LOG_EVERY and n != run.args.iters:
+        if run.rank == 0:
+            progress(f"{n} of {run.args.iters} iterations", run.clock)
         return
 
     args, iterations, count = run.args, n - run.logged, max(run.window[3], 1)
@@ -714,6 +717,8 @@ def finish(run: Run) -> None:
     run.say(f"{run.saved}: evaluate it with `python evaluate.py`")
     if run.validation:
         run.say(run.path(f"sheet_{run.args.iters}.png"))
+    if run.args.data == "toy":
+        run.say(AFTER_TOY)
 
     if run.world > 1:
         dist.barrier()  # nobody leaves while another may still be talking to it
@@ -808,6 +813,11 @@ TOY = dict(
     lr=2e-3,
     warmup=50,
 )
+AFTER_TOY = """\
+Look at that sheet: pictures it has not seen, their labels, its own; curves.png is beside it. Then:
+  python evaluate.py --image data/toy/images/validation/toy_000.jpg --show look --inside
+  python tests/experiments.py --list   # change one line: guess what happens, and measure it
+  README.md, "Your own data"           # train it on pictures of your own"""
 # Arguments that change nothing in what a run computes: they may differ on --resume, unsaid.
 NO_EFFECT = ("work_dir", "resume", "workers", "keep", "timeout", "dry_run")
 # Those that the optimizer's state holds, which --resume brings back: they may not.
