@@ -827,8 +827,7 @@ def run(args: argparse.Namespace) -> None:
     gathered = [faults] * world
     if world > 1:
         dist.all_gather_object(gathered, faults)
-        dist.barrier()  # nobody leaves while another may still be talking to it
-        dist.destroy_process_group()
+    end_processes(world)
     faults = [fault for part in gathered for fault in part or ()]
 
     if rank == 0:
@@ -902,15 +901,23 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
     # for all but --standalone). A prefix for each try keeps them apart. Several nodes count their
     # tries each by itself, and prefixes would part those that belong together.
     meet = {}
+    limit = timedelta(seconds=timeout)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False)
+        store = dist.TCPStore(host, port, is_master=False, timeout=limit)
         prefix = f"try {os.environ['TORCHELASTIC_RESTART_COUNT']}"
         meet = dict(store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
 
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **meet)
+    dist.init_process_group(backend, timeout=limit, **meet)
     return rank, world, device
+
+
+def end_processes(world: int) -> None:
+    """Leave together: nobody may go while another is still talking to it."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def libc(name: str) -> Callable:
