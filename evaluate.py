@@ -901,15 +901,15 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
     # for all but --standalone). A prefix for each try keeps them apart. Several nodes count their
     # tries each by itself, and prefixes would part those that belong together.
     meet = {}
-    limit = timedelta(seconds=timeout)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, timeout=limit)
+        wait = timedelta(seconds=min(timeout, 300))  # torch's own: 300, whatever --timeout says
+        store = dist.TCPStore(host, port, is_master=False, timeout=wait)
         prefix = f"try {os.environ['TORCHELASTIC_RESTART_COUNT']}"
         meet = dict(store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
 
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=limit, **meet)
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **meet)
     return rank, world, device
 
 
