@@ -1075,8 +1075,7 @@ def run(args: argparse.Namespace) -> None:
     gathered = [faults] * world
     if world > 1:
         dist.all_gather_object(gathered, faults)
-        dist.barrier()  # nobody leaves while another may still be talking to it
-        dist.destroy_process_group()
+    end_processes(world)
     faults = [fault for part in gathered for fault in part or ()]
 
     if rank == 0:
@@ -1152,13 +1151,21 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
     meet = {}
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False)
+        wait = timedelta(seconds=min(timeout, 300))  # torch's own: 300, whatever --timeout says
+        store = dist.TCPStore(host, port, is_master=False, timeout=wait)
         prefix = f"try {os.environ['TORCHELASTIC_RESTART_COUNT']}"
         meet = dict(store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
 
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **meet)
     return rank, world, device
+
+
+def end_processes(world: int) -> None:
+    """Leave together: nobody may go while another is still talking to it."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def libc(name: str) -> Callable:

@@ -154,7 +154,7 @@ class DropPath(nn.Module):
     The survivors are divided by the probability of surviving, so that the expected value stays the
     same."""
 
-    def __init__(self, rate: float):
+    def __init__(self, rate: float = 0.0):
         super().__init__()
         self.rate = rate
 
@@ -185,7 +185,7 @@ class Block(nn.Module):
     The norms stand inside the branches, so that the sum x runs through all layers untouched. Their
     eps is 1e-6 as in JAX, not torch's 1e-5: the pretrained weights expect it."""
 
-    def __init__(self, width: int, heads: int, drop_path: float, layer_scale: bool):
+    def __init__(self, width: int, heads: int, layer_scale: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
@@ -194,7 +194,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
         self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)"""
@@ -238,9 +238,8 @@ class VisionTransformer(nn.Module):
         self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
         self.extra = 1 + registers  # tokens that lie nowhere in the picture
 
-        # Deeper layers are left out more often: the early ones are what all others build on.
-        rates = [drop_path * i / (depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(width, heads, rate, layer_scale) for rate in rates)
+        self.blocks = nn.ModuleList(Block(width, heads, layer_scale) for _ in range(depth))
+        self.set_drop_path(drop_path)
         self.norm = nn.LayerNorm(width, eps=1e-6) if final_norm else None
 
         # From scratch: timm's initialisation. (The reference means to do the same,
@@ -255,6 +254,12 @@ class VisionTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+
+    def set_drop_path(self, rate: float) -> None:
+        """The last layer's rate. Deeper layers are left out more often: the early ones are what all
+        others build on."""
+        for i, block in enumerate(self.blocks):
+            block.drop_path.rate = rate * i / (len(self.blocks) - 1)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Make room for a table of positions of (h, w) patches: a model that was trained at another

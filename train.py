@@ -24,8 +24,10 @@ import zipfile
 import zlib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
+from functools import partial
 from glob import escape, glob
+from os.path import basename, dirname, exists, isdir, join, normpath
 from time import monotonic
 from typing import TextIO
 
@@ -52,6 +54,7 @@ from convert_weights import (
     PRETRAINED,
     WeightsError,
     describe,
+    first_line,
     load_into,
     load_weights,
     read_checkpoint,
@@ -70,6 +73,7 @@ from evaluate import (
     checkpoints,
     choose_dtype,
     curves,
+    end_processes,
     errors_in_one_sentence,
     evaluate,
     find_checkpoints,
@@ -102,6 +106,7 @@ def learning_rate(i: int, iters: int, lr: float, power: float, floor: float, war
     every weight, however small its gradient, since its averages are of one batch; and the heads,
     still random, would send the pretrained backbone anywhere."""
     rate = (lr - floor) * (1 - i / iters) ** power + floor
+
     if i < warmup:
         rate *= 1 - (1 - i / warmup) * (1 - 1e-6)
     return rate
@@ -124,19 +129,20 @@ def build_optimizer(
     if weight_decay is None:
         weight_decay = WEIGHT_DECAY[name]
 
-    depth, members = len(model.backbone.blocks), {}
+    depth = len(model.backbone.blocks)
+    groups = {}
     for key, weight in model.named_parameters():
         # Neither tokens nor positions multiply anything: pulling them to 0 regularises
         # nothing. (The published SGD pulls them all the same.)
         exempt = name == "adamw" and key.endswith(("cls_token", "pos_embed", "reg_token"))
         scale = layer_decay ** (depth + 1 - layer_of(key, depth))
         if weight.requires_grad:
-            members.setdefault((exempt, scale), []).append(weight)
+            decay = 0.0 if exempt else weight_decay
+            group = dict(params=[], weight_decay=decay, scale=scale)
+            groups.setdefault((exempt, scale), group)["params"].append(weight)
 
-    groups = []  # in this order: checkpoints hold the optimizer's state by position
-    for exempt, scale in sorted(members):
-        decay = 0.0 if exempt else weight_decay
-        groups.append(dict(params=members[exempt, scale], weight_decay=decay, scale=scale))
+    # In one order: checkpoints hold the optimizer's state by position.
+    groups = [groups[key] for key in sorted(groups)]
 
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
@@ -148,11 +154,14 @@ def layer_of(key: str, depth: int) -> int:
     block = re.match(r"backbone\.blocks\.(\d+)\.", key)
     if block:
         return 1 + int(block[1])
-    return 0 if key.startswith("backbone.") and not key.startswith("backbone.norm.") else depth + 1
+
+    if key.startswith("backbone.") and not key.startswith("backbone.norm."):
+        return 0
+    return depth + 1
 
 
 def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tuple[int, int]:
-    """batch = world processes x micro pictures at a time x accumulated steps. -> (micro, steps), or
+    """batch = world processes x micro pictures at a time x accumulated. -> (micro, accumulated), or
     UsageError. micro=None: as many as there are."""
     if batch % world:
         good = [n for n in range(1, batch + 1) if batch % n == 0]
@@ -186,36 +195,34 @@ def train(args: Namespace, checkpoint: dict) -> None:
     from (seed, iteration, process), so a resumed run is the run that was never stopped."""
     run = Run(args, checkpoint)
     if args.dry_run:
-        return run.say(run.plan())
+        return run.say(plan(run))
     begin(run)
-    catch_up(run)
-    batches = iter(run.loader)
     model, optimizer, scaler, device = run.parallel, run.optimizer, run.scaler, run.device
-    layout = memory_format(device, run.dtype)
-    no_sync = model.no_sync if run.world > 1 else nullcontext  # gradients stay in their process
+    batches = iter(build_loader(run))
 
     for i in range(run.start, args.iters):
+        rate = learning_rate(i, args.iters, **run.schedule)
         for group in optimizer.param_groups:
-            rate = learning_rate(i, args.iters, **run.schedule)
-            group["lr"] = rate * group.get("scale", 1)  # (older checkpoints have no scale)
+            group["lr"] = rate * group["scale"]
         torch.manual_seed(dropout_seed(args.seed, i, run.rank))
-        batch = next_batch(run, batches)  # this process's part: images, labels, sizes
 
-        # Forward and backward, `micro` pictures at a time: their gradients add up, and travel
-        # between the processes once, with those of the last part. The loss is a mean over all
-        # pixels, labelled or not, so the mean over equal parts is that of the batch.
+        batch = next_batch(run, batches)  # this process's part, as uint8: few bytes travel
+        images, labels, sizes = (t.to(device, non_blocking=True) for t in batch)
         statistics = [b.clone() for b in run.model.buffers()]  # BatchNorm's, a few small vectors
+
+        # Forward and backward, `micro` pictures at a time: their gradients add up. The loss is a
+        # mean over all pixels, labelled or not, so the mean over equal parts is that of the batch.
         losses = torch.zeros(3, device=device)  # loss, decode, aux
-        parts = zip(*(t.split(run.micro) for t in batch))
-        for k, part in enumerate(parts, start=1):
-            x, y, size = (t.to(device, non_blocking=True) for t in part)  # uint8: few bytes travel
-            x = normalise(x, size).contiguous(memory_format=layout)  # (micro, 3, S, S) float32
-            with no_sync() if k < run.steps else nullcontext():
-                with autocast(device, run.dtype):
-                    loss, addends = model(x, y.long())
-                scaler.scale(loss / run.steps).backward()
-            three = torch.stack([loss.detach(), addends["decode"], addends["aux"]])
-            losses += three / run.steps
+        for first in range(0, len(images), run.micro):
+            last = first + run.micro
+            model.require_backward_grad_sync = last == len(images)  # processes talk once (no_sync)
+
+            x = normalise(images[first:last], sizes[first:last])  # (micro, 3, S, S) float32
+            x = x.contiguous(memory_format=memory_format(device, run.dtype))
+            with autocast(device, run.dtype):
+                loss, parts = model(x, labels[first:last].long())
+            scaler.scale(loss / run.accumulated).backward()
+            losses += torch.stack([loss.detach(), parts["decode"], parts["aux"]]) / run.accumulated
 
         losses, finite, stop = agree(run, losses)  # waits for the device, once an iteration
         if finite:
@@ -228,7 +235,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
         n = i + 1
         log(run, n, losses, finite)
         if stop or run.skipped == PATIENCE:
-            raise early_end(run, n)
+            stop_early(run, n)
         if run.due(n):
             save(run, n)
             validate(run, n)
@@ -256,14 +263,15 @@ class Run:
     """The parts of a run, on one of its processes, and how far it is."""
 
     def __init__(self, args: Namespace, checkpoint: dict):
-        self.args, self.start = args, checkpoint.get("iteration", 0)
+        self.args = args
+        self.start = checkpoint.get("iteration", 0)
 
         # Where: processes, device, kernels, number format, and who computes what of a batch.
         self.rank, self.world, self.device = setup_processes(args.timeout)
         choose_kernels(args.deterministic)
         self.dtype = choose_dtype(args.dtype, self.device)
         self.sync_bn = self.world > 1 and self.device.type == "cuda"
-        self.micro, self.steps = split_batch(
+        self.micro, self.accumulated = split_batch(
             args.batch_size, self.world, args.micro_batch, self.sync_bn
         )
 
@@ -271,6 +279,9 @@ class Run:
         self.training, self.validation, self.classes = find_data(args, checkpoint)
         self.fingerprint = fingerprint(self.training)
         self.fingerprint_before = checkpoint.get("names", self.fingerprint)
+        self.samples = TrainSet(
+            self.training, args.seed, args.crop_size, args.short_side, self.classes
+        )
 
         # Model. DistributedDataParallel gives all processes the weights of rank 0.
         self.model = self.parallel = start_model(self, checkpoint)
@@ -285,39 +296,21 @@ class Run:
             self.model, args.optimizer, args.lr, args.weight_decay, args.layer_decay
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-
-        # Resume. (The state of a disabled scaler is empty, and loading that an error.)
         if checkpoint:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scaler.load_state_dict(checkpoint["scaler"] or self.scaler.state_dict())
+            restore(self, checkpoint)
+
+        # How far it is.
         self.saved = checkpoint.get("path")  # the last checkpoint, None if it could not be written
         self.best = checkpoint.get("best", {})  # the validation with the highest mIoU
-        # Sums since the last line of the log: loss, decode, aux, and the iterations they are of.
-        self.window = checkpoint.get("window", [0.0] * 4)
         self.skipped = 0  # steps in a row
+        self.signals = []  # a signal that asks to stop, and when it came: see watch_signals
 
-        # Loader.
-        self.samples = TrainSet(
-            self.training, args.seed, args.crop_size, args.short_side, self.classes
-        )
-        self.loader = build_loader(self)
-
-    def plan(self) -> str:
-        """What is trained, on what, and the arithmetic of the batch, in two lines."""
-        text = (
-            "{work_dir}: {arch}, neck {neck}, {count:,} parameters, "
-            "{dtype} on {world} x {device.type}\n"
-            "batch {batch_size} = {world} processes x {micro} pictures x {steps} accumulated; "
-            "{data}: {pictures}, iterations {start} to {iters}"
-        )
-
-        facts = vars(self.args) | vars(self)
-        facts["dtype"] = str(self.dtype).removeprefix("torch.")
-        facts["count"] = sum(p.numel() for p in self.model.parameters())
-        facts["pictures"] = "the data is not there yet"
-        if self.training:
-            facts["pictures"] = f"{len(self.training)} training pictures"
-        return text.format(**facts)
+        # The log: all lines, and since the last one the sums of loss, decode, aux and of the
+        # iterations they are of; the iteration of that line; seconds that the model waited for
+        # data; and when the clock was started.
+        self.entries = []
+        self.window = np.array(checkpoint.get("window", [0.0] * 4))
+        self.logged, self.waited, self.clock = self.start, 0.0, monotonic()
 
     def due(self, n: int) -> bool:
         """Whether iteration n is followed by a checkpoint and a validation."""
@@ -325,7 +318,7 @@ class Run:
 
     def path(self, name: str) -> str:
         """The path of a file in the work directory."""
-        return os.path.join(self.args.work_dir, name)
+        return join(self.args.work_dir, name)
 
     def say(self, words: str, **entry) -> None:
         """Words for the terminal, and the same as one JSON object a line in WORK_DIR/log.jsonl. Of
@@ -348,6 +341,7 @@ def choose_kernels(deterministic: bool) -> None:
     """Every crop has one size, so cuDNN may try its kernels once and take the fastest; or those
     that add in a fixed order, slower (torch warns of operations that have none)."""
     torch.backends.cudnn.benchmark = not deterministic
+
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -357,7 +351,7 @@ def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
     """The pairs of files to train on and to validate with, and the classes of their labels."""
     root = data_root(args.data)
     training = validation = []
-    if os.path.isdir(root) or not args.dry_run:
+    if isdir(root) or not args.dry_run:
         training = find_pairs(root, "training")
         validation = find_pairs(root, "validation", optional=True)
 
@@ -368,6 +362,12 @@ def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
             f"back its classes.txt or start anew with --pretrained {checkpoint['path']}"
         )
     return training, validation, classes
+
+
+def fingerprint(pairs: list) -> str:
+    """How many pictures these are, and a checksum of their names, to compare on --resume."""
+    names = "\n".join(basename(image) for image, _ in pairs)
+    return f"{len(pairs)} training pictures, crc {zlib.crc32(names.encode()):08x} of names"
 
 
 def build_loader(run: Run) -> DataLoader:
@@ -384,12 +384,6 @@ def build_loader(run: Run) -> DataLoader:
     )
 
 
-def fingerprint(pairs: list) -> str:
-    """How many pictures these are, and a checksum of their names, to compare on --resume."""
-    names = "\n".join(os.path.basename(image) for image, _ in pairs)
-    return f"{len(pairs)} training pictures, crc {zlib.crc32(names.encode()):08x} of names"
-
-
 def start_model(run: Run, checkpoint: dict) -> Segmenter:
     """The model on the device, with the checkpoint's weights, pretrained ones, or random ones.
 
@@ -397,23 +391,18 @@ def start_model(run: Run, checkpoint: dict) -> Segmenter:
     published. Over the two pictures of one GPU in eight they would be noise. (For GPUs alone.)"""
     args = run.args
     torch.manual_seed(args.seed)
+
     with torch.device("meta" if args.dry_run else "cpu"):  # a plan needs shapes, no numbers
         model = build_model(args.arch, args.neck, len(run.classes.names))
-    if args.dry_run:
-        adapt(model, args.drop_path, args.freeze)
-        return model.to_empty(device=run.device)
 
-    source = PRETRAINED.get(args.arch) if args.pretrained == "auto" else args.pretrained
-    if checkpoint:
+    if args.dry_run:
+        model.to_empty(device="cpu")
+    elif checkpoint:
         side = math.isqrt(checkpoint["model"]["backbone.pos_embed"].shape[1] - 1)
         model.backbone.set_grid((side, side))
         model.load_state_dict(checkpoint["model"])
-    elif source is None:
-        raise UsageError(
-            f"there is no pretrained file for {args.arch}: --pretrained none starts from scratch"
-        )
-    elif source != "none":
-        load_pretrained(model, source, run.rank, run.world)
+    elif args.pretrained != "none":
+        load_pretrained(model, args, run.rank, run.world)
 
     adapt(model, args.drop_path, args.freeze)
     if run.sync_bn:
@@ -421,11 +410,17 @@ def start_model(run: Run, checkpoint: dict) -> Segmenter:
     return prepare(model, run.device, run.dtype, args.compile)
 
 
-def load_pretrained(model: Segmenter, source: str, rank: int, world: int) -> None:
+def load_pretrained(model: Segmenter, args: Namespace, rank: int, world: int) -> None:
     """Fetch and load weights, on rank 0. The others wait, make room for a table of positions of the
     same size, and get all with the first broadcast of DistributedDataParallel. What is wrong with
     the file ends all processes."""
-    problem, grid = "", None
+    source = PRETRAINED.get(args.arch) if args.pretrained == "auto" else args.pretrained
+    if source is None:
+        raise UsageError(
+            f"there is no pretrained file for {args.arch}: --pretrained none starts from scratch"
+        )
+
+    problem = None
     if rank == 0:
         try:
             state_dict, facts = load_weights(source)
@@ -433,30 +428,52 @@ def load_pretrained(model: Segmenter, source: str, rank: int, world: int) -> Non
             print(f"{source}: {describe(facts)}", flush=True)
         except (WeightsError, OSError) as error:
             problem = str(error)
-        grid = model.backbone.grid
 
-    answer = [problem, grid]
-    if world > 1:
-        dist.broadcast_object_list(answer, src=0)
-    problem, grid = answer
-
+    problem, grid = from_rank_0(world, (problem, model.backbone.grid))
     if problem:
         raise UsageError(problem)
     model.backbone.set_grid(grid)
 
 
 def adapt(model: Segmenter, drop_path: float | None, freeze: bool) -> None:
-    """--drop-path: the rate of the last layer, linear from 0 as in the recipes. --freeze: no
-    gradient for the backbone, so autograd keeps none of its activations; and no drop path in it,
-    unless asked for, which would be noise that nothing can learn from."""
-    blocks = model.backbone.blocks
+    """--drop-path: the rate of the last layer. --freeze: no gradient for the backbone, so autograd
+    keeps none of its activations; and no drop path in it, unless asked for, which would be noise
+    that nothing can learn from."""
     if freeze:
         model.backbone.requires_grad_(False)
         drop_path = drop_path or 0.0
 
     if drop_path is not None:
-        for i, block in enumerate(blocks):
-            block.drop_path.rate = drop_path * i / (len(blocks) - 1)
+        model.backbone.set_drop_path(drop_path)
+
+
+def restore(run: Run, checkpoint: dict) -> None:
+    """Give optimizer and scaler the state they had."""
+    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    for group in run.optimizer.param_groups:
+        group.setdefault("scale", 1.0)  # older checkpoints have none
+
+    if checkpoint["scaler"]:  # a disabled one has no state
+        run.scaler.load_state_dict(checkpoint["scaler"])
+
+
+def plan(run: Run) -> str:
+    """What is trained, on what, and the arithmetic of the batch, in two lines."""
+    text = (
+        "{work_dir}: {arch}, neck {neck}, {count:,} parameters, "
+        "{dtype} on {world} x {device.type}\n"
+        "batch {batch_size} = {world} processes x {micro} pictures x {accumulated} accumulated; "
+        "{data}: {pictures}, iterations {start} to {iters}"
+    )
+
+    facts = vars(run.args) | vars(run)
+    facts["dtype"] = str(run.dtype).removeprefix("torch.")
+    facts["count"] = sum(p.numel() for p in run.model.parameters())
+    facts["pictures"] = "the data is not there yet"
+    if run.training:
+        facts["pictures"] = f"{len(run.training)} training pictures"
+    return text.format(**facts)
+
 
 
 # ---- log and validation --------------------------------------------------------------------------
@@ -465,39 +482,42 @@ def adapt(model: Segmenter, drop_path: float | None, freeze: bool) -> None:
 def log(run: Run, n: int, losses: list[float], finite: bool) -> None:
     """Every 50 iterations, the means of losses (of the steps that were taken) and of times."""
     if finite:
-        run.window = [a + b for a, b in zip(run.window, (*losses, 1))]
-        run.skipped = 0
+        run.window += [*losses, 1]
+
     if n % LOG_EVERY and n != run.args.iters:
         if run.rank == 0:
             progress(f"{n} of {run.args.iters} iterations", run.clock)
         return
 
-    args, iterations, count = run.args, n - run.logged, max(run.window[3], 1)
+    loss, decode, aux, _ = (run.window / max(run.window[3], 1)).tolist()
+    iterations = n - run.logged
     seconds = (monotonic() - run.clock) / iterations
-    minutes = int((args.iters - n) * seconds / 60)
+    hours, minutes = divmod(int((run.args.iters - n) * seconds / 60), 60)
     entry = dict(
         iteration=n,
-        loss=run.window[0] / count,
-        decode=run.window[1] / count,
-        aux=run.window[2] / count,
+        loss=loss,
+        decode=decode,
+        aux=aux,
         lr=max(group["lr"] for group in run.optimizer.param_groups),
         seconds=seconds,
         data_seconds=run.waited / iterations,
-        images_per_second=args.batch_size / seconds,
+        images_per_second=run.args.batch_size / seconds,
     )
+
     words = (
         "{iteration}/{iters}  loss {loss:.4f} (decode {decode:.4f} + aux {aux:.4f})  lr {lr:.3e}  "
         "{seconds:.3f} s/iter ({data_seconds:.3f} waiting for data)  "
-        "{images_per_second:.1f} images/s  {h}h{m:02d}m left"
+        "{images_per_second:.1f} images/s  {hours}h{minutes:02d}m left"
     )
-    run.say(words.format(iters=args.iters, h=minutes // 60, m=minutes % 60, **entry), **entry)
-    run.window, run.logged, run.waited, run.clock = [0.0] * 4, n, 0.0, monotonic()
+    left = dict(iters=run.args.iters, hours=hours, minutes=minutes)
+    run.say(words.format(**entry, **left), **entry)
+    run.window, run.logged, run.waited, run.clock = np.zeros(4), n, 0.0, monotonic()
 
 
 def validate(run: Run, n: int) -> None:
     """Scores on the validation pictures, if there are any; rank 0 logs them, and draws four of its
     own pictures and the curves. Ends early when a signal comes."""
-    before, args, count = monotonic(), run.args, len(run.validation)
+    before, count = monotonic(), len(run.validation)
     if not count:
         return
 
@@ -506,20 +526,20 @@ def validate(run: Run, n: int) -> None:
         for b in run.model.buffers():
             dist.broadcast(b, 0)
 
-    matrix, rows = np.zeros([len(run.classes.names)] * 2, np.int64), []
     # Four that are spread over the set, rounded down to multiples of world: those are rank 0's.
     shown = {count * k // 4 // run.world * run.world for k in range(4)}
+    rows, matrix = [], np.zeros([len(run.classes.names)] * 2, np.int64)
     pictures = evaluate(
-        run.model, run.validation, run.classes, matrix, run.rank, run.world, args.workers,
-        short=args.short_side, dtype=run.dtype,
+        run.model, run.validation, run.classes, matrix, run.rank, run.world, run.args.workers,
+        short=run.args.short_side, dtype=run.dtype,
     )
     with torch.compiler.set_stance("force_eager"):  # --compile is for crops, all of one size
-        for i, _, image, label, prediction in pictures:
+        for i, _, *row in pictures:
             if run.signals:
                 words = "stopped during the validation; go on with --resume, it comes first then"
-                raise Stopped(words, 128 + run.signals[0])
+                leave(words, 128 + run.signals[0])
             if i in shown:
-                rows.append((image, label, prediction))
+                rows.append(row)  # image, label, prediction
 
     if run.rank == 0:
         report(run, n, matrix)
@@ -531,9 +551,9 @@ def validate(run: Run, n: int) -> None:
 def report(run: Run, n: int, matrix: np.ndarray) -> None:
     """The validation after iteration n in one line."""
     result = scores(matrix)
-    means = {k: result[k] for k in ("mIoU", "mAcc", "aAcc")}
-    words = [f"{k} none" if v is None else f"{k} {v:.2f}" for k, v in means.items()]
-    there = sum(iou is not None for iou in result["IoU"])
+    means = {key: result[key] for key in ("mIoU", "mAcc", "aAcc")}
+    words = [f"{key} none" if x is None else f"{key} {x:.2f}" for key, x in means.items()]
+    there = len(matrix) - result["IoU"].count(None)
 
     run.say(
         f"{n}/{run.args.iters}  validation: {'  '.join(words)}  "
@@ -546,25 +566,39 @@ def report(run: Run, n: int, matrix: np.ndarray) -> None:
 # ---- what may go wrong in a week -----------------------------------------------------------------
 
 
-class Stopped(Exception):
-    """The run ends before its last iteration: (sentence, exit code)."""
+def warn(words: str) -> None:
+    """A sentence beside the run's own output."""
+    print(words, file=sys.stderr)
 
 
-def sum_over_processes(world: int, *values: float) -> list[float]:
-    """The sum of each value over all processes, on the CPU (gloo) also beside NCCL."""
-    total = torch.tensor(values, dtype=torch.float64)
+def leave(words: str, code: int) -> None:
+    """End this process with a sentence."""
+    warn(words)
+    sys.exit(code)
+
+
+def from_rank_0(world: int, value: object) -> object:
+    """The value that rank 0 has, in all processes."""
+    box = [value]
     if world > 1:
-        dist.all_reduce(total)
-    return total.tolist()
+        dist.broadcast_object_list(box, src=0)
+
+    return box[0]
 
 
 def agree(run: Run, losses: Tensor) -> tuple[list[float], bool, bool]:
-    """losses (3,) of this process -> their means over all processes, whether they are finite in
-    all, and whether a signal asks any of them to stop. So all take the same step, or none."""
-    own = (losses / run.world).tolist()
-    broken = not all(math.isfinite(x) for x in own)
-    *means, broken, stop = sum_over_processes(run.world, *own, broken, bool(run.signals))
-    return means, not broken, bool(stop)
+    """losses (3,) of this process -> their means over all processes, whether they are finite, and
+    whether a signal asks any process to stop. So all take the same step, or none: a loss that is
+    not finite in one process makes the mean so in all."""
+    total = torch.tensor([*losses.tolist(), bool(run.signals)], dtype=torch.float64)
+    if run.world > 1:
+        dist.all_reduce(total)  # on the CPU (gloo) also beside NCCL
+
+    *means, stop = (total / run.world).tolist()
+
+    finite = all(math.isfinite(x) for x in means)
+    run.skipped = 0 if finite else run.skipped + 1
+    return means, finite, stop > 0
 
 
 def skip_step(run: Run, i: int, statistics: list[Tensor]) -> None:
@@ -572,9 +606,9 @@ def skip_step(run: Run, i: int, statistics: list[Tensor]) -> None:
     pictures. (BatchNorm's statistics would stay infinite, and evaluation with them.)"""
     for b, before in zip(run.model.buffers(), statistics):
         b.copy_(before)
-    run.skipped += 1
 
-    batch = range(i * run.args.batch_size, (i + 1) * run.args.batch_size)
+    first = i * run.args.batch_size
+    batch = range(first, first + run.args.batch_size)
     files = ", ".join(run.samples.paths(position)[0] for position in batch)
     run.say(
         f"warning: iteration {i + 1}: the loss is not finite, the step is not taken; "
@@ -582,23 +616,6 @@ def skip_step(run: Run, i: int, statistics: list[Tensor]) -> None:
         iteration=i + 1,
         skipped=files,
     )
-
-
-def early_end(run: Run, n: int) -> Stopped:
-    """Save iteration n, the run's last one for now. -> why, and how to go on"""
-    save(run, n)
-    where = "this state could not be saved"
-    if run.saved:
-        where = f"{run.saved} holds all of it, go on with --resume"
-
-    if run.skipped == PATIENCE:
-        return Stopped(
-            f"error: the loss was not finite {PATIENCE} times in a row and none of these steps was "
-            f"taken: {where} and a lower --lr, or without the pictures named above",
-            3,
-        )
-    number = run.signals[0] if run.signals else signal.SIGTERM  # it came to another process
-    return Stopped(f"stopped by a signal after iteration {n}: {where}", 128 + number)
 
 
 def watch_signals() -> list:
@@ -610,46 +627,60 @@ def watch_signals() -> list:
         # torchrun passes the terminal's Ctrl-C on to processes that got it from the terminal
         # themselves: within two seconds it is the same request.
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        if signals and not (under_torchrun and monotonic() - signals[1] <= 2):
-            os._exit(128 + number)
         if not signals:
             signals.extend([number, monotonic()])
+        elif not under_torchrun or monotonic() - signals[1] > 2:
+            os._exit(128 + number)
 
     for number in SIGNALS:
         signal.signal(number, note)
+
     return signals
+
+
+def stop_early(run: Run, n: int) -> None:
+    """Save iteration n, the run's last one for now, and say why it is, and how to go on."""
+    save(run, n)
+    where = "this state could not be saved"
+    if run.saved:
+        where = f"{run.saved} holds all of it, go on with --resume"
+
+    if run.skipped == PATIENCE:
+        leave(
+            f"error: the loss was not finite {PATIENCE} times in a row and none of these steps was "
+            f"taken: {where} and a lower --lr, or without the pictures named above",
+            3,
+        )
+
+    number = run.signals[0] if run.signals else signal.SIGTERM  # it came to another process
+    leave(f"stopped by a signal after iteration {n}: {where}", 128 + number)
 
 
 def begin(run: Run) -> None:
     """Watch for signals, open the work directory, say what is about to be done, and what is wrong
-    with it."""
-    run.signals, run.entries = watch_signals(), []
-    if run.rank == 0:
-        os.makedirs(run.args.work_dir, exist_ok=True)
-        run.lock = lock(run.path(".lock"))
-        if run.start and os.path.exists(run.path("log.jsonl")):
-            run.entries = read_log(run.path("log.jsonl"), run.start)
+    with it. A run that stopped between saving and validating has the validation still to come; one
+    that has all of its iterations is done."""
+    args, start = run.args, run.start
+    run.signals = watch_signals()
 
-    first_entry = {} if run.start else dict(iteration=0, args=vars(run.args))
-    run.say(run.plan(), **first_entry)
+    if run.rank == 0:
+        os.makedirs(args.work_dir, exist_ok=True)
+        run.lock = lock(run.path(".lock"))
+        run.entries = read_log(run.path("log.jsonl"), start)
+
+    first_entry = {} if start else dict(iteration=0, args=vars(args))
+    run.say(plan(run), **first_entry)
     if run.rank == 0:
         for words in doubts(run):
             run.say(f"warning: {words}")
-    run.clock, run.logged, run.waited = monotonic(), run.start, 0.0
+    run.clock = monotonic()
 
-
-def catch_up(run: Run) -> None:
-    """A run that stopped between saving and validating has the validation of its iteration still to
-    come. One that has that too is done."""
-    start = run.start
-    there = any(e["iteration"] == start and "mIoU" in e for e in run.entries)  # rank 0 has the log
-    missing = run.rank == 0 and run.validation and start > 0 and run.due(start) and not there
-    (missing,) = sum_over_processes(run.world, bool(missing))
-    if missing:
+    validated = any(e["iteration"] == start and "mIoU" in e for e in run.entries)
+    validated = from_rank_0(run.world, validated)  # it has the log
+    if run.validation and start and run.due(start) and not validated:
         validate(run, start)
-    elif start >= run.args.iters:
-        words = f"{run.saved}: has all of its {start} iterations, nothing is left to train"
-        raise Stopped(words, 0)  # where a cluster repeats the command, this is its end
+    elif start >= args.iters:  # where a cluster repeats the command, this is its end
+        leave(f"{run.saved}: has all of its {start} iterations, nothing is left to train", 0)
 
 
 def lock(path: str) -> TextIO | None:
@@ -665,7 +696,7 @@ def lock(path: str) -> TextIO | None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         words = "another run writes to this folder, wait for it or name another --work-dir"
-        raise UsageError(f"{os.path.dirname(path)}: {words}") from error
+        raise UsageError(f"{dirname(path)}: {words}") from error
     except OSError:
         pass
     return file
@@ -674,6 +705,9 @@ def lock(path: str) -> TextIO | None:
 def read_log(path: str, last: int) -> list[dict]:
     """The entries up to iteration `last`: what came after the checkpoint will come again. A damaged
     line is named and left out."""
+    if not last or not exists(path):
+        return []
+
     entries = []
     with open(path, errors="replace") as file:
         for number, line in enumerate(file, start=1):
@@ -682,7 +716,7 @@ def read_log(path: str, last: int) -> list[dict]:
                 if entry["iteration"] <= last:
                     entries.append(entry)
             except (ValueError, TypeError, KeyError):
-                print(f"warning: {path}: line {number} is damaged, left out", file=sys.stderr)
+                warn(f"warning: {path}: line {number} is damaged, left out")
     return entries
 
 
@@ -690,6 +724,7 @@ def doubts(run: Run) -> list[str]:
     """What would make a run worth less than its time, each in a sentence, before it costs any."""
     args = run.args
     found = label_warnings(run.training, run.classes)
+
     peak = max(learning_rate(i, args.iters, **run.schedule) for i in range(args.iters))
     if peak < args.lr / 2:
         found.append(
@@ -711,8 +746,7 @@ def doubts(run: Run) -> list[str]:
 def finish(run: Run) -> None:
     """Say where the result is, and leave together."""
     if run.saved is None:
-        words = "error: the last checkpoint could not be saved, make room and go on with --resume"
-        raise Stopped(words, 1)
+        leave("error: the last checkpoint could not be saved, make room and go on with --resume", 1)
 
     run.say(f"{run.saved}: evaluate it with `python evaluate.py`")
     if run.validation:
@@ -720,9 +754,7 @@ def finish(run: Run) -> None:
     if run.args.data == "toy":
         run.say(AFTER_TOY)
 
-    if run.world > 1:
-        dist.barrier()  # nobody leaves while another may still be talking to it
-        dist.destroy_process_group()
+    end_processes(run.world)
 
 
 def write_or_warn(path: str, write: Callable) -> bool:
@@ -732,37 +764,48 @@ def write_or_warn(path: str, write: Callable) -> bool:
         write(path)
         return True
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        words = f"warning: {path} is not written ({reason}); training goes on, and tries again"
-        print(words, file=sys.stderr)
+        reason = first_line(error)
+        warn(f"warning: {path} is not written ({reason}); training goes on, and tries again")
         return False
 
 
 def save(run: Run, n: int) -> None:
     """Write checkpoint_n.pt, on rank 0, and remove those before the last --keep, but not the best;
     the other processes wait. run.saved is its path then, None where it failed."""
-    path, done = run.path(f"checkpoint_{n}.pt"), False
+    path = run.path(f"checkpoint_{n}.pt")
     if run.rank == 0:
         run.best = max((run.best, *run.entries), key=lambda entry: entry.get("mIoU") or 0)
-        content = {k: getattr(run, k).state_dict() for k in ("model", "optimizer", "scaler")}
-        content |= dict(iteration=n, window=run.window, best=run.best, seed=run.args.seed)
-        content |= dict(args=vars(run.args), classes=tuple(run.classes))
-        content |= dict(names=run.fingerprint)
-        done = write_or_warn(path, lambda path: write_checkpoint(content, path))
+        content = dict(
+            model=run.model.state_dict(),
+            optimizer=run.optimizer.state_dict(),
+            scaler=run.scaler.state_dict(),
+            iteration=n,
+            window=run.window.tolist(),
+            best=run.best,
+            seed=run.args.seed,
+            args=vars(run.args),
+            classes=tuple(run.classes),
+            names=run.fingerprint,
+        )
+        if write_or_warn(path, partial(write_checkpoint, content)):
+            remove_older(run)
+        else:
+            path = None
 
-        old = saved_checkpoints(run.args.work_dir)[: -run.args.keep] if done else []
-        for other in old:
-            if iteration_of(other) != run.best.get("iteration"):
-                with suppress(OSError):  # Windows keeps files that are mapped: next time
-                    os.remove(other)
+    run.saved = from_rank_0(run.world, path)
 
-    (done,) = sum_over_processes(run.world, done)
-    run.saved = path if done else None
+
+def remove_older(run: Run) -> None:
+    """Remove the checkpoints before the last --keep, but not the best."""
+    for path in saved_checkpoints(run.args.work_dir)[: -run.args.keep]:
+        if iteration_of(path) != run.best.get("iteration"):
+            with suppress(OSError):  # Windows keeps files that are mapped: next time
+                os.remove(path)
 
 
 def saved_checkpoints(folder: str) -> list[str]:
     """The checkpoint_N.pt in a folder, in order of their iterations."""
-    return sorted(glob(os.path.join(escape(folder), "checkpoint_*.pt")), key=iteration_of)
+    return sorted(glob(join(escape(folder), "checkpoint_*.pt")), key=iteration_of)
 
 
 def iteration_of(path: str) -> int:
@@ -773,26 +816,32 @@ def iteration_of(path: str) -> int:
 def usable_checkpoint(folder: str) -> dict:
     """The content of the newest whole checkpoint in a work directory, or below runs/, and its path
     as "path". Damaged ones are named and passed over."""
-    found = checkpoints(os.path.dirname(checkpoints(folder)[0]))  # those of one run
-    needed = {"model", "optimizer", "scaler", "iteration", "args"}
-
+    found = checkpoints(dirname(checkpoints(folder)[0]))  # those of one run
     for path in found:
         try:
-            with zipfile.ZipFile(path) as file:
-                damaged = file.testzip()  # every tensor's bytes against their checksum
-            content = read_checkpoint(path)
-            whole = needed <= set(content) and isinstance(content["args"], dict)
-            if damaged is None and whole:
-                return content | {"path": path}
-            reason = f"damaged at {damaged}" if damaged else "not a training checkpoint"
+            return read_whole(path) | {"path": path}
         except (WeightsError, OSError, zipfile.BadZipFile) as error:
-            reason = str(error)
-        print(f"warning: {path} cannot be used ({reason}), trying the one before", file=sys.stderr)
+            warn(f"warning: {path} cannot be used ({error}), trying the one before")
 
     raise UsageError(
-        f"{os.path.dirname(found[0])}: none of its {len(found)} checkpoints can be used, "
+        f"{dirname(found[0])}: none of its {len(found)} checkpoints can be used, "
         "start anew without --resume"
     )
+
+
+def read_whole(path: str) -> dict:
+    """The content of a checkpoint, every tensor's bytes compared with their checksum."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+
+    if damaged:
+        raise WeightsError(f"damaged at {damaged}")
+
+    content = read_checkpoint(path)
+    missing = {"model", "optimizer", "scaler", "iteration", "args"} - content.keys()
+    if missing or not isinstance(content["args"], dict):
+        raise WeightsError("not a training checkpoint")
+    return content
 
 
 # ---- python train.py -----------------------------------------------------------------------------
@@ -824,14 +873,14 @@ NO_EFFECT = ("work_dir", "resume", "workers", "keep", "timeout", "dry_run")
 IN_THE_OPTIMIZER = ("optimizer", "weight_decay", "layer_decay", "freeze")
 
 
-def options(**more) -> ArgumentParser:
-    """The command line. Its defaults are those of the published DeiT-S recipe."""
+def options() -> ArgumentParser:
+    """The command line, but for --help. Its defaults are those of the published DeiT-S recipe."""
     parser = ArgumentParser(
         description="Train ViT/DeiT + UPerNet on ADE20K. Defaults stand in brackets; with --data "
         "toy, --optimizer sgd or --resume others hold, `--help` beside them shows which.",
         epilog="example: torchrun --nproc_per_node 8 train.py --arch deit_s16 --neck mln "
         "--iters 160000",
-        **more,
+        add_help=False,
     )
     recipe_options(parser.add_argument_group("recipe").add_argument)
     run_options(parser.add_argument_group("run").add_argument)
@@ -908,23 +957,26 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
 
     The command line is read twice. The first reading finds what decides about the defaults: the
     optimizer, the toy data, or a checkpoint, whose own arguments go on to hold."""
-    given, _ = options(add_help=False).parse_known_args(argv)
     parser, checkpoint = options(), {}
-    parser.set_defaults(**{k: OPTIMIZERS[given.optimizer][k] for k in ("lr", "warmup")})
+    given, _ = parser.parse_known_args(argv)
+    schedule = OPTIMIZERS[given.optimizer]
+    parser.set_defaults(lr=schedule["lr"], warmup=schedule["warmup"])
     if given.data == "toy":
         parser.set_defaults(**TOY)
 
     if given.resume and given.work_dir and not find_checkpoints(given.work_dir):
-        print(f"{given.work_dir}: holds no checkpoint yet, a run starts anew", file=sys.stderr)
+        warn(f"{given.work_dir}: holds no checkpoint yet, a run starts anew")
     elif given.resume:
         checkpoint = usable_checkpoint(given.work_dir or "runs")
         known = {k: checkpoint["args"].get(k, parser.get_default(k)) for k in vars(given)}
         parser.set_defaults(**known)
+
+    parser.add_argument("-h", "--help", action="help", help="show this and stop")
     args = parser.parse_args(argv)
 
     if checkpoint:
         name_changes(args, known, checkpoint["path"])
-        args.work_dir = os.path.dirname(checkpoint["path"])
+        args.work_dir = dirname(checkpoint["path"])
 
     args.interval = args.interval or max(1, args.iters // 10)
     args.work_dir = args.work_dir or new_work_dir(args)
@@ -942,35 +994,36 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
 def name_changes(args: Namespace, known: dict, path: str) -> None:
     """A checkpoint's own architecture wins, and its optimizer is the one that goes on; other
     arguments may change on --resume, but none of them unnoticed."""
-    for key, value in known.items():
-        new, option = getattr(args, key), f"--{key.replace('_', '-')}"
-        if new == value or key in NO_EFFECT:
+    for key, old in known.items():
+        new = getattr(args, key)
+        if new == old or key in NO_EFFECT:
             continue
 
+        option = f"--{key.replace('_', '-')}"
         if key in IN_THE_OPTIMIZER:
             raise UsageError(
-                f"{option} was {value} and cannot become {new} on --resume: start anew with "
+                f"{option} was {old} and cannot become {new} on --resume: start anew with "
                 f"--pretrained {path}"
             )
-
-        words = f"{option} was {value} until here, from here on {new}"
         if key in ("arch", "neck"):
-            setattr(args, key, value)
-            words = f"{option} {new} is ignored: {path} is {value}"
-        print(words, file=sys.stderr)
+            setattr(args, key, old)
+            warn(f"{option} {new} is ignored: {path} is {old}")
+        else:
+            warn(f"{option} was {old} until here, from here on {new}")
 
 
 def new_work_dir(args: Namespace) -> str:
     """runs/ARCH_NECK_DATA_ITERS, with -2, -3, ... if that is taken; after a restart by torchrun the
     last one taken."""
-    data = os.path.basename(os.path.normpath(args.data))
+    data = basename(normpath(args.data))
     base = f"runs/{args.arch}_{args.neck}_{data}_{args.iters}"
 
-    name, last, count = base, base, 1
-    while os.path.exists(name):
+    name, taken, count = base, base, 1
+    while exists(name):
+        taken = name
         count += 1
-        name, last = f"{base}-{count}", name
-    return last if RESTARTED else name
+        name = f"{base}-{count}"
+    return taken if RESTARTED else name
 
 
 def main() -> None:
@@ -978,16 +1031,12 @@ def main() -> None:
         args, checkpoint = parse()
         try:
             train(args, checkpoint)
-        except Stopped as stopped:
-            print(stopped.args[0], file=sys.stderr)
-            sys.exit(stopped.args[1])
         except RuntimeError as error:
             if not re.search("[Tt]imed out|onnection (closed|reset)|Broken pipe", str(error)):
                 raise
-            reason = str(error).splitlines()[0]
-            sys.exit(
-                f"error: another process has died or hangs ({reason}); go on with --resume"
-            )
+
+            reason = first_line(error)
+            leave(f"error: another process has died or hangs ({reason}); go on with --resume", 1)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,15 @@ import train
 OPTIONS = (
     *("--data", "set", "--arch", "toy_p8", "--pretrained", "none", "--lr", 1e-3, "--warmup", 5),
     *("--iters", 110, "--interval", 30, "--batch-size", 4, "--crop-size", 32, "--short-side", 32),
+    *("--timeout", 60),
 )
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+
+# Seconds until a run that says nothing counts as one that hangs. What may pass where nothing does:
+# --timeout, here 60, until the processes of a run give up one that does not answer; the half minute
+# that torchrun gives processes to obey SIGTERM, before it kills them; and all of it once more after
+# a restart. The rest is for busy machines.
+HANGS = 300
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +43,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, *arguments, launch=(), **more):
-    """train.py in a process group of its own, as a terminal or a cluster would start it."""
+def start(folder, *arguments, launch=(), env=os.environ, **more):
+    """train.py in a process group of its own, as a terminal or a cluster would start it. Python
+    says on SIGABRT where it stands."""
     return subprocess.Popen(
         [sys.executable, *launch, os.path.join(ROOT, "train.py"), *map(str, arguments)],
         cwd=folder,
+        env={**env, "PYTHONFAULTHANDLER": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -49,18 +58,51 @@ def start(folder, *arguments, launch=(), **more):
     )
 
 
-def finish(process, code=0, timeout=200):
-    out, err = process.communicate(timeout=timeout)
+def finish(process, code=0, timeout=HANGS):
+    """What a run said, when it has ended with this code."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        fail_where_it_stands(process)
+
     assert process.returncode == code, (process.returncode, out[-500:], err[-2000:])
     return out, err
 
 
-def wait_for(path, process, seconds=60):
+def wait_for(path, process, seconds=HANGS):
     """Until a file is there: how far the run is."""
     end = time.monotonic() + seconds
     while not glob(str(path)):
-        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        if process.poll() is not None or time.monotonic() > end:
+            fail_where_it_stands(process)
         time.sleep(0.01)
+
+
+def fail_where_it_stands(process):
+    """End a run and the test, with what each process of it was doing."""
+    for pid in workers_of(process).values():
+        os.kill(pid, signal.SIGABRT)
+    process.send_signal(signal.SIGABRT)  # (does nothing where it has ended)
+
+    out, err = process.communicate()
+    pytest.fail(f"hangs, or has ended with {process.returncode}: {out[-1000:]} {err[-9000:]}")
+
+
+def workers_of(process):
+    """The training processes under a torchrun: {rank: pid}."""
+    found = {}
+    for path in glob("/proc/[0-9]*/environ"):
+        try:
+            with open(path, "rb") as file:
+                variables = dict(v.split(b"=", 1) for v in file.read().split(b"\0") if b"=" in v)
+            with open(path.replace("environ", "stat")) as file:
+                parent = int(file.read().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+
+        if parent == process.pid and b"LOCAL_RANK" in variables:
+            found[int(variables[b"LOCAL_RANK"])] = int(path.split("/")[2])
+    return found
 
 
 def result(work, iters=110):
@@ -68,18 +110,23 @@ def result(work, iters=110):
     with open(work / "log.jsonl") as file:
         log = [json.loads(line) for line in file]
     kept = [{k: v for k, v in e.items() if "second" not in k} for e in log if "args" not in e]
+
     content = torch.load(work / f"checkpoint_{iters}.pt", weights_only=True)
-    state = content["optimizer"]["state"]
-    return {
-        **content["model"],
-        **{f"{k} {n}": v for k, s in state.items() for n, v in s.items()},
-    }, kept
+    tensors = content["model"]
+    for number, state in content["optimizer"]["state"].items():
+        for name, value in state.items():
+            tensors[f"{name} {number}"] = value
+    return tensors, kept
 
 
 def assert_same(work, other):
-    (a, log_a), (b, log_b) = result(work), result(other)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert log_a == log_b and [e["iteration"] for e in log_a if "mIoU" in e] == [30, 60, 90, 110]
+    tensors, log = result(work)
+    expected, expected_log = result(other)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[k], expected[k]) for k in tensors)
+
+    assert log == expected_log
+    assert [e["iteration"] for e in log if "mIoU" in e] == [30, 60, 90, 110]
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +148,13 @@ def test_a_run_stopped_by_a_signal_and_resumed_is_the_run_that_was_not(
     wait_for(work / "checkpoint_30.pt", run)
     time.sleep(random.random())  # in the validation, before or after it
     os.killpg(run.pid, number)  # to the loader's processes too, as from a terminal or a cluster
-    out, err = finish(run, -9 if number == signal.SIGKILL else 128 + number)
-    assert number == signal.SIGKILL or "go on with --resume" in err
+
+    if number == signal.SIGKILL:
+        finish(run, -9)
+    else:
+        out, err = finish(run, 128 + number)
+        assert "go on with --resume" in err
+
     finish(start(folder, "--resume", "--work-dir", work, "--workers", 2 - workers))
     assert_same(work, straight)
     assert len(glob(str(work / "checkpoint_*.pt"))) <= 3 and not glob(str(work / "*.part"))
@@ -111,8 +163,10 @@ def test_a_run_stopped_by_a_signal_and_resumed_is_the_run_that_was_not(
 def test_a_second_signal_leaves_at_once(straight, folder):
     run = start(folder, *OPTIONS, "--work-dir", "twice")
     wait_for(folder / "twice" / "checkpoint_30.pt", run)
+
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(run.pid, number)
+
     out, err = finish(run, 128 + signal.SIGTERM)
     assert "go on" not in err
 
@@ -140,6 +194,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, straig
     work = folder / damage
     shutil.copytree(straight, work)
     newest, before = work / "checkpoint_110.pt", work / "checkpoint_90.pt"
+
     if damage == "cut":
         os.truncate(newest, os.path.getsize(newest) // 2)
     else:  # one bit of one weight, which only a checksum can tell
@@ -148,12 +203,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, straig
             byte = file.read(1)[0]
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte ^ 1]))
+
     out, err = finish(start(folder, "--resume", "--work-dir", work))
-    assert (
-        f"warning: {newest} cannot be used" in err
-        and "iterations 90 to 110" in out
-        and before.exists()
-    )
+    assert f"warning: {newest} cannot be used" in err
+    assert "iterations 90 to 110" in out and before.exists()
     assert_same(work, straight)
 
 
@@ -188,6 +241,7 @@ def test_a_work_directory_that_vanishes_comes_back_with_the_whole_log(straight, 
     work = folder / "vanished"
     run = start(folder, *OPTIONS, "--work-dir", work)
     wait_for(work / "sheet_30.png", run)
+
     shutil.rmtree(work, ignore_errors=True)
     finish(run)
     assert_same(work, straight)
@@ -200,6 +254,7 @@ def test_a_half_line_in_the_log_is_named_and_left_out(straight, folder):
     lines = (straight / "log.jsonl").read_text().splitlines(keepends=True)
     cut = next(k for k, line in enumerate(lines) if json.loads(line)["iteration"] > 90)
     (work / "log.jsonl").write_text("".join(lines[:cut]) + lines[cut][:17])
+
     out, err = finish(start(folder, "--resume", "--work-dir", work))
     assert f"{work}/log.jsonl: line {cut + 1} is damaged, left out" in err
     assert_same(work, straight)
@@ -212,6 +267,7 @@ def test_a_second_run_on_the_same_folder_is_refused_and_the_first_goes_on(straig
     os.killpg(run.pid, signal.SIGSTOP)  # or it might be done before the second one looks
     out, err = finish(start(folder, *OPTIONS, "--work-dir", work, "--resume"), 2)
     assert f"error: {work}: another run writes to this folder" in err
+
     os.killpg(run.pid, signal.SIGCONT)
     finish(run)
     assert_same(work, straight)
@@ -222,6 +278,7 @@ def test_a_data_set_that_changed_before_resume_is_said(straight, folder):
     work = folder / "changed"
     options = ("--data", "changing", "--iters", 1, "--interval", 1, "--work-dir", work)
     finish(start(folder, *OPTIONS, *options))
+
     resume = ("--resume", "--work-dir", work, "--iters")
     out, err = finish(start(folder, *resume, 2))
     assert "training pictures, crc" not in out
@@ -231,6 +288,7 @@ def test_a_data_set_that_changed_before_resume_is_said(straight, folder):
         os.rename(root / f"s0.{suffix}", root / f"t.{suffix}")
     out, err = finish(start(folder, *resume, 3))
     assert "8 training pictures, crc" in out and "from here on 8 training pictures, crc" in out
+
     for kind, suffix in (("images", "jpg"), ("annotations", "png")):
         os.remove(folder / "changing" / kind / "training" / f"t.{suffix}")
     out, err = finish(start(folder, *resume, 4))
@@ -248,6 +306,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_training(folder):
         stderr=subprocess.PIPE,
         text=True,
     )
+
     out, err = finish(run)
     for n in (1, 2):
         assert f"undrawn/sheet_{n}.png is not written (division by zero); training goes on" in err
@@ -261,6 +320,7 @@ def test_a_changed_argument_is_named_and_a_used_folder_refused(straight, folder)
     )
     assert "--lr was 0.001 until here, from here on 5.0" in err and "--seed was 0 until here" in err
     assert "workers" not in err and "nothing is left to train" in err
+
     out, err = finish(start(folder, *OPTIONS, "--work-dir", straight), 2)
     assert "holds the checkpoints of a run" in err
 
@@ -270,15 +330,14 @@ def test_a_changed_argument_is_named_and_a_used_folder_refused(straight, folder)
 
 def test_a_loss_that_stays_not_finite_ends_the_run_with_code_3(folder):
     out, err = finish(start(folder, *OPTIONS, "--lr", 1e30, "--warmup", 0, "--work-dir", "wild"), 3)
-    assert (
-        out.count("the loss is not finite, the step is not taken") == train.PATIENCE
-        and "set/images/training/s" in out
-    )
+    assert out.count("the loss is not finite, the step is not taken") == train.PATIENCE
+    assert "set/images/training/s" in out
     assert "5 times in a row" in err
+
     content = torch.load(folder / "wild" / f"checkpoint_{1 + train.PATIENCE}.pt", weights_only=True)
-    assert all(
-        torch.isfinite(v).all() for k, v in content["model"].items() if "running" in k
-    ), "statistics were put back"
+    for key, value in content["model"].items():
+        if "running" in key:
+            assert torch.isfinite(value).all(), "statistics were put back"
 
 
 def test_one_bad_batch_changes_nothing_and_training_goes_on(folder, monkeypatch):
@@ -286,22 +345,31 @@ def test_one_bad_batch_changes_nothing_and_training_goes_on(folder, monkeypatch)
     monkeypatch.chdir(folder)
     found, hooks = [], []  # found[i]: what iteration i finds
     normalise, next_batch, scaler = train.normalise, train.next_batch, torch.amp.GradScaler
-    bad = lambda x, size: normalise(x, size) * float("nan")  # noqa: E731
+
+    def bad_normalise(x, size):
+        return normalise(x, size) * float("nan")
+
+    def overflow(gradient):
+        return gradient * float("inf")
+
+    def float16_scaler(device, enabled):
+        return scaler(device, 1024.0)
 
     def watch(run, batches):
         """The loop calls it at the start of each iteration."""
-        i, weights = len(found), {k: v.clone() for k, v in run.model.state_dict().items()}
+        i = len(found)
+        weights = {k: v.clone() for k, v in run.model.state_dict().items()}
         found.append((weights, list(run.window), run.scaler.get_scale()))
-        monkeypatch.setattr(train, "normalise", bad if i == 1 else normalise)
+
+        monkeypatch.setattr(train, "normalise", bad_normalise if i == 1 else normalise)
         if i == 3:
-            overflow = lambda grad: grad * float("inf")  # noqa: E731
             hooks.append(run.model.backbone.pos_embed.register_hook(overflow))
         if i == 4:
             hooks[0].remove()
         return next_batch(run, batches)
 
     monkeypatch.setattr(train, "next_batch", watch)
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 1024.0))
+    monkeypatch.setattr(torch.amp, "GradScaler", float16_scaler)
     options = (*OPTIONS, "--work-dir", "one", "--workers", 0, "--iters", 6, "--interval", 6)
     try:
         train.train(*train.parse([*map(str, options)]))
@@ -309,19 +377,27 @@ def test_one_bad_batch_changes_nothing_and_training_goes_on(folder, monkeypatch)
         for number in train.SIGNALS:
             default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
             signal.signal(number, default)
+    assert_only_good_batches_changed(*zip(*found))
 
-    weights, windows, scales = zip(*found)
-    same = lambda i, k: torch.equal(weights[i][k], weights[i + 1][k])  # noqa: E731
+    log = [e for e in map(json.loads, open("one/log.jsonl")) if "skipped" in e]
+    assert [e["iteration"] for e in log] == [2] and log[0]["skipped"].count(".jpg") == 4
+
+
+def assert_only_good_batches_changed(weights, windows, scales):
+    """What iterations 0 to 5 find, of which 1 has a bad batch and 3 gradients too large."""
+
+    def same(i, key):
+        return torch.equal(weights[i][key], weights[i + 1][key])
+
     token, statistic = "backbone.cls_token", "decode_head.bottleneck.bn.running_mean"
     assert not same(0, token) and not same(0, statistic)
-    assert all(same(1, k) for k in weights[1]) and windows[2] == windows[1]
+    assert all(same(1, key) for key in weights[1]) and windows[2] == windows[1]
     assert not same(2, token) and not same(2, statistic)
+
     # float16's scale is too large now and then: that is the scaler's to mend, and no bad batch.
     assert same(3, token) and not same(3, statistic) and windows[4][3] == windows[3][3] + 1
     assert scales == (1024,) * 4 + (512,) * 2
     assert not same(4, token)
-    log = [e for e in map(json.loads, open("one/log.jsonl")) if "skipped" in e]
-    assert [e["iteration"] for e in log] == [2] and log[0]["skipped"].count(".jpg") == 4
 
 
 # ---- several processes ----
@@ -369,29 +445,13 @@ def straight_two(folder):
     return folder / "two"
 
 
-def workers_of(process):
-    """The training processes under a torchrun: {rank: pid}."""
-    found = {}
-    for path in glob("/proc/[0-9]*/environ"):
-        try:
-            with open(path, "rb") as file:
-                variables = dict(v.split(b"=", 1) for v in file.read().split(b"\0") if b"=" in v)
-            with open(path.replace("environ", "stat")) as file:
-                parent = int(file.read().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if parent == process.pid and b"LOCAL_RANK" in variables:
-            found[int(variables[b"LOCAL_RANK"])] = int(path.split("/")[2])
-    return found
-
-
 def test_a_killed_process_is_restarted_from_the_last_checkpoint(straight_two, folder):
     work = folder / "restarted"
-    run = start(
-        folder, *OPTIONS, "--work-dir", work, launch=(*TWO, "--standalone", "--max-restarts", "1")
-    )
+    torchrun = (*TWO, "--standalone", "--max-restarts", "1")
+    run = start(folder, *OPTIONS, "--work-dir", work, launch=torchrun)
     wait_for(work / "checkpoint_60.pt", run)
     os.kill(workers_of(run)[1], signal.SIGKILL)
+
     out, err = finish(run)
     assert "iterations 60 to 110" in out or "iterations 90 to 110" in out
     assert_same(work, straight_two)
@@ -403,7 +463,8 @@ def test_ctrl_c_under_torchrun_saves_once_and_resumes(straight_two, folder):
     wait_for(work / "checkpoint_30.pt", run)
     # The terminal's: torchrun and its processes all get it, and torchrun passes it on.
     os.killpg(run.pid, signal.SIGINT)
-    out, err = run.communicate(timeout=60)
+
+    out, err = run.communicate(timeout=HANGS)
     assert run.returncode != 0 and "go on with --resume" in err
     finish(start(folder, "--resume", "--work-dir", work, launch=(*TWO, "--standalone")))
     assert_same(work, straight_two)
@@ -416,12 +477,12 @@ def test_a_process_that_hangs_ends_the_others_inside_the_timeout(folder):
     wait_for(folder / "hang" / "checkpoint_30.pt", run)
     stopped = workers_of(run)[1]
     os.kill(stopped, signal.SIGSTOP)
+
     began = time.monotonic()
     out, err = run.communicate(timeout=90)
     assert run.returncode != 0 and "error: another process has died or hangs" in err
-    assert (
-        time.monotonic() - began < 60
-    )  # (torchrun itself waits half a minute for the one that hangs)
+    # (torchrun itself waits half a minute for the one that hangs.)
+    assert time.monotonic() - began < 60
 
 
 def test_two_nodes_train_and_evaluate_as_one_does(straight_two, folder):
@@ -432,28 +493,25 @@ def test_two_nodes_train_and_evaluate_as_one_does(straight_two, folder):
     # (torchrun gives each of several processes of a node one thread, and threads change the order
     # of sums.)
     threads = os.environ | {"OMP_NUM_THREADS": "1"}
-    for run in [
+    runs = [
         start(folder, *OPTIONS, "--work-dir", "nodes", launch=agent, env=threads)
         for agent in agents
-    ]:
+    ]
+    for run in runs:
         finish(run)
     assert_same(folder / "nodes", straight_two)
-    command = [
-        os.path.join(ROOT, "evaluate.py"),
-        "--checkpoint",
-        "nodes/checkpoint_110.pt",
-        "--json",
-    ]
-    subprocess.run(
-        [sys.executable, *command, "one.json"], cwd=folder, check=True, capture_output=True
-    )
+
+    script = os.path.join(ROOT, "evaluate.py")
+    command = (script, "--checkpoint", "nodes/checkpoint_110.pt", "--json")
+    alone = [sys.executable, *command, "one.json"]
+    subprocess.run(alone, cwd=folder, check=True, capture_output=True)
     both = [
         subprocess.Popen(
             [sys.executable, *agent, *command, "two.json"], cwd=folder, stdout=subprocess.DEVNULL
         )
         for agent in agents
     ]
-    assert [p.wait(120) for p in both] == [0, 0]
+    assert [process.wait(HANGS) for process in both] == [0, 0]
     one, two = (json.loads((folder / name).read_text()) for name in ("one.json", "two.json"))
     assert one == two
 
@@ -468,26 +526,29 @@ def stress(count: int) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as name:
-        folder, r = pathlib.Path(name), random.Random(0)
+        folder, rng = pathlib.Path(name), random.Random(0)
         iters = 10 * count  # about as many as are left after so many kills
         options = ("--data", "toy", "--iters", iters, "--interval", 3)
         finish(start(folder, *options, "--work-dir", "straight"), timeout=2000)
-        kills = done = 0
+
+        kills, done = 0, False
         while not done:
             # Once enough kills are survived, the run is left to end.
             again = ("--resume",) if glob(str(folder / "killed" / "checkpoint_*.pt")) else options
             run = start(folder, *again, "--work-dir", "killed")
             try:
-                run.communicate(timeout=r.uniform(3, 9) if kills < count else 2000)
-                done = 1
+                run.communicate(timeout=rng.uniform(3, 9) if kills < count else 2000)
+                done = True
             except subprocess.TimeoutExpired:
                 os.killpg(run.pid, signal.SIGKILL)
                 run.communicate()
                 kills += 1
                 left = [os.path.basename(p) for p in glob(str(folder / "killed" / "checkpoint_*"))]
                 print(f"kill {kills}, it left {', '.join(left) or 'nothing'}", flush=True)
-        a, b = result(folder / "straight", iters), result(folder / "killed", iters)
-        assert all(torch.equal(a[0][k], b[0][k]) for k in a[0]) and a[1] == b[1]
+
+        tensors, log = result(folder / "straight", iters)
+        killed, killed_log = result(folder / "killed", iters)
+        assert all(torch.equal(killed[k], tensors[k]) for k in tensors) and killed_log == log
         print(f"{kills} kills survived: weights, optimizer state and log are equal to the last bit")
 
 

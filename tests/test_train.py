@@ -38,30 +38,39 @@ def test_learning_rates_equal_the_reference(name, golden):
 
 @pytest.mark.parametrize("name,tolerance", [("sgd", 1e-5), ("adamw", 1e-4)])
 def test_four_steps_give_the_references_weights(name, tolerance, golden, filled):
-    gold, net = golden("optimizers"), filled("small", "mln").double().train()
-    optimizer = train.build_optimizer(net, name, train.OPTIMIZERS[name]["lr"])
+    gold = golden("optimizers")
+    net = filled("small", "mln").double().train()
+    schedule = train.OPTIMIZERS[name]
+    optimizer = train.build_optimizer(net, name, schedule["lr"])
     images = torch.from_numpy(formulas.image(97, 131, 4)).double()
     labels = torch.from_numpy(formulas.labels(97, 131, 4))
 
     for i in range(1500, 1504):
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(i, 160000, **train.OPTIMIZERS[name])
+            group["lr"] = train.learning_rate(i, 160000, **schedule)
         optimizer.zero_grad()
-        net(images, labels)[0].backward()
+        loss, _ = net(images, labels)
+        loss.backward()
         optimizer.step()
-    theirs, compared = {ours: name for name, ours in MMSEG.items()}, 0
+
+    theirs = {ours: name for name, ours in MMSEG.items()}
     ours = {rename(k, theirs): p.detach().numpy() for k, p in net.named_parameters()}
     assert set(ours) == set(gold["names"])
+
+    compared = 0
     for key, weights, moved in zip(gold["names"], gold[f"{name}_weights"], gold[f"{name}_moved"]):
         got = formulas.samples(ours[key], weights.shape[0])
         if key.endswith("in_proj_bias"):  # of the keys: softmax does not see it, gradient 0
             width = formulas.SMALL["width"]
-            third = np.linspace(0, 3 * width - 1, len(got)).astype(int) // width
-            got, weights = got[third != 1], weights[third != 1]
+            positions = np.linspace(0, 3 * width - 1, len(got)).astype(int)
+            others = positions // width != 1
+            got, weights = got[others], weights[others]
         if key.startswith("neck.convs") and key.endswith("bias"):
             continue  # in front of a BatchNorm: exact gradient 0 as well
+
         assert moved > 0
-        assert np.abs(got - weights).max() <= tolerance * max(1e-3, np.abs(weights).max()), key
+        error = np.abs(got - weights).max()
+        assert error <= tolerance * max(1e-3, np.abs(weights).max()), key
         compared += 1
     assert compared > 100
 
@@ -70,9 +79,14 @@ def test_only_cls_token_and_pos_embed_have_no_weight_decay():
     net = build_model("toy_p8", "ln_mln")
     names = {id(p): n for n, p in net.named_parameters()}
     groups = train.build_optimizer(net, "adamw", 1e-3).param_groups
-    free = [names[id(p)] for g in groups for p in g["params"] if g["weight_decay"] == 0]
+
+    free, count = [], 0
+    for group in groups:
+        count += len(group["params"])
+        if group["weight_decay"] == 0:
+            free += [names[id(p)] for p in group["params"]]
     assert sorted(free) == ["backbone.cls_token", "backbone.pos_embed"]
-    assert sum(len(g["params"]) for g in groups) == len(names)
+    assert count == len(names)
 
 
 def test_layer_decay_gives_layer_k_its_power_of_it():
@@ -93,10 +107,12 @@ def test_layer_decay_gives_layer_k_its_power_of_it():
     names = {id(p): n for n, p in net.named_parameters()}
     found = {names[id(p)]: g for g in optimizer.param_groups for p in g["params"]}
     assert set(found) == set(names.values())
+
     for name, group in found.items():
         assert group["scale"] == beits_scale(name, 4, 0.65), name
         free = name in ("backbone.cls_token", "backbone.pos_embed")
         assert group["weight_decay"] == (0 if free else 0.05)
+
     assert found["decode_head.classifier.weight"]["scale"] == 1
     assert found["backbone.norm.weight"]["scale"] == 1
     assert found["backbone.pos_embed"]["scale"] == 0.65**5
@@ -106,13 +122,16 @@ def test_layer_decay_gives_layer_k_its_power_of_it():
 def test_without_layer_decay_the_groups_are_those_of_old_checkpoints(name, sizes):
     """Their optimizer's state is read by position."""
     net = build_model("toy_p8", "ln_mln")
-    tokens = ("cls_token", "pos_embed")
-    weights = [p for n, p in net.named_parameters() if name == "sgd" or not n.endswith(tokens)]
-    rest = [p for n, p in net.named_parameters() if name == "adamw" and n.endswith(tokens)]
+    tokens, others = [], []
+    for key, weight in net.named_parameters():
+        exempt = name == "adamw" and key.endswith(("cls_token", "pos_embed"))
+        (tokens if exempt else others).append(id(weight))
+    expected = [members for members in (others, tokens) if members]
+
     groups = train.build_optimizer(net, name, 1e-3).param_groups
-    found = [[id(p) for p in g["params"]] for g in groups]
-    assert found == [[id(p) for p in ps] for ps in (weights, rest) if ps]
-    assert all(g["scale"] == 1 for g in groups)
+    found = [[id(p) for p in group["params"]] for group in groups]
+    assert found == expected and len(found) == sizes
+    assert all(group["scale"] == 1 for group in groups)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +166,17 @@ def test_batches_that_cannot_be_are_refused_with_numbers_that_can(batch, world, 
 def test_accumulated_gradients_equal_the_whole_batchs():
     torch.manual_seed(0)
     net = build_model("toy_p8", "none", 6).double().eval()  # eval: BatchNorm and dropout frozen
-    images, labels = torch.randn(4, 3, 48, 64).double(), torch.randint(0, 6, (4, 48, 64))
+    images = torch.randn(4, 3, 48, 64).double()
+    labels = torch.randint(0, 6, (4, 48, 64))
+
     net(images, labels)[0].backward()
     whole = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
-    for x, y in zip(images.split(2), labels.split(2)):
-        (net(x, y)[0] / 2).backward()
+
+    for half in (slice(0, 2), slice(2, 4)):
+        loss, _ = net(images[half], labels[half])
+        (loss / 2).backward()
+
     for p, want in zip(net.parameters(), whole):
         torch.testing.assert_close(p.grad, want, rtol=1e-6, atol=1e-12)
 
@@ -161,25 +185,32 @@ def test_bfloat16_changes_a_step_and_the_labels_by_its_rounding_alone():
     """2^-9 of each product: gradients point the same way, the loss is float32, few labels change
     even without training."""
     torch.manual_seed(0)
-    net, device = build_model("toy_p8", "ln_mln", 6), torch.device("cpu")
+    device = torch.device("cpu")
+    net = build_model("toy_p8", "ln_mln", 6)
     net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
-    images = torch.from_numpy(formulas.picture(64, 96)[None].transpose(0, 3, 1, 2).repeat(4, 0))
+    picture = formulas.picture(64, 96).transpose(2, 0, 1)  # (3, 64, 96)
+    images = torch.from_numpy(picture[None].repeat(4, 0))
     truth = torch.randint(0, 6, (4, 64, 96))
     found = {}
 
     for dtype in (torch.float32, torch.bfloat16):
         evaluate.prepare(net, device, dtype, False).zero_grad()
         layout = evaluate.memory_format(device, dtype)
+        x = train.normalise(images).contiguous(memory_format=layout)
         with evaluate.autocast(device, dtype):
-            loss, _ = net(train.normalise(images).contiguous(memory_format=layout), truth)
+            loss, _ = net(x, truth)
         loss.backward()
         assert loss.dtype == torch.float32
-        labels = evaluate.predict(net.eval(), formulas.picture(200, 300), (1, 1.5), True, 96, dtype)
-        grad = torch.cat([p.grad.flatten() for p in net.train().parameters()])
+
+        picture = formulas.picture(200, 300)
+        labels = evaluate.predict(net.eval(), picture, (1, 1.5), True, 96, dtype)
+        net.train()
+        grad = torch.cat([p.grad.flatten() for p in net.parameters()])
         found[dtype] = loss, grad, labels
 
     (loss, grad, labels), (loss16, grad16, labels16) = found.values()
-    assert not torch.equal(grad, grad16) and torch.cosine_similarity(grad, grad16, dim=0) > 0.98
+    assert not torch.equal(grad, grad16)
+    assert torch.cosine_similarity(grad, grad16, dim=0) > 0.98
     torch.testing.assert_close(loss16, loss, rtol=1e-2, atol=0)
     assert (labels == labels16).mean() > 0.95
 
@@ -188,46 +219,64 @@ def test_dropout_seeds_are_those_of_old_and_differ_for_any_seed():
     """Torch takes what fits 64 bits; below 2^24 no run may change."""
     for seed in (0, 7, 2**24 - 1):
         assert train.dropout_seed(seed, 159999, 3) == (seed << 40) + (159999 << 10) + 3
-    seeds = (0, 1, 2**24, 2**25, 20240101, 2**48, 2**48 + 1, 2**62, 2**63 - 1)
-    drawn = [train.dropout_seed(s, i, r) for s in seeds for i in (0, 1, 159999) for r in (0, 1)]
+
+    seeds = [0, 1, 20240101]
+    seeds += [2**24, 2**25, 2**48]
+    seeds += [2**48 + 1, 2**62, 2**63 - 1]
+    drawn = []
+    for seed in seeds:
+        for i in (0, 1, 159999):
+            drawn += [train.dropout_seed(seed, i, rank) for rank in (0, 1)]
     assert len(set(drawn)) == len(drawn)
     for value in drawn:
         torch.manual_seed(value)
 
 
-def test_drop_path_is_the_last_layers_rate_and_freezing_needs_none():
-    rates = lambda net: [block.drop_path.rate for block in net.backbone.blocks]  # noqa: E731
-    for arch, drop_path, freeze, want in (
+@pytest.mark.parametrize(
+    "arch,drop_path,freeze,rates",
+    [
         ("deit_t16", None, False, [0.1 * i / 11 for i in range(12)]),
         ("deit_t16", 0.3, False, [0.3 * i / 11 for i in range(12)]),
         ("deit_t16", None, True, [0] * 12),
         ("toy_p8", 0.3, True, [0, 0.1, 0.2, 0.3]),
-    ):
-        with torch.device("meta"):
-            net = build_model(arch)
-        train.adapt(net, drop_path, freeze)
-        assert rates(net) == pytest.approx(want, abs=1e-15)
-        assert all(p.requires_grad != freeze for p in net.backbone.parameters())
-        assert all(p.requires_grad for p in net.decode_head.parameters())
+    ],
+)
+def test_drop_path_is_the_last_layers_rate_and_freezing_needs_none(arch, drop_path, freeze, rates):
+    with torch.device("meta"):
+        net = build_model(arch)
+    train.adapt(net, drop_path, freeze)
+
+    found = [block.drop_path.rate for block in net.backbone.blocks]
+    assert found == pytest.approx(rates, abs=1e-15)
+    assert all(p.requires_grad != freeze for p in net.backbone.parameters())
+    assert all(p.requires_grad for p in net.decode_head.parameters())
+
+
+def saved_numbers(net, images, labels):
+    """-> how many numbers autograd keeps of a forward pass, and the loss."""
+    sizes = []
+
+    def keep(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = net(images, labels)
+    return sum(sizes), loss
 
 
 def test_a_frozen_backbone_keeps_no_activations():
     """What autograd saves on the way forward is what training needs memory for."""
     net = build_model("toy_p8", "mln", 6)
-    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 6, (2, 64, 64))
+    images = torch.randn(2, 3, 64, 64)
+    labels = torch.randint(0, 6, (2, 64, 64))
+    whole, _ = saved_numbers(net, images, labels)
 
-    def saved():
-        sizes = []
-        keep = lambda t: sizes.append(t.numel()) or t  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            loss, _ = net(images, labels)
-        return sum(sizes), loss
-
-    whole, _ = saved()
     train.adapt(net, None, True)
     assert not any(x.requires_grad for x in net.backbone(images))
-    frozen, loss = saved()
+    frozen, loss = saved_numbers(net, images, labels)
     assert frozen < 0.8 * whole
+
     loss.backward()
     assert all(p.grad is None for p in net.backbone.parameters())
     assert all(p.grad is not None for p in net.neck.parameters())
@@ -241,6 +290,7 @@ def test_where_there_are_no_locks_there_is_none(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "lockf", unsupported)
     train.lock(str(tmp_path / ".lock"))
+
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows: the import fails
     assert train.lock(str(tmp_path / ".lock")) is None
 
@@ -257,14 +307,24 @@ def folder(tmp_path_factory):
     return folder
 
 
+SCRIPT = os.path.join(ROOT, "train.py")
+
+
 def command(*arguments, launch=()):
-    return [sys.executable, *launch, os.path.join(ROOT, "train.py"), *map(str, arguments)]
+    return [sys.executable, *launch, SCRIPT, *map(str, arguments)]
 
 
-def run(folder, *arguments, launch=()):
-    return subprocess.run(
+def run(folder, *arguments, launch=(), code=0):
+    """train.py, which is to end with this code."""
+    done = subprocess.run(
         command(*arguments, launch=launch), cwd=folder, capture_output=True, text=True
     )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def parse(*arguments):
+    return train.parse([*map(str, arguments)])
 
 
 TINY = (
@@ -280,8 +340,22 @@ def read_log(folder):
         return [json.loads(line) for line in file]
 
 
+def validations(folder):
+    """[(iteration, mIoU)] of a run's log."""
+    return [(e["iteration"], e["mIoU"]) for e in read_log(folder) if "mIoU" in e]
+
+
+def content_of(path):
+    return torch.load(path, weights_only=True)
+
+
 def weights(path):
-    return torch.load(path, weights_only=True)["model"]
+    return content_of(path)["model"]
+
+
+def assert_same_weights(path, other):
+    want, got = weights(other), weights(path)
+    assert all(torch.equal(got[k], v) for k, v in want.items())
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +379,6 @@ def compiled(folder, tmp_path_factory):
 def straight(folder, compiled):
     """A run that nothing disturbed."""
     done = run(folder, *TINY, "--work-dir", "runs/straight")
-    assert done.returncode == 0, done.stderr
     return folder / "runs" / "straight", done
 
 
@@ -317,13 +390,16 @@ def test_run_leaves_checkpoints_log_and_picture(straight):
     assert done.stdout.strip().endswith("runs/straight/sheet_6.png")
     assert "batch 4 = 1 processes x 4" in done.stdout
     assert re.search(r"validation: mIoU .*  \(5 pictures, \d+ of 150 classes\)", done.stdout)
+
     log = read_log(work)
-    steps = [e for e in log if "loss" in e]
-    assert steps and steps[-1]["iteration"] == 6
-    assert steps[-1]["loss"] == pytest.approx(steps[-1]["decode"] + steps[-1]["aux"], rel=1e-5)
-    assert {"lr", "seconds", "data_seconds", "images_per_second"} <= set(steps[-1])
-    assert [e["iteration"] for e in log if "mIoU" in e] == [3, 6]
-    content = torch.load(work / "checkpoint_6.pt", weights_only=True)
+    steps = [entry for entry in log if "loss" in entry]
+    last = steps[-1]
+    assert last["iteration"] == 6
+    assert last["loss"] == pytest.approx(last["decode"] + last["aux"], rel=1e-5)
+    assert {"lr", "seconds", "data_seconds", "images_per_second"} <= set(last)
+    assert [iteration for iteration, _ in validations(work)] == [3, 6]
+
+    content = content_of(work / "checkpoint_6.pt")
     assert {"model", "optimizer", "scaler", "iteration", "seed", "args"} <= set(content)
     assert content["iteration"] == 6 and content["args"]["arch"] == "toy_p8"
 
@@ -333,23 +409,21 @@ def test_resumed_run_ends_with_the_same_weights_and_log(straight, folder, worker
     work = folder / "runs" / f"resumed{workers}"
     os.makedirs(work)
     for name in ("checkpoint_3.pt", "log.jsonl"):
-        (work / name).write_bytes((straight[0] / name).read_bytes())
-    done = run(folder, "--resume", "--work-dir", work, "--workers", workers)
-    assert done.returncode == 0, done.stderr
-    want, got = weights(straight[0] / "checkpoint_6.pt"), weights(work / "checkpoint_6.pt")
-    assert all(torch.equal(got[k], v) for k, v in want.items())
-    keys = ("iteration", "mIoU")
-    pick = lambda log: [tuple(e.get(k) for k in keys) for e in log if "mIoU" in e]  # noqa: E731
-    assert pick(read_log(work)) == pick(read_log(straight[0]))
+        shutil.copy(straight[0] / name, work)
+
+    run(folder, "--resume", "--work-dir", work, "--workers", workers)
+    assert_same_weights(work / "checkpoint_6.pt", straight[0] / "checkpoint_6.pt")
+    assert validations(work) == validations(straight[0])
 
 
 def test_a_checkpoint_as_it_was_written_before_goes_on_to_the_last_bit(straight, folder):
     """Arguments that are gone or not there yet, None where there is False today, groups of the
     optimizer without a scale, no names of the data set's pictures."""
-    content = torch.load(straight[0] / "checkpoint_3.pt", weights_only=True)
+    content = content_of(straight[0] / "checkpoint_3.pt")
     for group in content["optimizer"]["param_groups"]:
         del group["scale"]
     del content["names"]
+
     assert content.keys() == {
         *("model", "optimizer", "scaler", "iteration", "window", "best", "seed", "classes", "args")
     }
@@ -360,25 +434,25 @@ def test_a_checkpoint_as_it_was_written_before_goes_on_to_the_last_bit(straight,
         **dict(micro_batch=None, dry_run=False, dtype="auto", workers=2, compile=None),
         **dict(deterministic=None, checkpoint="elsewhere/checkpoint_1.pt", benchmark=False),
     }
+
     work = folder / "runs" / "before"
     os.makedirs(work)
     torch.save(content, work / "checkpoint_3.pt")
 
     done = run(folder, "--resume", "--work-dir", work)
-    assert done.returncode == 0 and "until here" not in done.stderr, done.stderr
-    want, got = weights(straight[0] / "checkpoint_6.pt"), weights(work / "checkpoint_6.pt")
-    assert all(torch.equal(got[k], v) for k, v in want.items())
+    assert "until here" not in done.stderr
+    assert_same_weights(work / "checkpoint_6.pt", straight[0] / "checkpoint_6.pt")
     assert not (folder / "elsewhere").exists()
 
 
 def test_architecture_of_the_checkpoint_wins_on_resume(straight, folder, capsys):
-    args, content = train.parse(["--resume", "--work-dir", str(straight[0]), "--arch", "deit_t16"])
+    args, content = parse("--resume", "--work-dir", straight[0], "--arch", "deit_t16")
     assert "--arch deit_t16 is ignored" in capsys.readouterr().err
     assert args.arch == "toy_p8" and content["iteration"] == 6
 
 
 def test_resume_writes_where_the_checkpoint_lies(straight, folder):
-    args, _ = train.parse(["--resume", "--work-dir", str(straight[0].parent)])
+    args, _ = parse("--resume", "--work-dir", straight[0].parent)
     assert os.path.dirname(args.work_dir) == str(straight[0].parent)
 
 
@@ -386,14 +460,14 @@ def test_the_same_command_again_and_again_starts_goes_on_and_is_done(straight, f
     """As a cluster repeats it. The second time it finds what the first one left half way."""
     work = folder / "runs" / "again"
     same = (*TINY, "--resume", "--work-dir", work)
-    for before, code, said in (((), 0, "holds no checkpoint yet"), ((), 0, "nothing is left")):
+    for said in ("holds no checkpoint yet", "nothing is left"):
         done = run(folder, *same)
-        assert done.returncode == code and said in done.stderr, done.stderr
+        assert said in done.stderr
+
     os.remove(work / "checkpoint_6.pt")
     done = run(folder, *same)
-    assert done.returncode == 0 and "iterations 3 to 6" in done.stdout and not done.stderr
-    want, got = weights(straight[0] / "checkpoint_6.pt"), weights(work / "checkpoint_6.pt")
-    assert all(torch.equal(got[k], v) for k, v in want.items())
+    assert "iterations 3 to 6" in done.stdout and not done.stderr
+    assert_same_weights(work / "checkpoint_6.pt", straight[0] / "checkpoint_6.pt")
 
 
 def test_resume_of_nothing_in_particular_needs_something(main, tmp_path, monkeypatch, capsys):
@@ -407,12 +481,14 @@ def test_without_validation_pictures_a_run_trains_and_says_so(folder):
     shutil.copytree(folder / "set", folder / "unvalidated")
     for kind in ("images", "annotations"):
         shutil.rmtree(folder / "unvalidated" / kind / "validation")
+
     done = run(folder, *TINY, *TWO_STEPS, "--data", "unvalidated", "--work-dir", "runs/without")
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert not done.stderr
     assert "has no images/validation, this run trains without validating" in done.stdout
     assert {".lock", "checkpoint_2.pt", "log.jsonl"} == set(os.listdir(folder / "runs/without"))
+
     done = run(folder, "--resume", "--work-dir", "runs/without")
-    assert done.returncode == 0 and "nothing is left to train" in done.stderr
+    assert "nothing is left to train" in done.stderr
 
 
 def test_labels_that_teach_nothing_are_said_before_training(folder):
@@ -420,46 +496,50 @@ def test_labels_that_teach_nothing_are_said_before_training(folder):
     shutil.copytree(folder / "set", folder / "mask")
     for path in (folder / "mask" / "annotations").glob("*/*.png"):
         label = np.array(Image.open(path))
-        Image.fromarray(np.where(label % 2, 0, 255).astype(np.uint8)).save(path)
+        mask = np.where(label % 2, 0, 255)
+        Image.fromarray(mask.astype(np.uint8)).save(path)
     (folder / "mask" / "classes.txt").write_text("background\nthing\n")
+
     done = run(folder, *TINY, *TWO_STEPS, "--data", "mask", "--work-dir", "runs/mask")
-    assert done.returncode == 0, done.stderr
     assert "warning: 1 of 2 classes are in none of the training labels" in done.stdout
     assert "with fewer than two classes in the labels there is nothing to learn" in done.stdout
     assert re.search(r"\(5 pictures, \d of 2 classes\)", done.stdout)
 
 
 def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
-    args, _ = train.parse(["--iters", "200"])
+    args, _ = parse("--iters", 200)
     rates = [train.learning_rate(i, 200, **train.OPTIMIZERS["adamw"]) for i in range(200)]
     assert max(rates) == pytest.approx(args.lr / 30, rel=0.01)
 
-    def doubted(argv):
-        args, _ = train.parse(argv)
+    def doubted(*arguments):
+        args, _ = parse(*arguments)
         schedule = train.OPTIMIZERS["adamw"] | dict(lr=args.lr, warmup=args.warmup)
         run = dict(args=args, training=[1], validation=[1], schedule=schedule, classes=None)
         return train.doubts(SimpleNamespace(**run, fingerprint="", fingerprint_before=""))
 
     monkeypatch.setattr(train, "label_warnings", lambda pairs, classes: [])
-    (said,) = doubted(["--iters", "200"])
+    (said,) = doubted("--iters", 200)
     assert f"--warmup 1500 of 200 iterations the learning rate rises to {max(rates):.1e} " in said
-    for fine in ([], ["--iters", "80000"], ["--data", "toy"], ["--iters", "200", "--warmup", "20"]):
-        assert not doubted(fine)
+    for fine in ((), ("--iters", 80000), ("--data", "toy"), ("--iters", 200, "--warmup", 20)):
+        assert not doubted(*fine)
+
     assert "warning: with --warmup 1500 of 6 iterations" in straight[1].stdout
 
 
 def test_a_frozen_run_changes_neck_and_heads_alone(straight, folder):
     start, work = straight[0] / "checkpoint_6.pt", folder / "runs" / "frozen"
     options = (*TINY, *TWO_STEPS, "--warmup", 0, "--pretrained", start, "--work-dir", work)
-    done = run(folder, *options, "--freeze", "--layer-decay", 0.5, "--weight-decay", 0.05)
-    assert done.returncode == 0, done.stderr
+    run(folder, *options, "--freeze", "--layer-decay", 0.5, "--weight-decay", 0.05)
+
     before, after = weights(start), weights(work / "checkpoint_2.pt")
-    changed = {k.split(".")[0] for k, v in after.items() if not torch.equal(v, before[k])}
-    assert changed == {"decode_head", "auxiliary_head"}
-    content = torch.load(work / "checkpoint_2.pt", weights_only=True)
-    assert {g["weight_decay"] for g in content["optimizer"]["param_groups"]} == {0.05}
+    changed = [key for key, value in after.items() if not torch.equal(value, before[key])]
+    assert {key.split(".")[0] for key in changed} == {"decode_head", "auxiliary_head"}
+
+    groups = content_of(work / "checkpoint_2.pt")["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.05}
+
     done = run(folder, "--resume", "--work-dir", work, "--iters", 4, "--dry-run")
-    assert done.returncode == 0 and "iterations 2 to 4" in done.stdout, done.stderr
+    assert "iterations 2 to 4" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -468,24 +548,25 @@ def test_a_frozen_run_changes_neck_and_heads_alone(straight, folder):
 )
 def test_what_the_optimizers_state_does_not_fit_cannot_change_on_resume(change, straight):
     with pytest.raises(UsageError, match=f"{change[0]} was .* cannot become .* start anew"):
-        train.parse(["--resume", "--work-dir", str(straight[0]), *map(str, change)])
+        parse("--resume", "--work-dir", straight[0], *change)
 
 
 @pytest.mark.parametrize("launch", [(), TWO])
 def test_pretrained_file_is_used(launch, folder):
     """In several processes one reads it, and has the others have it."""
     torch.manual_seed(5)
-    net = build_model("toy_p8")
-    backbone = {k: v for k, v in net.state_dict().items() if k.startswith("backbone.")}
+    whole = build_model("toy_p8").state_dict()
+    backbone = {key: value for key, value in whole.items() if key.startswith("backbone.")}
     path = write_mmseg(backbone, folder / "backbone.pth")
+
     work = f"runs/pretrained{len(launch)}"
     one = ("--iters", 1, "--lr", 0, "--warmup", 0, "--pretrained", path, "--work-dir", work)
-    one += ("--seed", 2**63 - 1)
-    done = run(folder, *TINY, *one, launch=launch)
-    assert done.returncode == 0, done.stderr
+    done = run(folder, *TINY, *one, "--seed", 2**63 - 1, launch=launch)
     assert done.stdout.count("mmsegmentation") == 1
+
     after = weights(folder / work / "checkpoint_1.pt")["backbone.pos_embed"]
-    np.testing.assert_array_equal(after, formulas.weight("backbone.pos_embed", tuple(after.shape)))
+    expected = formulas.weight("backbone.pos_embed", tuple(after.shape))
+    np.testing.assert_array_equal(after, expected)
 
 
 def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
@@ -549,15 +630,14 @@ def test_wrong_inputs_end_with_one_sentence(folder, main, arguments, message, mo
 def test_dry_run_prints_the_plan_and_writes_nothing(launch, data, folder):
     before = sorted(os.walk(folder))
     recipe = ("--arch", "vit_b16", "--neck", "mln", "--data", data, "--iters", 80000)
-    done = run(folder, "--dry-run", *recipe, launch=launch)
-    assert done.returncode == 0, done.stderr
-    assert (
-        f"runs/vit_b16_mln_{data}_80000: vit_b16, neck mln, 144,173,612 parameters" in done.stdout
-    )
+    said = run(folder, "--dry-run", *recipe, launch=launch).stdout
+
+    assert f"runs/vit_b16_mln_{data}_80000: vit_b16, neck mln, 144,173,612 parameters" in said
     world = 2 if launch else 1
-    assert f"batch 16 = {world} processes x {16 // world} pictures x 1 accumulated" in done.stdout
-    assert ("8 training pictures" if data == "set" else "the data is not there yet") in done.stdout
-    assert done.stdout.count("parameters") == 1 and sorted(os.walk(folder)) == before
+    assert f"batch 16 = {world} processes x {16 // world} pictures x 1 accumulated" in said
+    assert ("8 training pictures" if data == "set" else "the data is not there yet") in said
+    assert said.count("parameters") == 1
+    assert sorted(os.walk(folder)) == before
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
@@ -565,12 +645,12 @@ def test_compiled_training_computes_the_same_losses(folder, compiled):
     process, work = compiled
     error = process.communicate()[1]
     assert process.returncode == 0, error
-    plain = run(folder, *TINY, *TWO_STEPS, "--work-dir", "runs/plain")
-    assert plain.returncode == 0
-    losses = [
-        next(e["decode"] for e in read_log(path) if "loss" in e)
-        for path in (work, folder / "runs" / "plain")
-    ]
+
+    plain = folder / "runs" / "plain"
+    run(folder, *TINY, *TWO_STEPS, "--work-dir", plain)
+    losses = []
+    for path in (work, plain):
+        losses += [entry["decode"] for entry in read_log(path) if "decode" in entry]
     # (Dropout draws other numbers in compiled code.)
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
@@ -581,7 +661,8 @@ def own(folder, straight):
     shutil.copytree(folder / "set", folder / "own")
     for path in (folder / "own" / "annotations").glob("*/*.png"):
         label = np.array(Image.open(path))
-        Image.fromarray(np.where(label == 0, 255, label % 3).astype(np.uint8)).save(path)
+        three = np.where(label == 0, 255, label % 3)
+        Image.fromarray(three.astype(np.uint8)).save(path)
     (folder / "own" / "classes.txt").write_text("first thing 250 0 0\nsecond\nthird 0 0 250\n")
     start = ("--pretrained", straight[0] / "checkpoint_6.pt", "--work-dir", "runs/own")
     return run(folder, *TINY, "--data", "own", *start)
@@ -590,27 +671,27 @@ def own(folder, straight):
 def test_classes_of_ones_own_travel_with_the_checkpoint(own, folder):
     """Trained, evaluated, drawn: names, colours, values of files."""
     said = "150 classes in the file, 3 here: starts anew"
-    assert own.returncode == 0 and said in own.stdout, own.stderr
-    content = torch.load(folder / "runs/own/checkpoint_6.pt", weights_only=True)
+    assert said in own.stdout
+    content = content_of(folder / "runs/own/checkpoint_6.pt")
     classes = Classes(*content["classes"])
     assert classes.names == ("first thing", "second", "third")
     assert classes.palette[0] == [250, 0, 0] and classes.zero_ignored is False
 
-    def call(*arguments):
+    def call(*arguments, code=0):
         script = (sys.executable, os.path.join(ROOT, "evaluate.py"), "--checkpoint", "runs/own")
-        return subprocess.run((*script, *arguments), cwd=folder, capture_output=True, text=True)
+        done = subprocess.run((*script, *arguments), cwd=folder, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        return done
 
     done = call("--save-labels", "own_labels")
-    assert done.returncode == 0 and "of 3 classes" in done.stdout, done.stderr
-    assert "second" in done.stdout
-    assert np.unique(np.array(Image.open(folder / "own_labels/s0.png"))).max() <= 2
+    assert "of 3 classes" in done.stdout and "second" in done.stdout
+    assert np.array(Image.open(folder / "own_labels/s0.png")).max() <= 2
 
-    done = call("--data", "set")
-    assert done.returncode == 2 and "set has 150 (wall" in done.stderr
+    done = call("--data", "set", code=2)
+    assert "set has 150 (wall" in done.stderr
 
     picture = ("--image", "set/images/validation/s0.jpg", "--show", "own_overlay")
-    done = call(*picture, "--opacity", "1")
-    assert done.returncode == 0, done.stderr
+    call(*picture, "--opacity", "1")
     overlay = Image.open(folder / "own_overlay/s0.png").convert("RGB")
     colours = {colour for count, colour in overlay.getcolors(1 << 20)}
     assert colours & {(250, 0, 0), (0, 0, 250), tuple(classes.palette[1])}
@@ -618,8 +699,8 @@ def test_classes_of_ones_own_travel_with_the_checkpoint(own, folder):
 
 def test_a_run_goes_on_with_its_own_classes_alone(own, folder):
     (folder / "own" / "classes.txt").write_text("first thing 250 0 0\nsecond\nanother\n")
-    done = run(folder, "--resume", "--work-dir", "runs/own", "--iters", 9)
-    assert done.returncode == 2 and "its classes are not those" in done.stderr
+    done = run(folder, "--resume", "--work-dir", "runs/own", "--iters", 9, code=2)
+    assert "its classes are not those" in done.stderr
 
 
 def test_damaged_training_data_is_named(folder):
@@ -627,8 +708,8 @@ def test_damaged_training_data_is_named(folder):
     for i in range(8):
         with open(folder / f"broken/images/training/s{i}.jpg", "r+b") as file:
             file.truncate(900)  # the header is whole, the picture is not
-    done = run(folder, *TINY, "--data", "broken")
-    assert done.returncode == 2 and "cannot be read as a picture" in done.stderr
+    done = run(folder, *TINY, "--data", "broken", code=2)
+    assert "cannot be read as a picture" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -679,31 +760,35 @@ def test_an_iteration_waits_for_the_device_where_the_losses_come_and_nowhere_els
     monkeypatch.setattr(train, "agree", end)
     monkeypatch.setattr(train, "log", stop)
     options = (*TINY, "--optimizer", optimizer, "--micro-batch", 2, "--workers", 0)
-    train.train(*train.parse([*map(str, options), "--work-dir", str(tmp_path)]))
+    train.train(*parse(*options, "--work-dir", tmp_path))
     assert len(stretches) == 12 and all(s.operations for s in stretches)
     assert agreed == [(3,)] * 6 and not sum((s.found for s in stretches), [])
 
 
 def test_toy_has_defaults_of_its_own_and_what_is_given_wins():
-    args, _ = train.parse(["--data", "toy", "--iters", "9"])
+    args, _ = parse("--data", "toy", "--iters", 9)
     found = args.arch, args.pretrained, args.iters, args.crop_size
     assert found == ("toy_p8", "none", 9, train.TOY["crop_size"])
 
 
 @pytest.mark.parametrize("given", [(), ("--data", "toy"), ("--optimizer", "sgd")])
 def test_help_shows_the_defaults_that_hold(given, capsys):
-    args, _ = train.parse([*given])
+    args, _ = parse(*given)
     with pytest.raises(SystemExit):
-        train.parse([*given, "--help"])
+        parse(*given, "--help")
     text = " ".join(capsys.readouterr().out.split())
+    text = text[text.index("recipe:") :]
     for key in ("arch", "iters", "lr", "warmup", "batch_size", "crop_size", "pretrained", "seed"):
-        start = text.index(f" --{key.replace('_', '-')} ", text.index("recipe:"))
-        assert f"({getattr(args, key)})" in text[start : text.index(")", start) + 1], key
+        option = key.replace("_", "-")
+        start = text.index(f" --{option} ")
+        end = text.index(")", start) + 1
+        assert f"({getattr(args, key)})" in text[start:end], key
 
 
 def test_plain_defaults_are_the_published_recipe():
-    args, _ = train.parse([])
-    found = args.arch, args.iters, args.interval, args.batch_size, args.crop_size, args.short_side
-    assert found == ("deit_s16", 160000, 16000, 16, 512, 512)
-    assert (args.lr, args.warmup, args.optimizer, args.pretrained) == (6e-5, 1500, "adamw", "auto")
+    args, _ = parse()
+    assert args.arch == "deit_s16" and args.pretrained == "auto"
+    assert (args.iters, args.interval, args.batch_size) == (160000, 16000, 16)
+    assert (args.crop_size, args.short_side) == (512, 512)
+    assert (args.optimizer, args.lr, args.warmup) == ("adamw", 6e-5, 1500)
     assert args.data == "data/ade/ADEChallengeData2016"
