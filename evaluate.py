@@ -149,6 +149,7 @@ def predict(
     other, so that no (C, H, W) is ever held."""
     H, W = image.shape[:2]
     device = next(model.parameters()).device
+
     views = []
     for scale in sorted(scales, reverse=True):  # the largest leaves memory for the others
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
@@ -162,9 +163,9 @@ def predict(
         else:
             logits = view_logits(model, x, dtype)  # (1 or 2, C, h', w')
 
-        views.append(resized_rows(logits[0], (h, w), (H, W)))
+        views.append(resized_rows(logits[:1], (h, w), (H, W)))
         if flip:
-            views.append(resized_rows(logits[1].flip(2), (h, w), (H, W)))
+            views.append(resized_rows(logits[1:].flip(3), (h, w), (H, W)))
 
     labels = []
     for blocks in zip(*views):  # the same rows as each view sees them, (rows, W, C)
@@ -176,13 +177,13 @@ def predict(
 
 
 def resized_rows(logits: Tensor, between: tuple[int, int], size: tuple[int, int]) -> Iterator:
-    """Logits (C, h', w') at the size (H, W), some rows after the other, each (rows, W, C). The
+    """Logits (1, C, h', w') at the size (H, W), some rows after the other, each (rows, W, C). The
     plain form:
 
-        resize(resize(logits[None], between), size)[0].permute(1, 2, 0).split(rows)
+        resize(resize(logits, between), size)[0].permute(1, 2, 0).split(rows)
 
     Both steps are one matrix along y (see upernet.py). Along x a dense matrix would be slower."""
-    C, small, _ = logits.shape
+    _, C, small, _ = logits.shape
     (h, w), (H, W) = between, size
     matrix = resize_matrix(h, H, logits) @ resize_matrix(small, h, logits)  # (H, h')
     rows = rows_at_once(logits.device, W * C)
@@ -190,7 +191,7 @@ def resized_rows(logits: Tensor, between: tuple[int, int], size: tuple[int, int]
     for start in range(0, H, rows):
         stop = min(start + rows, H)
         first, end = source_rows(*source_rows(start, stop, h, H), small, h)
-        near = logits[None, :, first:end]  # (1, C, n, w'): all that these rows are mixed from
+        near = logits[:, :, first:end]  # (1, C, n, w'): all that these rows are mixed from
         near = resize(resize(near, (end - first, w)), (end - first, W))  # (1, C, n, W)
         near = near[0].permute(1, 2, 0).flatten(1)  # (n, W C)
         yield (matrix[start:stop, first:end] @ near).view(-1, W, C)
@@ -217,6 +218,7 @@ def slide_logits(
     C = model.decode_head.classifier.out_channels
     total = x.new_zeros(B, C, h, w)
     seen = x.new_zeros(h, w)
+
     for rows in windows(h, window, stride):
         for columns in windows(w, window, stride):
             crop = x[:, :, rows, columns]
@@ -239,6 +241,7 @@ def confusion_matrix(label: ndarray, prediction: ndarray, num_classes: int) -> n
     """(H, W) uint8 twice -> (C, C) int64, pixels with row = true class, column = predicted; 255 in
     label is left out."""
     kept = label != IGNORE_INDEX
+
     cells = label[kept].astype(np.int64) * num_classes + prediction[kept]
     counts = np.bincount(cells, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
@@ -334,9 +337,9 @@ def evaluate(
             yield i, path, image, label, prediction
 
             if rank == 0:
-                rate, left = n / (monotonic() - started), len(mine) - n
-                speed = f"{rate:.2f} a second, {left / rate:.0f} s left"
-                progress(f"{n} of {len(mine)} pictures, {speed}", started)
+                rate = n / (monotonic() - started)
+                left = f"{rate:.2f} a second, {(len(mine) - n) / rate:.0f} s left"
+                progress(f"{n} of {len(mine)} pictures, {left}", started)
     finally:  # also where the caller leaves its loop early
         model.train(was_training)
         progress("", started)
@@ -369,6 +372,7 @@ def sheet(
     opacity of 0 to 1."""
     columns = {"picture": [], "truth": [], "prediction": []}
     labels, colours = [], palette(classes)
+
     for image, truth, prediction in rows:
         step = math.ceil(image.shape[1] / (4000 if truth is None else 400))
         picture = np.asarray(Image.fromarray(image).reduce(step))
@@ -414,6 +418,7 @@ def stack(pictures: list[ndarray], axis: int) -> ndarray:
     apart."""
     longest = max(picture.shape[1 - axis] for picture in pictures)
     padded = []
+
     for picture in pictures:
         pad = [(0, longest - picture.shape[1 - axis])] * 2  # before and behind, of rows and columns
         pad[axis] = (4, 4)
@@ -440,6 +445,7 @@ def curves(entries: list[dict]) -> Image.Image:
     last = max(entry["iteration"] for entry in entries)
     canvas = Image.new("RGB", (800, 640), "white")
     draw = ImageDraw.Draw(canvas)
+
     for base, (key, title) in zip((190, 400, 610), titles.items()):
         points = [(e["iteration"], e[key]) for e in entries if e.get(key) is not None]
         top = max([value for _, value in points], default=0) or 1
@@ -469,6 +475,7 @@ def plan(args: Namespace, device: torch.device, say: Callable) -> tuple[Segmente
     if isdir(args.checkpoint) or args.checkpoint == "runs":
         args.checkpoint, why = choose_checkpoint(args.checkpoint)
         say(f"{args.checkpoint}: {why}")
+
     model, facts = load_model(args.checkpoint)
     say(f"{args.checkpoint}: {describe(facts)}")
 
@@ -478,7 +485,8 @@ def plan(args: Namespace, device: torch.device, say: Callable) -> tuple[Segmente
     args.dtype = str(choose_dtype(args.dtype, device)).removeprefix("torch.")
 
     if args.image:
-        pairs, classes = find_pictures(args.image), known_classes(facts)
+        classes = known_classes(facts)
+        pairs = find_pictures(args.image)
     else:
         root = data_root(args.data)
         classes = read_classes(root)
@@ -530,6 +538,7 @@ def choose_checkpoint(folder: str) -> tuple[str, str]:
     for entry in entries:
         if entry.get("mIoU") is not None:
             scored[join(folder, f"checkpoint_{entry['iteration']}.pt")] = entry["mIoU"]
+
     best = max(found, key=lambda path: scored.get(path, -1))  # of equals the newest
     why = f"the best of its run, mIoU {scored[best]:.2f}" if best in scored else "the newest"
     return best, why
@@ -558,12 +567,13 @@ def known_classes(facts: dict) -> Classes:
         return Classes(*facts["classes"])
     if n == len(ade.names):
         return ade
+
     return Classes(tuple(f"class {k}" for k in range(n)), (ade.palette * 2)[:n])
 
 
 def check_classes(path: str, facts: dict, root: str, there: tuple[str, ...]) -> None:
     """UsageError if the checkpoint in path knows other classes than the data in root has; where it
-    names none itself, another number of them."""
+    says no names itself, another number of them."""
     known = known_classes(facts).names
     if known != there and ("classes" in facts or len(known) != len(there)):
         raise UsageError(
@@ -576,8 +586,10 @@ def find_pictures(path: str) -> Pairs:
     """One picture, or all files in a folder but hidden ones; none has a label."""
     if not isdir(path):
         return [(path, None)]
+
     with os.scandir(path) as entries:
         files = sorted(e.path for e in entries if e.is_file() and not e.name.startswith("."))
+
     if not files:
         raise DataError(f"{path}: holds no files")
     return [(file, None) for file in files]
@@ -613,10 +625,11 @@ def destination(folder: str, path: str) -> str:
 
 def file_id(path: str) -> tuple | str:
     """Equal for all paths of one file, however they are written, links among them."""
+    path = realpath(path)  # (without x/.., which the making of x may bring to life)
     if exists(path):
         status = os.stat(path)
         return status.st_dev, status.st_ino
-    return normcase(realpath(path))
+    return normcase(path)
 
 
 # ---- python evaluate.py: label, write, report ----------------------------------------------------
@@ -631,27 +644,30 @@ def label_and_report(args: Namespace) -> None:
             print(words, flush=True)
 
     checkpoint, _ = split_choice(args.checkpoint)
-    for path in (checkpoint, args.image or args.data or "toy"):
-        if args.dry_run and path != "toy" and not exists(path):
+    needed = (checkpoint, args.image or args.data or "toy")
+    for path in needed:
+        if args.dry_run and path != "toy" and not exists(path):  # (toy is drawn where it is not)
             return say(f"{path}: not there yet, the rest of the command is in order")
 
     if rank == 0:
         local_path(checkpoint)  # one process fetches what lies behind a URL
     if world > 1:
         dist.barrier()
+
     model, pairs, classes = plan(args, device, say)
     if args.dry_run:
         return
 
     open_outputs(args, rank)
-    dtype, slide = DTYPES[args.dtype], (args.slide, args.stride) if args.slide else None
-    how = dict(scales=args.scales, flip=args.flip, short=args.short_side, dtype=dtype, slide=slide)
+    dtype = DTYPES[args.dtype]
     model = prepare(model, device, dtype, args.compile)
+    slide = args.slide and (args.slide, args.stride)
+    how = dict(scales=args.scales, flip=args.flip, short=args.short_side, dtype=dtype, slide=slide)
     matrix = np.zeros([len(classes.names)] * 2, np.int64)
-    faults = [] if isdir(args.image or "") else None  # one bad picture ends no folder
+    faults, started = [], monotonic()
+    named = faults if isdir(args.image or "") else None  # one bad picture ends no folder
 
-    started = monotonic()
-    labelled = evaluate(model, pairs, classes, matrix, rank, world, args.workers, faults, **how)
+    labelled = evaluate(model, pairs, classes, matrix, rank, world, args.workers, named, **how)
     for _, path, image, label, prediction in labelled:
         write(args, classes, path, image, label, prediction)
 
@@ -661,15 +677,7 @@ def label_and_report(args: Namespace) -> None:
     leave_processes()
 
     if rank == 0:
-        faults = [fault for some in everyones for fault in some or ()]
-        images = len(pairs) - len(faults)
-        rate = images / (monotonic() - started)
-        progress(f"{images} pictures, {rate:.2f} a second", started, done=True)
-        report(args, classes, matrix, images)
-        for fault in faults:
-            print(f"not labelled: {fault}", file=sys.stderr)
-        if faults:
-            sys.exit(1)
+        report(args, classes, matrix, len(pairs), sum(everyones, []), started)
 
 
 def open_outputs(args: Namespace, rank: int) -> None:
@@ -690,27 +698,49 @@ def write(args: Namespace, classes: Classes, path: str, image, label, prediction
         elif classes.zero_ignored:
             values = prediction + 1
         Image.fromarray(values).save(destination(args.save_labels, path))
+
     if args.show:
         drawn = sheet([(image, label, prediction)], classes, args.opacity)
         drawn.save(destination(args.show, path))
 
 
-def report(args: Namespace, classes: Classes, matrix: ndarray, images: int) -> None:
-    """Print the scores and what was written, and write the scores."""
+def report(
+    args: Namespace,
+    classes: Classes,
+    matrix: ndarray,
+    count: int,
+    faults: list[str],
+    started: float,
+) -> None:
+    """Print the scores and what was written, write the scores, and name the pictures that could not
+    be labelled; the exit code says whether there were any."""
+    images = count - len(faults)
+    rate = images / (monotonic() - started)
+    progress(f"{images} pictures, {rate:.2f} a second", started, done=True)
+
     for folder in args.folders:
         print(f"{folder}: {images} files written")
-    if args.image:
-        return
 
-    result = scores(matrix)
-    print(table(result, classes.names))
-    if args.json:
-        result["classes"] = classes.names
-        result["confusion"] = matrix.tolist()  # row: the true class, column: the predicted one
-        result["protocol"] = protocol(args) | {"images": images}
-        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
-        with open(args.json, "w") as file:
-            file.write("{" + ",\n ".join(lines) + "}\n")
+    if not args.image:
+        result = scores(matrix)
+        print(table(result, classes.names))
+        if args.json:
+            result["classes"] = classes.names
+            result["confusion"] = matrix.tolist()  # row: the true class, column: the predicted one
+            result["protocol"] = protocol(args) | {"images": images}
+            write_json(result, args.json)
+
+    for fault in faults:
+        print(f"not labelled: {fault}", file=sys.stderr)
+    if faults:
+        sys.exit(1)
+
+
+def write_json(result: dict, path: str) -> None:
+    """One line a key."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
+    with open(path, "w") as file:
+        file.write("{" + ",\n ".join(lines) + "}\n")
 
 
 # ---- python evaluate.py: the command line --------------------------------------------------------
@@ -727,6 +757,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     parser = options()
     args = parser.parse_args(argv)
     args.folders = [folder for folder in (args.show, args.save_labels) if folder]
+
     if (args.slide or 0) < (args.stride or 0) or (args.slide and not args.stride):
         parser.error("--slide needs a --stride, of as many pixels or fewer")
     if args.image and not args.folders:
@@ -796,6 +827,7 @@ def parse_scales(text: str) -> tuple[float, ...]:
             scales = np.array(text.split(","), float)
     except ValueError:
         scales = np.zeros(1)
+
     if not scales.size or not all((0 < scales) & (scales <= 16)):
         raise ArgumentTypeError(
             f"{text!r} is not a list of numbers above 0, and at most 16, like 0.5,1,1.5 or "
