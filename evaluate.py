@@ -216,7 +216,7 @@ def slide_logits(
     of Segmenter (Strudel et al. 2021, arXiv:2105.05633) and BEiT, mmsegmentation's mode slide."""
     B, _, h, w = x.shape
     C = model.decode_head.classifier.out_channels
-    total = x.new_zeros(B, C, h, w)
+    total = x.new_zeros(B, C, h, w).contiguous(memory_format=torch.channels_last)
     seen = x.new_zeros(h, w)
 
     for rows in windows(h, window, stride):

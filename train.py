@@ -72,6 +72,7 @@ from evaluate import (
     errors_in_one_sentence,
     evaluate,
     find_checkpoints,
+    leave_processes,
     memory_format,
     prepare,
     scores,
@@ -715,9 +716,7 @@ def finish(run: Run) -> None:
     if run.validation:
         run.say(run.path(f"sheet_{run.args.iters}.png"))
 
-    if run.world > 1:
-        dist.barrier()  # nobody leaves while another may still be talking to it
-        dist.destroy_process_group()
+    leave_processes()
 
 
 def write_or_warn(path: str, write: Callable) -> bool:
