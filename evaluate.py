@@ -314,11 +314,8 @@ def evaluate(
     how: predict's scales, flip, short, dtype and slide."""
     mine = list(enumerate(pairs))[rank::world]  # without padding: no picture is counted twice
     loader = DataLoader(
-        mine,
-        batch_size=None,
-        collate_fn=partial(load_or_fault, classes=classes),
-        num_workers=workers,
-        worker_init_fn=start_worker,
+        mine, batch_size=None, collate_fn=partial(load_or_fault, classes=classes),
+        num_workers=workers, worker_init_fn=start_worker,
     )
     started, was_training = monotonic(), model.training
     model.eval()
@@ -674,7 +671,7 @@ def label_and_report(args: Namespace) -> None:
     everyones = [faults] * world
     if world > 1:
         dist.all_gather_object(everyones, faults)
-    leave_processes()
+    leave_processes(world)
 
     if rank == 0:
         report(args, classes, matrix, len(pairs), sum(everyones, []), started)
@@ -968,9 +965,9 @@ def kill_workers() -> None:
             child.kill()
 
 
-def leave_processes() -> None:
+def leave_processes(world: int) -> None:
     """At the end, together: nobody leaves while another may still be talking to it."""
-    if dist.is_initialized():
+    if world > 1:
         dist.barrier()
         dist.destroy_process_group()
 

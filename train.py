@@ -716,7 +716,7 @@ def finish(run: Run) -> None:
     if run.validation:
         run.say(run.path(f"sheet_{run.args.iters}.png"))
 
-    leave_processes()
+    leave_processes(run.world)
 
 
 def write_or_warn(path: str, write: Callable) -> bool:
