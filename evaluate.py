@@ -11,7 +11,6 @@ there nor predicted has no IoU (0 / 0) and is left out of the mean. The protocol
 two bilinear steps (to the resized picture, then to its own size), the mean of the softmax outputs
 rather than of the logits."""
 
-import argparse
 import atexit
 import ctypes
 import json
@@ -21,19 +20,23 @@ import re
 import signal
 import sys
 import textwrap
-import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from glob import escape, glob
+from glob import glob
 from multiprocessing import active_children, get_start_method, parent_process
+from os.path import basename, dirname, exists, isdir, join, normcase, realpath, splitext
+from time import monotonic
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ade20k import (
     DEFAULT_ROOT,
@@ -67,6 +70,8 @@ from upernet import (
 )
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Pairs = list[tuple[str, str | None]]  # paths of pictures, and of their label files where there are
 
 
 class UsageError(Exception):
@@ -121,13 +126,13 @@ def prepare(
 @torch.inference_mode()
 def predict(
     model: Segmenter,
-    image: np.ndarray,
+    image: ndarray,
     scales: tuple[float, ...] = (1.0,),
     flip: bool = False,
     short: int = 512,
     dtype: torch.dtype = torch.float32,
     slide: tuple[int, int] | None = None,
-) -> np.ndarray:
+) -> ndarray:
     """Label a whole picture. model in eval mode; image (H, W, 3) uint8 RGB -> (H, W) uint8, class
     0..C-1 of each pixel.
 
@@ -140,9 +145,11 @@ def predict(
         return total.argmax(dim=1)
 
     The mean is over probabilities, not logits: a view that is sure of nothing should not outvote
-    one that is sure."""
+    one that is sure. Here the last three lines are done for some rows of the picture after the
+    other, so that no (C, H, W) is ever held."""
     H, W = image.shape[:2]
     device = next(model.parameters()).device
+
     views = []
     for scale in sorted(scales, reverse=True):  # the largest leaves memory for the others
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
@@ -150,46 +157,44 @@ def predict(
         x = normalise(x)
         if flip:
             x = torch.cat([x, x.flip(3)])  # (2, 3, h, w)
+
         if slide:
             logits = slide_logits(model, x, dtype, *slide)  # (1 or 2, C, h, w)
         else:
             logits = view_logits(model, x, dtype)  # (1 or 2, C, h', w')
-        views.append((h, w, logits[:1]))
+
+        views.append(resized_rows(logits[:1], (h, w), (H, W)))
         if flip:
-            views.append((h, w, logits[1:].flip(3)))
-    return label_pixels(views, H, W).cpu().numpy()
+            views.append(resized_rows(logits[1:].flip(3), (h, w), (H, W)))
 
-
-def label_pixels(views: list[tuple[int, int, Tensor]], H: int, W: int) -> Tensor:
-    """The end of predict: views of a picture, each its height h and width w and logits
-    (1, C, h', w') of any size -> (H, W) uint8, the class of the highest mean probability.
-
-    Some rows of the picture after the other, so that no (C, H, W) is ever held. The two bilinear
-    steps of the protocol, h' to h and h to H, are one matrix along y (see upernet.py)."""
-    C = views[0][2].shape[1]
-    matrices = []
-    for h, _, logits in views:
-        small = resize_matrix(logits.shape[2], h, logits)  # (h, h')
-        matrices.append(resize_matrix(h, H, logits) @ small)  # (H, h')
-
-    labels, step = [], rows_at_once(logits.device, W * C)
-    for start in range(0, H, step):
-        stop = min(start + step, H)
-        total = None
-        for (h, w, logits), matrix in zip(views, matrices):
-            # Take the few rows of the logits that these rows of the picture are mixed from.
-            near = source_rows(start, stop, h, H)  # of the resized picture
-            first, last = source_rows(*near, logits.shape[2], h)
-            part = logits[:, :, first:last]  # (1, C, n, w')
-            # (Along x all is needed at once, where a dense matrix would be the slower form.)
-            wide = resize(resize(part, (last - first, w)), (last - first, W))  # (1, C, n, W)
-            wide = wide[0].permute(1, 2, 0).flatten(1)  # (n, W C)
-            mixed = (matrix[start:stop, first:last] @ wide).view(-1, W, C)  # (rows, W, C)
-            if len(views) > 1:
-                mixed = mixed.softmax(2)  # (of one view, the largest stays the largest)
-            total = mixed if total is None else total.add_(mixed)
+    labels = []
+    for blocks in zip(*views):  # the same rows as each view sees them, (rows, W, C)
+        total = blocks[0]
+        if len(views) > 1:  # (of one view the largest stays the largest)
+            total = sum(logits.softmax(2) for logits in blocks)
         labels.append(total.argmax(2).to(torch.uint8))  # (rows, W)
-    return torch.cat(labels)
+    return torch.cat(labels).cpu().numpy()
+
+
+def resized_rows(logits: Tensor, between: tuple[int, int], size: tuple[int, int]) -> Iterator:
+    """Logits (1, C, h', w') at the size (H, W), some rows after the other, each (rows, W, C). The
+    plain form:
+
+        resize(resize(logits, between), size)[0].permute(1, 2, 0).split(rows)
+
+    Both steps are one matrix along y (see upernet.py). Along x a dense matrix would be slower."""
+    _, C, small, _ = logits.shape
+    (h, w), (H, W) = between, size
+    matrix = resize_matrix(h, H, logits) @ resize_matrix(small, h, logits)  # (H, h')
+    rows = rows_at_once(logits.device, W * C)
+
+    for start in range(0, H, rows):
+        stop = min(start + rows, H)
+        first, end = source_rows(*source_rows(start, stop, h, H), small, h)
+        near = logits[:, :, first:end]  # (1, C, n, w'): all that these rows are mixed from
+        near = resize(resize(near, (end - first, w)), (end - first, W))  # (1, C, n, W)
+        near = near[0].permute(1, 2, 0).flatten(1)  # (n, W C)
+        yield (matrix[start:stop, first:end] @ near).view(-1, W, C)
 
 
 def view_logits(model: Segmenter, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -197,16 +202,10 @@ def view_logits(model: Segmenter, x: Tensor, dtype: torch.dtype) -> Tensor:
 
     On CPUs one picture at a time: as fast as a batch, in half the memory."""
     x = x.contiguous(memory_format=memory_format(x.device, dtype))
+    at_once = 1 if x.device.type == "cpu" else len(x)
     with autocast(x.device, dtype):
-        parts = x.split(1 if x.device.type == "cpu" else len(x))
-        logits = torch.cat([model.decode_head(model.features(part)) for part in parts])
-    return logits.float().contiguous(memory_format=torch.channels_last)
-
-
-def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along an axis: every stride pixels, and the last one ends with it."""
-    last = max(length - window, 0)
-    return [*range(0, last, stride), last]
+        logits = [model.decode_head(model.features(some)) for some in x.split(at_once)]
+    return torch.cat(logits).float().contiguous(memory_format=torch.channels_last)
 
 
 def slide_logits(
@@ -219,26 +218,36 @@ def slide_logits(
     C = model.decode_head.classifier.out_channels
     total = x.new_zeros(B, C, h, w).contiguous(memory_format=torch.channels_last)
     seen = x.new_zeros(h, w)
-    for top in window_starts(h, window, stride):
-        for left in window_starts(w, window, stride):
-            rows, columns = slice(top, top + window), slice(left, left + window)
-            part = x[:, :, rows, columns]
-            logits = view_logits(model, part, dtype)  # (B, C, h', w')
-            total[:, :, rows, columns] += resize(logits, part.shape[2:])
+
+    for rows in windows(h, window, stride):
+        for columns in windows(w, window, stride):
+            crop = x[:, :, rows, columns]
+            logits = view_logits(model, crop, dtype)  # (B, C, h', w')
+            total[:, :, rows, columns] += resize(logits, crop.shape[2:])
             seen[rows, columns] += 1
     return total / seen
 
 
-def confusion_matrix(label: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
+def windows(length: int, window: int, stride: int) -> list[slice]:
+    """Windows along an axis: one begins every stride pixels, the last one ends with the axis."""
+    last = max(length - window, 0)
+    return [slice(start, start + window) for start in (*range(0, last, stride), last)]
+
+
+# ---- the metric ----------------------------------------------------------------------------------
+
+
+def confusion_matrix(label: ndarray, prediction: ndarray, num_classes: int) -> ndarray:
     """(H, W) uint8 twice -> (C, C) int64, pixels with row = true class, column = predicted; 255 in
     label is left out."""
     kept = label != IGNORE_INDEX
+
     cells = label[kept].astype(np.int64) * num_classes + prediction[kept]
     counts = np.bincount(cells, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
 
 
-def scores(matrix: np.ndarray) -> dict:
+def scores(matrix: ndarray) -> dict:
     """(C, C) confusion matrix -> mIoU, mAcc, aAcc in percent and lists IoU, Acc per class, None
     where there is none.
 
@@ -246,87 +255,16 @@ def scores(matrix: np.ndarray) -> dict:
     have one."""
     hit = matrix.diagonal()
     true = matrix.sum(1)
-    predicted = matrix.sum(0)
-    with np.errstate(invalid="ignore"):  # 0 / 0 is nan, and means "no such class"
-        iou = 100 * hit / (true + predicted - hit)
-        acc = 100 * hit / true
-        overall = 100 * hit.sum(keepdims=True) / matrix.sum()
+    union = true + matrix.sum(0) - hit
 
     result = {}
-    for name, values in (("mIoU", iou), ("mAcc", acc), ("aAcc", overall)):
-        absent = np.isnan(values)
-        result[name] = None if absent.all() else float(np.nanmean(values))
-    for name, values in (("IoU", iou), ("Acc", acc)):
-        result[name] = np.where(np.isnan(values), None, values).tolist()
+    for name, whole in (("IoU", union), ("Acc", true)):
+        there = whole > 0
+        values = 100 * hit / np.maximum(whole, 1)
+        result["m" + name] = float(values[there].mean()) if there.any() else None
+        result[name] = np.where(there, values, None).tolist()
+    result["aAcc"] = 100 * int(hit.sum()) / int(true.sum()) if true.any() else None
     return result
-
-
-def load_or_fault(pair: tuple[str, str | None], classes: Classes) -> tuple:
-    """load_pair, or (path, DataError, None) where the picture or its label cannot be used."""
-    try:
-        return load_pair(pair, classes)
-    except DataError as fault:
-        return pair[0], fault, None
-
-
-def evaluate(
-    model: nn.Module,
-    pairs: list[tuple[str, str | None]],
-    classes: Classes,
-    matrix: np.ndarray,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 2,
-    faults: list[str] | None = None,
-    **how,
-) -> Iterator[tuple]:
-    """Label pictures, every world-th of all for this process: yields (index in pairs, path, image
-    (H, W, 3), label (H, W) or None, prediction (H, W)) of each.
-
-    pairs: (image path, label path or None). matrix (C, C) int64: the pixels are counted into it,
-    and when the loop has ended it holds the sum over all processes; so all of them go to the end,
-    or none. A file that cannot be used ends the loop with a DataError; given a list of faults, its
-    sentence is added to the list instead. how: predict's scales, flip, short,
-    dtype and slide."""
-    mine = list(range(rank, len(pairs), world))  # without padding: no picture is counted twice
-    loader = torch.utils.data.DataLoader(
-        pairs,
-        batch_size=None,
-        sampler=mine,
-        collate_fn=partial(load_or_fault, classes=classes),
-        num_workers=workers,
-        worker_init_fn=start_worker,
-    )
-    started, was_training = time.monotonic(), model.training
-    model.eval()
-
-    try:
-        for n, (i, (path, image, label)) in enumerate(zip(mine, loader, strict=True), start=1):
-            if isinstance(image, DataError):
-                if faults is None:
-                    raise image
-                faults.append(str(image))
-                continue
-
-            prediction = predict(model, image, **how)
-            if label is not None:
-                matrix += confusion_matrix(label, prediction, len(classes.names))
-            yield i, path, image, label, prediction
-
-            if rank == 0:
-                rate, left = n / (time.monotonic() - started), len(mine) - n
-                speed = f"{rate:.2f} a second, {left / rate:.0f} s left"
-                progress(f"{n} of {len(mine)} pictures, {speed}", started)
-    finally:  # also where the caller leaves its loop early
-        model.train(was_training)
-        progress("", started)
-
-    if world > 1:
-        dist.all_reduce(torch.from_numpy(matrix))  # in place; on the CPU (gloo) also beside NCCL
-
-
-def percent(value: float | None) -> str:
-    return "      --" if value is None else f"{value:8.2f}"
 
 
 def table(result: dict, classes: tuple[str, ...]) -> str:
@@ -349,45 +287,107 @@ def table(result: dict, classes: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def percent(value: float | None) -> str:
+    return "      --" if value is None else f"{value:8.2f}"
+
+
+# ---- many pictures -------------------------------------------------------------------------------
+
+
+def evaluate(
+    model: nn.Module,
+    pairs: Pairs,
+    classes: Classes,
+    matrix: ndarray,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 2,
+    faults: list[str] | None = None,
+    **how,
+) -> Iterator[tuple]:
+    """Label pictures, every world-th of all for this process: yields (index in pairs, path, image
+    (H, W, 3), label (H, W) or None, prediction (H, W)) of each.
+
+    matrix (C, C) int64: the pixels are counted into it, and when the loop has ended it holds the
+    sum over all processes; so all of them go to the end, or none. A file that cannot be used ends
+    the loop with a DataError; given a list of faults, its sentence is added to the list instead.
+    how: predict's scales, flip, short, dtype and slide."""
+    mine = list(enumerate(pairs))[rank::world]  # without padding: no picture is counted twice
+    loader = DataLoader(
+        mine, batch_size=None, collate_fn=partial(load_or_fault, classes=classes),
+        num_workers=workers, worker_init_fn=start_worker,
+    )
+    started, was_training = monotonic(), model.training
+    model.eval()
+
+    try:
+        for n, (i, path, image, label) in enumerate(loader, start=1):
+            if isinstance(image, DataError):
+                if faults is None:
+                    raise image
+                faults.append(str(image))
+                continue
+
+            prediction = predict(model, image, **how)
+            if label is not None:
+                matrix += confusion_matrix(label, prediction, len(classes.names))
+            yield i, path, image, label, prediction
+
+            if rank == 0:
+                rate = n / (monotonic() - started)
+                left = f"{rate:.2f} a second, {(len(mine) - n) / rate:.0f} s left"
+                progress(f"{n} of {len(mine)} pictures, {left}", started)
+    finally:  # also where the caller leaves its loop early
+        model.train(was_training)
+        progress("", started)
+
+    if world > 1:
+        dist.all_reduce(torch.from_numpy(matrix))  # in place; on the CPU (gloo) also beside NCCL
+
+
+def load_or_fault(numbered: tuple[int, tuple], classes: Classes) -> tuple:
+    """(index, pair) -> index, path, image, label; or index, path, DataError, None where the picture
+    or its label cannot be used."""
+    i, pair = numbered
+    try:
+        return i, *load_pair(pair, classes)
+    except DataError as fault:
+        return i, pair[0], fault, None
+
+
 # ---- pictures ------------------------------------------------------------------------------------
 
 FONT = ImageFont.load_default(15)
 
 
-def stack(pictures: list[np.ndarray], axis: int) -> np.ndarray:
-    """Pictures (h, w, 3) one below the other (axis 0) or side by side (axis 1), on white, 8 pixels
-    apart."""
-    longest = max(picture.shape[1 - axis] for picture in pictures)
-    padded = []
-    for picture in pictures:
-        pad = np.zeros((3, 2), int)  # pixels before and behind, of rows, columns, channels
-        pad[axis] = 4
-        pad[1 - axis, 1] = longest - picture.shape[1 - axis]
-        padded.append(np.pad(picture, pad, constant_values=255))
-    return np.concatenate(padded, axis)
+def sheet(
+    rows: list[tuple[ndarray, ndarray | None, ndarray]], classes: Classes, opacity: float = 1
+) -> Image.Image:
+    """One row of panels for each (picture (H, W, 3), truth or None, prediction (H, W), all uint8),
+    a legend below. With truth: picture, truth, prediction, each at most 400 pixels wide. Without:
+    the prediction alone, at the picture's own size up to 4000. Colours lie over the picture with an
+    opacity of 0 to 1."""
+    columns = {"picture": [], "truth": [], "prediction": []}
+    labels, colours = [], palette(classes)
+
+    for image, truth, prediction in rows:
+        step = math.ceil(image.shape[1] / (4000 if truth is None else 400))
+        picture = np.asarray(Image.fromarray(image).reduce(step))
+        if truth is not None:
+            columns["picture"].append(picture)
+
+        for title, label in (("truth", truth), ("prediction", prediction)):
+            if label is not None:
+                mixed = opacity * colours[label[::step, ::step]] + (1 - opacity) * picture
+                columns[title].append(mixed.round().astype(np.uint8))
+                labels.append(label)
+
+    drawn = [stack([caption(title), *column], 0) for title, column in columns.items() if column]
+    panels = stack(drawn, 1)
+    return Image.fromarray(stack([panels, legend(labels, classes, panels.shape[1])], 0))
 
 
-def caption(text: str, colour: tuple | None = None) -> np.ndarray:
-    """A line of text, behind a square of the colour if there is one. -> (20, w, 3) uint8"""
-    canvas = Image.new("RGB", (24 + int(FONT.getlength(text)), 20), "white")
-    draw = ImageDraw.Draw(canvas)
-
-    left = 0
-    if colour:
-        draw.rectangle((0, 2, 15, 17), colour, "black")
-        left = 23
-    draw.text((left, 10), text, "black", FONT, anchor="lm")
-    return np.asarray(canvas)
-
-
-def palette(classes: Classes) -> np.ndarray:
-    """The colour of every value in a label, (256, 3) uint8; what nobody labelled is black."""
-    colours = np.zeros((256, 3), np.uint8)
-    colours[: len(classes.palette)] = classes.palette
-    return colours
-
-
-def legend(labels: list[np.ndarray], classes: Classes, width: int) -> np.ndarray:
+def legend(labels: list[ndarray], classes: Classes, width: int) -> ndarray:
     """Colour and name of every class in labels, the largest first, down the columns, of which as
     many as fit into width pixels stand side by side. -> (h, w, 3) uint8"""
     counts = sum(np.bincount(label.ravel(), minlength=256) for label in labels)
@@ -403,60 +403,36 @@ def legend(labels: list[np.ndarray], classes: Classes, width: int) -> np.ndarray
     return stack([stack(entries[start : start + rows], 0) for start in starts], 1)
 
 
-def sheet(
-    rows: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]],
-    classes: Classes,
-    opacity: float = 1,
-) -> Image.Image:
-    """One row of panels for each (picture (H, W, 3), truth or None, prediction (H, W), all uint8),
-    a legend below. With truth: picture, truth, prediction, each at most 400 pixels wide. Without:
-    the prediction alone, at the picture's own size up to 4000. Colours lie over the picture with an
-    opacity of 0 to 1."""
-    columns = {"picture": [], "truth": [], "prediction": []}
-    limit = 400
-    if rows[0][1] is None:
-        columns = {"prediction": []}
-        limit = 4000
-
-    labels = []
-    for image, truth, prediction in rows:
-        step = math.ceil(image.shape[1] / limit)  # every step-th pixel is shown
-        picture = np.asarray(Image.fromarray(image).reduce(step))
-        for title, column in columns.items():
-            panel = picture
-            if title != "picture":
-                labels.append(truth if title == "truth" else prediction)
-                colours = palette(classes)[labels[-1][::step, ::step]]
-                mixed = opacity * colours + (1 - opacity) * picture
-                panel = mixed.round().astype(np.uint8)
-            column.append(panel)
-
-    columns = [stack([caption(title), *column], 0) for title, column in columns.items()]
-    panels = stack(columns, 1)
-    below = legend(labels, classes, panels.shape[1])
-    return Image.fromarray(stack([panels, below], 0))
+def palette(classes: Classes) -> ndarray:
+    """The colour of every value in a label, (256, 3) uint8; what nobody labelled is black."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[: len(classes.palette)] = classes.palette
+    return colours
 
 
-def plot(title: str, points: list[tuple[int, float]], last: int) -> np.ndarray:
-    """Values at iterations 0 to last. -> (210, 800, 3) uint8; the axes cross at (90, 180)."""
-    top = max(value for _, value in points) or 1
-    canvas = Image.new("RGB", (800, 210), "white")
+def stack(pictures: list[ndarray], axis: int) -> ndarray:
+    """Pictures (h, w, 3) one below the other (axis 0) or side by side (axis 1), on white, 8 pixels
+    apart."""
+    longest = max(picture.shape[1 - axis] for picture in pictures)
+    padded = []
+
+    for picture in pictures:
+        pad = [(0, longest - picture.shape[1 - axis])] * 2  # before and behind, of rows and columns
+        pad[axis] = (4, 4)
+        padded.append(np.pad(picture, [*pad, (0, 0)], constant_values=255))
+    return np.concatenate(padded, axis)
+
+
+def caption(text: str, colour: tuple | None = None) -> ndarray:
+    """A line of text, behind a square of the colour if there is one. -> (20, w, 3) uint8"""
+    canvas = Image.new("RGB", (24 + int(FONT.getlength(text)), 20), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((90, 35), title, "black", FONT, anchor="lb")
 
-    for part in (0, 0.25, 0.5, 0.75, 1):
-        x = 90 + 690 * part
-        y = 180 - 140 * part
-        draw.line((x, 40, x, 180), "lightgrey")
-        draw.line((90, y, 780, y), "lightgrey")
-        draw.text((x, 186), f"{part * last:.0f}", "black", FONT, anchor="mt")
-        draw.text((82, y), f"{part * top:.3g}", "black", FONT, anchor="rm")
-
-    line = [(90 + 690 * i / last, 180 - 140 * value / top) for i, value in points]
-    draw.line(line, "steelblue", 2)
-    if len(line) < 30:  # few points are dots, one alone would be no line at all
-        for x, y in line:
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), "steelblue")
+    left = 0
+    if colour:
+        draw.rectangle((0, 2, 15, 17), colour, "black")
+        left = 23
+    draw.text((left, 10), text, "black", FONT, anchor="lm")
     return np.asarray(canvas)
 
 
@@ -464,13 +440,459 @@ def curves(entries: list[dict]) -> Image.Image:
     """Loss, learning rate and mIoU by iteration, one below the other. entries: a run's log."""
     titles = {"loss": "training loss", "lr": "learning rate", "mIoU": "validation mIoU (%)"}
     last = max(entry["iteration"] for entry in entries)
-    plots = [np.full((10, 800, 3), 255, np.uint8)]
+    canvas = Image.new("RGB", (800, 640), "white")
+    draw = ImageDraw.Draw(canvas)
 
-    for key, title in titles.items():
+    for base, (key, title) in zip((190, 400, 610), titles.items()):
         points = [(e["iteration"], e[key]) for e in entries if e.get(key) is not None]
-        if points:
-            plots.append(plot(f"{title} by iteration", points, last))
-    return Image.fromarray(np.concatenate(plots))
+        top = max([value for _, value in points], default=0) or 1
+        draw.text((90, base - 145), f"{title} by iteration", "black", FONT, anchor="lb")
+
+        for part in (0, 0.25, 0.5, 0.75, 1):
+            x = 90 + 690 * part
+            y = base - 140 * part
+            draw.line((90, y, 780, y), "lightgrey")
+            draw.text((x, base + 6), f"{part * last:.0f}", "black", FONT, anchor="mt")
+            draw.text((82, y), f"{part * top:.3g}", "black", FONT, anchor="rm")
+
+        line = [(90 + 690 * i / last, base - 140 * value / top) for i, value in points]
+        draw.line(line, "steelblue", 2)
+        if len(line) < 30:  # few points are dots, one alone would be no line at all
+            for point in line:
+                draw.circle(point, 3, "steelblue")
+    return canvas
+
+
+# ---- python evaluate.py: plan --------------------------------------------------------------------
+
+
+def plan(args: Namespace, device: torch.device, say: Callable) -> tuple[Segmenter, Pairs, Classes]:
+    """Fill in what the command line leaves to the checkpoint and the machine, say it, and refuse
+    what cannot be done. -> the model, on the CPU; the pictures; what their labels mean."""
+    if isdir(args.checkpoint) or args.checkpoint == "runs":
+        args.checkpoint, why = choose_checkpoint(args.checkpoint)
+        say(f"{args.checkpoint}: {why}")
+
+    model, facts = load_model(args.checkpoint)
+    say(f"{args.checkpoint}: {describe(facts)}")
+
+    trained = facts.get("args", {})  # of our own checkpoints
+    args.data = args.data or trained.get("data", DEFAULT_ROOT)
+    args.short_side = args.short_side or trained.get("short_side", 512)
+    args.dtype = str(choose_dtype(args.dtype, device)).removeprefix("torch.")
+
+    if args.image:
+        classes = known_classes(facts)
+        pairs = find_pictures(args.image)
+    else:
+        root = data_root(args.data)
+        classes = read_classes(root)
+        check_classes(args.checkpoint, facts, root, classes.names)
+        pairs = find_pairs(root, args.split)
+    refuse_overwriting(args, pairs)
+
+    how = ", ".join(f"{name} {value}" for name, value in protocol(args).items())
+    say(f"{args.image or args.data}: {len(pairs)} pictures on {device.type}; {how}")
+    return model, pairs, classes
+
+
+def protocol(args: Namespace) -> dict:
+    """What scores depend on."""
+    names = ("checkpoint", "data", "split", "scales", "flip", "short_side")
+    return {name: getattr(args, name) for name in (*names, "slide", "stride", "dtype")}
+
+
+def find_checkpoints(folder: str) -> list[str]:
+    """The checkpoint_*.pt in a work directory and in those below it, the last written first."""
+    names = [*glob("checkpoint_*.pt", root_dir=folder), *glob("*/checkpoint_*.pt", root_dir=folder)]
+    return sorted([join(folder, name) for name in names], key=os.path.getmtime, reverse=True)
+
+
+def checkpoints(folder: str) -> list[str]:
+    """The same; UsageError if there is none."""
+    found = find_checkpoints(folder)
+    if not found:
+        raise UsageError(
+            f"{folder}: no checkpoint_*.pt in it, train one with `python train.py --data toy` or "
+            "name a file with --checkpoint"
+        )
+    return found
+
+
+def choose_checkpoint(folder: str) -> tuple[str, str]:
+    """-> (path, why). Of a work directory the checkpoint with the best validation, as its log says;
+    where there was none, and of a folder of work directories, the newest."""
+    found, log = checkpoints(folder), join(folder, "log.jsonl")
+    try:
+        with open(log) as file:
+            entries = [json.loads(line) for line in file]
+    except FileNotFoundError:
+        entries = []
+    except ValueError:
+        raise UsageError(f"{log}: a line of it is damaged, name a file of {folder}") from None
+
+    scored = {}
+    for entry in entries:
+        if entry.get("mIoU") is not None:
+            scored[join(folder, f"checkpoint_{entry['iteration']}.pt")] = entry["mIoU"]
+
+    best = max(found, key=lambda path: scored.get(path, -1))  # of equals the newest
+    why = f"the best of its run, mIoU {scored[best]:.2f}" if best in scored else "the newest"
+    return best, why
+
+
+def load_model(path: str) -> tuple[Segmenter, dict]:
+    """The model a checkpoint describes, with its weights, on the CPU, in eval mode. -> (model,
+    facts)"""
+    state_dict, facts = load_weights(path)
+    if facts["neck"] is None:
+        raise UsageError(
+            f"{path}: a {facts['kind']} has no segmentation head to evaluate, train it first with "
+            "`python train.py --pretrained FILE`"
+        )
+
+    with torch.device("meta"):  # no initialisation: load_into sets every value, or fails
+        model = build_model(facts["arch"], facts["neck"], facts["num_classes"])
+    load_into(model.to_empty(device="cpu"), state_dict, facts)
+    return model.eval(), facts
+
+
+def known_classes(facts: dict) -> Classes:
+    """What a checkpoint was trained on: as it says itself, or ADE20K, or numbers for names."""
+    n, ade = facts["num_classes"], Classes()
+    if "classes" in facts:
+        return Classes(*facts["classes"])
+    if n == len(ade.names):
+        return ade
+
+    return Classes(tuple(f"class {k}" for k in range(n)), (ade.palette * 2)[:n])
+
+
+def check_classes(path: str, facts: dict, root: str, there: tuple[str, ...]) -> None:
+    """UsageError if the checkpoint in path knows other classes than the data in root has; where it
+    says no names itself, another number of them."""
+    known = known_classes(facts).names
+    if known != there and ("classes" in facts or len(known) != len(there)):
+        raise UsageError(
+            f"{path}: knows {len(known)} classes ({', '.join(known[:3])}, ...), {root} has "
+            f"{len(there)} ({', '.join(there[:3])}, ...): train on that data first"
+        )
+
+
+def find_pictures(path: str) -> Pairs:
+    """One picture, or all files in a folder but hidden ones; none has a label."""
+    if not isdir(path):
+        return [(path, None)]
+
+    with os.scandir(path) as entries:
+        files = sorted(e.path for e in entries if e.is_file() and not e.name.startswith("."))
+
+    if not files:
+        raise DataError(f"{path}: holds no files")
+    return [(file, None) for file in files]
+
+
+def refuse_overwriting(args: Namespace, pairs: Pairs) -> None:
+    """UsageError where an output would replace a file that is read, or another output."""
+    inputs = [args.checkpoint, join(args.data, "classes.txt")]
+    inputs += [path for pair in pairs for path in pair if path]
+    read = {file_id(path): path for path in inputs}
+
+    outputs = [(args.json, "the scores")] if args.json else []
+    for folder in args.folders:
+        outputs += [(destination(folder, path), path) for path, _ in pairs]
+    if args.inside:
+        outputs += [(destination(args.show, path, INSIDE), path) for path, _ in pairs]
+
+    written = {}
+    for output, source in outputs:
+        key = file_id(output)
+        if key in read:
+            raise UsageError(f"{output} would replace {read[key]}, which is read: write elsewhere")
+        if key in written:
+            raise UsageError(
+                f"{output} would hold both what is made of {written[key]} and of {source}: "
+                "write to another folder, or rename one of them"
+            )
+        written[key] = source
+
+
+def destination(folder: str, path: str, suffix: str = ".png") -> str:
+    """Where the result for the picture in path goes."""
+    return join(folder, splitext(basename(path))[0] + suffix)
+
+
+def file_id(path: str) -> tuple | str:
+    """Equal for all paths of one file, however they are written, links among them."""
+    path = realpath(path)  # (without x/.., which the making of x may bring to life)
+    if exists(path):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    return normcase(path)
+
+
+# ---- python evaluate.py: label, write, report ----------------------------------------------------
+
+
+def label_and_report(args: Namespace) -> None:
+    """What the command line says, on every process."""
+    rank, world, device = setup_processes()
+
+    def say(words: str) -> None:
+        if rank == 0:
+            print(words, flush=True)
+
+    checkpoint, _ = split_choice(args.checkpoint)
+    needed = (checkpoint, args.image or args.data or "toy")
+    for path in needed:
+        if args.dry_run and path != "toy" and not exists(path):  # (toy is drawn where it is not)
+            return say(f"{path}: not there yet, the rest of the command is in order")
+
+    if rank == 0:
+        local_path(checkpoint)  # one process fetches what lies behind a URL
+    if world > 1:
+        dist.barrier()
+
+    model, pairs, classes = plan(args, device, say)
+    if args.dry_run:
+        return
+
+    open_outputs(args, rank)
+    dtype = DTYPES[args.dtype]
+    model = prepare(model, device, dtype, args.compile)
+    slide = args.slide and (args.slide, args.stride)
+    how = dict(scales=args.scales, flip=args.flip, short=args.short_side, dtype=dtype, slide=slide)
+    matrix = np.zeros([len(classes.names)] * 2, np.int64)
+    faults, started = [], monotonic()
+    named = faults if isdir(args.image or "") else None  # one bad picture ends no folder
+
+    labelled = evaluate(model, pairs, classes, matrix, rank, world, args.workers, named, **how)
+    for _, path, image, label, prediction in labelled:
+        write(args, model, classes, path, image, label, prediction)
+
+    everyones = [faults] * world
+    if world > 1:
+        dist.all_gather_object(everyones, faults)
+    leave_processes(world)
+
+    if rank == 0:
+        report(args, classes, matrix, len(pairs), sum(everyones, []), started)
+
+
+def open_outputs(args: Namespace, rank: int) -> None:
+    """Make the folders and try to write the scores: an error comes now, not after an hour."""
+    for folder in args.folders:
+        os.makedirs(folder, exist_ok=True)
+    if args.json and rank == 0:
+        os.makedirs(dirname(args.json) or ".", exist_ok=True)
+        open(args.json, "a").close()  # what is in it stays until there is more to write
+
+
+def write(
+    args: Namespace, model: Segmenter, classes: Classes, path: str, image, label, prediction
+) -> None:
+    """Save what is asked for of one picture, as evaluate() gives it."""
+    if args.save_labels:
+        values = prediction
+        if classes.ignored_colours is not None:
+            values = np.uint8(classes.palette)[prediction]  # (H, W, 3): label files in colour
+        elif classes.zero_ignored:
+            values = prediction + 1
+        Image.fromarray(values).save(destination(args.save_labels, path))
+
+    if args.show:
+        drawn = sheet([(image, label, prediction)], classes, args.opacity)
+        drawn.save(destination(args.show, path))
+
+    if args.inside:
+        how = (args.at or (0.5, 0.5), args.short_side, DTYPES[args.dtype])
+        drawn = look_inside(model, image, prediction, classes, *how)
+        drawn.save(destination(args.show, path, INSIDE))
+
+
+def report(
+    args: Namespace,
+    classes: Classes,
+    matrix: ndarray,
+    count: int,
+    faults: list[str],
+    started: float,
+) -> None:
+    """Print the scores and what was written, write the scores, and name the pictures that could not
+    be labelled; the exit code says whether there were any."""
+    images = count - len(faults)
+    rate = images / (monotonic() - started)
+    progress(f"{images} pictures, {rate:.2f} a second", started, done=True)
+
+    for folder in args.folders:
+        print(f"{folder}: {images} files written")
+    if args.inside:
+        print(f"{args.show}: {images} more, *{INSIDE}")
+
+    if not args.image:
+        result = scores(matrix)
+        print(table(result, classes.names))
+        if args.json:
+            result["classes"] = classes.names
+            result["confusion"] = matrix.tolist()  # row: the true class, column: the predicted one
+            result["protocol"] = protocol(args) | {"images": images}
+            write_json(result, args.json)
+
+    for fault in faults:
+        print(f"not labelled: {fault}", file=sys.stderr)
+    if faults:
+        sys.exit(1)
+
+
+def write_json(result: dict, path: str) -> None:
+    """One line a key."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
+    with open(path, "w") as file:
+        file.write("{" + ",\n ".join(lines) + "}\n")
+
+
+# ---- python evaluate.py: the command line --------------------------------------------------------
+
+
+def main() -> None:
+    args = parse()
+    with errors_in_one_sentence():
+        label_and_report(args)
+
+
+def parse(argv: list[str] | None = None) -> Namespace:
+    """The arguments. What cannot be met together is refused here."""
+    parser = options()
+    args = parser.parse_args(argv)
+    args.folders = [folder for folder in (args.show, args.save_labels) if folder]
+
+    if (args.slide or 0) < (args.stride or 0) or (args.slide and not args.stride):
+        parser.error("--slide needs a --stride, of as many pixels or fewer")
+    if args.image and not args.folders:
+        parser.error("--image needs --show DIR or --save-labels DIR, or nothing would come out")
+    if args.inside and not args.show:
+        parser.error("--inside needs --show DIR, the folder of its sheets")
+    if args.at and not args.inside:
+        parser.error("--at is a place that --inside looks at, add --inside")
+    if args.image and args.json:
+        parser.error("--json holds scores, and --image has no labels to score with")
+    return args
+
+
+def options() -> ArgumentParser:
+    """The command line."""
+    parser = ArgumentParser(
+        description="Evaluate a checkpoint on a data set, or label pictures with it.",
+        epilog="example: python evaluate.py --checkpoint upernet.pth --flip --scales 0.5,...,1.75",
+    )
+
+    add = parser.add_argument_group("what").add_argument
+    add("--checkpoint", metavar="FILE", default="runs",
+        help="any file convert_weights.py reads, a URL, a work directory (the checkpoint with the "
+        "best validation), or a folder of these (the newest; default: runs)")
+    add("--data", metavar="DIR",
+        help=f"data set, or toy (default: what the checkpoint was trained on, else {DEFAULT_ROOT})")
+    add("--split", default="validation",
+        help="images/SPLIT and annotations/SPLIT (default: validation)")
+    add("--image", metavar="FILE_OR_DIR",
+        help="label these pictures instead; needs --show or --save-labels")
+
+    add = parser.add_argument_group("how").add_argument
+    add("--scales", type=parse_scales, default=(1.0,), metavar="S,S,...",
+        help="sizes relative to (2048, 512); 0.5,...,1.75 means steps of 0.25 (default: 1)")
+    add("--flip", action="store_true",
+        help="add the mirrored picture at every scale")
+    add("--short-side", type=POSITIVE, metavar="PIXELS",
+        help="of pictures at scale 1 (default: as trained, else 512)")
+    add("--slide", type=POSITIVE, metavar="PIXELS",
+        help="label square windows of this side instead of whole pictures, e.g. 512")
+    add("--stride", type=POSITIVE, metavar="PIXELS",
+        help="from one window to the next, e.g. 341")
+    add("--dtype", choices=("auto", *DTYPES), default="auto",
+        help="auto (default): bfloat16 if in hardware, else float32")
+    add("--workers", type=COUNT, default=2,
+        help="processes that read pictures (default: 2)")
+    add("--compile", action="store_true",
+        help="torch.compile the model: a minute at each new size of pictures, then faster")
+    add("--dry-run", action="store_true",
+        help="load the checkpoint, look at the data, print the plan or what is missing")
+
+    add = parser.add_argument_group("results").add_argument
+    add("--json", metavar="FILE",
+        help="write scores and protocol")
+    add("--save-labels", metavar="DIR",
+        help="write one png a picture, with the values of the data set's own label files")
+    add("--show", metavar="DIR",
+        help="write one sheet a picture: picture, truth, prediction, legend; or an overlay")
+    add("--inside", action="store_true",
+        help="one more sheet a picture: attention, maps, ...")
+    add("--at", nargs=2, type=RATE, metavar=("X", "Y"),
+        help="the place whose attention it shows, in parts of width and height (default: 0.5 0.5)")
+    add("--opacity", type=FACTOR, default=0.6,
+        help="of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
+    return parser
+
+
+def parse_scales(text: str) -> tuple[float, ...]:
+    """ "0.5,0.75,1" -> (0.5, 0.75, 1.0); "0.5,...,1.75" means steps of 0.25."""
+    first, dots, last = text.partition(",...,")
+    try:
+        if dots:
+            scales = np.arange(float(first), float(last) + 1e-9, 0.25)
+        else:
+            scales = np.array(text.split(","), float)
+    except ValueError:
+        scales = np.zeros(1)
+
+    if not scales.size or not all((0 < scales) & (scales <= 16)):
+        raise ArgumentTypeError(
+            f"{text!r} is not a list of numbers above 0, and at most 16, like 0.5,1,1.5 or "
+            "0.5,...,1.75"
+        )
+    return tuple(scales.tolist())
+
+
+def number(kind: type, words: str, low: float, high: float = 2**63) -> Callable[[str], float]:
+    """-> an argparse type: an int or float, at least low and below high, or argparse's error, that
+    it is not what `words` say. (nan is in no interval.)"""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < high:
+            raise ArgumentTypeError(f"{text!r} is not {words}")
+        return value
+
+    return read
+
+
+POSITIVE = number(int, "a whole number above 0", 1)
+COUNT = number(int, "a whole number of 0 or more", 0)
+REAL = number(float, "a number of 0 or more", 0)
+FACTOR = number(float, "a number from 0 to 1", 0, math.nextafter(1, 2))
+RATE = number(float, "a number of 0 or more and below 1", 0, 1)
+
+
+@contextmanager
+def errors_in_one_sentence() -> Iterator[None]:
+    """What the user can mend ends the program with its one sentence and code 2, without a
+    traceback."""
+    try:
+        yield
+    except (DataError, WeightsError, UsageError, OSError, RuntimeError) as error:
+        # A loader's process wraps the sentence in its traceback: keep the sentence.
+        sentence = str(error).rsplit("DataError: ", 1)[-1].strip()
+        if re.search("Bus error|shared memory|</torch_", sentence):
+            sentence = (
+                "too little shared memory (/dev/shm) for the loader's processes to hand over their "
+                "pictures: use --workers 0, or start the container with --shm-size 8g"
+            )
+        elif isinstance(error, RuntimeError):
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        sys.exit(2)
 
 
 # ---- look inside ---------------------------------------------------------------------------------
@@ -516,7 +938,7 @@ def confidence(logits: Tensor) -> Tensor:
     return 1 - entropy / math.log(max(2, len(p)))
 
 
-def principal_colours(features: Tensor) -> np.ndarray:
+def principal_colours(features: Tensor) -> ndarray:
     """Show D channels as three: (D, h, w) -> (h, w, 3) uint8. Red, green and blue are the first
     three principal components: grey their mean, black and full two standard deviations from it.
 
@@ -534,7 +956,7 @@ def principal_colours(features: Tensor) -> np.ndarray:
     return colours.view(*features.shape[1:], 3).cpu().numpy()
 
 
-def heat(values: Tensor) -> np.ndarray:
+def heat(values: Tensor) -> ndarray:
     """(h, w) -> (h, w, 3) uint8, from black, 0 or less, by violet and orange to white, 1."""
     values = values.cpu().numpy()
     stops = np.linspace(0, 1, 5)
@@ -567,7 +989,7 @@ def watch(model: Segmenter, x: Tensor, dtype: torch.dtype) -> dict:
     return seen
 
 
-def panel_row(title: str, panels: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+def panel_row(title: str, panels: dict[str, ndarray], size: tuple[int, int]) -> ndarray:
     """A title above panels, six side by side. panels: {caption: (h, w, 3) uint8}, all drawn at one
     size, (width, height), each place a rectangle."""
     drawn = []
@@ -582,7 +1004,7 @@ def panel_row(title: str, panels: dict[str, np.ndarray], size: tuple[int, int]) 
     return stack(parts, 0)
 
 
-def attention_rows(model: Segmenter, seen: dict, at: tuple, size: tuple) -> list[np.ndarray]:
+def attention_rows(model: Segmenter, seen: dict, at: tuple, size: tuple) -> list[ndarray]:
     """What each head of the last layer takes for the class token, and for the patch at a place."""
     backbone = model.backbone
     attention = backbone.blocks[-1].attn
@@ -611,7 +1033,7 @@ def attention_rows(model: Segmenter, seen: dict, at: tuple, size: tuple) -> list
     return rows
 
 
-def map_rows(model: Segmenter, seen: dict, size: tuple) -> list[np.ndarray]:
+def map_rows(model: Segmenter, seen: dict, size: tuple) -> list[ndarray]:
     """What becomes of the four maps, from the backbone to the classifier, a level a column."""
     head = model.decode_head
     laterals = [seen[module][1] for module in (*head.lateral_convs, head.bottleneck.bn)]
@@ -639,7 +1061,7 @@ def map_rows(model: Segmenter, seen: dict, size: tuple) -> list[np.ndarray]:
     return rows
 
 
-def overview(image: np.ndarray, label: np.ndarray, logits: Tensor, at: tuple, size: tuple) -> dict:
+def overview(image: ndarray, label: ndarray, logits: Tensor, at: tuple, size: tuple) -> dict:
     """Panels of the picture, with a ring around the place, of its label, both (H, W, 3) uint8, and
     of the confidence, from logits (1, C, h, w)."""
     width, height = size
@@ -660,8 +1082,8 @@ def overview(image: np.ndarray, label: np.ndarray, logits: Tensor, at: tuple, si
 @torch.inference_mode()
 def look_inside(
     model: Segmenter,
-    image: np.ndarray,
-    prediction: np.ndarray,
+    image: ndarray,
+    prediction: ndarray,
     classes: Classes,
     at: tuple[float, float] = (0.5, 0.5),
     short: int = 512,
@@ -698,421 +1120,6 @@ def look_inside(
     panels = stack([stack(left, 0), stack(map_rows(model, seen, size), 0)], 1)
     below = legend([prediction], classes, panels.shape[1])
     return Image.fromarray(stack([panels, below], 0))
-
-
-# ---- python evaluate.py --------------------------------------------------------------------------
-
-
-def parse_scales(text: str) -> tuple[float, ...]:
-    """ "0.5,0.75,1" -> (0.5, 0.75, 1.0); "0.5,...,1.75" means steps of 0.25. argparse's error if it
-    is something else."""
-    values = text.split(",")
-    try:
-        if len(values) == 3 and values[1] == "...":
-            values = np.arange(float(values[0]), float(values[2]) + 1e-9, 0.25)
-        scales = tuple(float(value) for value in values)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of numbers like 0.5,1,1.5 or 0.5,...,1.75"
-        ) from None
-
-    if not scales or not all(0 < scale <= 16 for scale in scales):
-        raise argparse.ArgumentTypeError(f"{text!r}: scales must be above 0 and at most 16")
-    return scales
-
-
-def number(kind: type, words: str, low: float, high: float = 2**63) -> Callable[[str], float]:
-    """-> an argparse type: an int or float, at least low and below high, or argparse's error, that
-    it is not what `words` say. (nan is in no interval.)"""
-
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
-        return value
-
-    return read
-
-
-POSITIVE = number(int, "a whole number above 0", 1)
-COUNT = number(int, "a whole number of 0 or more", 0)
-REAL = number(float, "a number of 0 or more", 0, math.inf)
-FACTOR = number(float, "a number from 0 to 1", 0, math.nextafter(1, 2))
-RATE = number(float, "a number of 0 or more and below 1", 0, 1)
-
-
-def options() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Evaluate a checkpoint on a data set, or label pictures with it.",
-        epilog="example: python evaluate.py --checkpoint upernet.pth --flip --scales 0.5,...,1.75",
-    )
-
-    add = parser.add_argument_group("what").add_argument
-    add("--checkpoint", metavar="FILE", default="runs",
-        help="any file convert_weights.py reads, a URL, a work directory (the checkpoint with the "
-        "best validation), or a folder of these (the newest; default: runs)")
-    add("--data", metavar="DIR",
-        help=f"data set, or toy (default: what the checkpoint was trained on, else {DEFAULT_ROOT})")
-    add("--split", default="validation",
-        help="images/SPLIT and annotations/SPLIT (default: validation)")
-    add("--image", metavar="FILE_OR_DIR",
-        help="label these pictures instead; needs --show or --save-labels")
-
-    add = parser.add_argument_group("how").add_argument
-    add("--scales", type=parse_scales, default=(1.0,), metavar="S,S,...",
-        help="sizes relative to (2048, 512); 0.5,...,1.75 means steps of 0.25 (default: 1)")
-    add("--flip", action="store_true",
-        help="add the mirrored picture at every scale")
-    add("--short-side", type=POSITIVE, metavar="PIXELS",
-        help="of pictures at scale 1 (default: as trained, else 512)")
-    add("--slide", type=POSITIVE, metavar="PIXELS",
-        help="label square windows of this side instead of whole pictures, e.g. 512")
-    add("--stride", type=POSITIVE, metavar="PIXELS",
-        help="from one window to the next, e.g. 341")
-    add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help="auto (default): bfloat16 if in hardware, else float32")
-    add("--workers", type=COUNT, default=2,
-        help="processes that read pictures (default: 2)")
-    add("--compile", action="store_true",
-        help="torch.compile the model: a minute at each new size of pictures, then faster")
-    add("--dry-run", action="store_true",
-        help="load the checkpoint, look at the data, print the plan or what is missing")
-
-    add = parser.add_argument_group("results").add_argument
-    add("--json", metavar="FILE", help="write scores and protocol")
-    add("--save-labels", metavar="DIR",
-        help="write one png a picture, with the values of the data set's own label files")
-    add("--show", metavar="DIR",
-        help="write one sheet a picture: picture, truth, prediction, legend; or an overlay")
-    add("--inside", action="store_true", help="one more sheet a picture: attention, maps, ...")
-    add("--at", nargs=2, type=RATE, metavar=("X", "Y"),
-        help="the place whose attention it shows, in parts of width and height (default: 0.5 0.5)")
-    add("--opacity", type=FACTOR, default=0.6,
-        help="of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
-    return parser
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments. What cannot be met together is refused here."""
-    parser = options()
-    args = parser.parse_args(argv)
-    if (args.slide or 0) < (args.stride or 0) or (args.slide and not args.stride):
-        parser.error("--slide needs a --stride, of as many pixels or fewer")
-    if args.image and not (args.show or args.save_labels):
-        parser.error("--image needs --show DIR or --save-labels DIR, or nothing would come out")
-    if args.inside and not args.show:
-        parser.error("--inside needs --show DIR, the folder of its sheets")
-    if args.at and not args.inside:
-        parser.error("--at is a place that --inside looks at, add --inside")
-    if args.image and args.json:
-        parser.error("--json holds scores, and --image has no labels to score with")
-    return args
-
-
-def find_checkpoints(folder: str) -> list[str]:
-    """The checkpoint_*.pt in a work directory and in those below it, the last written first."""
-    here = escape(folder)  # a name may hold what glob takes for a pattern
-    found = glob(os.path.join(here, "checkpoint_*.pt"))
-    found += glob(os.path.join(here, "*", "checkpoint_*.pt"))
-    return sorted(found, key=os.path.getmtime, reverse=True)
-
-
-def checkpoints(folder: str) -> list[str]:
-    """The same; UsageError if there is none."""
-    found = find_checkpoints(folder)
-    if not found:
-        raise UsageError(
-            f"{folder}: no checkpoint_*.pt in it, train one with `python train.py --data toy` or "
-            "name a file with --checkpoint"
-        )
-    return found
-
-
-def choose_checkpoint(folder: str) -> tuple[str, str]:
-    """-> (path, why). Of a work directory the checkpoint with the best validation, as its log says;
-    where there was none, and of a folder of work directories, the newest."""
-    found = checkpoints(folder)
-    scored = {}
-    log = os.path.join(folder, "log.jsonl")
-    if os.path.exists(log):
-        try:
-            with open(log) as file:
-                entries = [json.loads(line) for line in file]
-        except ValueError:
-            raise UsageError(f"{log}: a line of it is damaged, name a file of {folder}") from None
-        for entry in entries:
-            path = os.path.join(folder, f"checkpoint_{entry['iteration']}.pt")
-            if path in found and entry.get("mIoU") is not None:
-                scored[path] = entry["mIoU"]
-
-    if not scored:
-        return found[0], "the newest"
-    best = max(scored, key=scored.get)
-    return best, f"the best of its run, mIoU {scored[best]:.2f}"
-
-
-def load_model(path: str) -> tuple[nn.Module, dict]:
-    """The model a checkpoint describes, with its weights, on the CPU, in eval mode. -> (model,
-    facts)"""
-    state_dict, facts = load_weights(path)
-    if facts["neck"] is None:
-        raise UsageError(
-            f"{path}: a {facts['kind']} has no segmentation head to evaluate, train it first with "
-            "`python train.py --pretrained FILE`"
-        )
-
-    with torch.device("meta"):  # no initialisation: load_into sets every value, or fails
-        model = build_model(facts["arch"], facts["neck"], facts["num_classes"])
-    load_into(model.to_empty(device="cpu"), state_dict, facts)
-    return model.eval(), facts
-
-
-def known_classes(facts: dict) -> Classes:
-    """What a checkpoint was trained on: as it says itself, or ADE20K, or numbers for names."""
-    if "classes" in facts:
-        return Classes(*facts["classes"])
-    n = facts["num_classes"]
-    if n == len(Classes().names):
-        return Classes()
-    names = tuple(f"class {k}" for k in range(n))
-    return Classes(names, (Classes().palette * 2)[:n])
-
-
-def check_classes(path: str, facts: dict, root: str, there: tuple[str, ...]) -> None:
-    """UsageError if the checkpoint in path knows other classes than the data in root has; where it
-    knows no names, another number of them."""
-    known = known_classes(facts).names
-    if "classes" not in facts and len(known) == len(there):
-        return
-    if known != there:
-        raise UsageError(
-            f"{path}: knows {len(known)} classes ({', '.join(known[:3])}, ...), {root} has "
-            f"{len(there)} ({', '.join(there[:3])}, ...): train on that data first"
-        )
-
-
-def find_pictures(path: str) -> list[tuple[str, None]]:
-    """(path, no label) of one picture, or of all files in a folder but hidden ones."""
-    if not os.path.isdir(path):
-        return [(path, None)]
-    names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-    files = [os.path.join(path, name) for name in names]
-    pairs = [(file, None) for file in files if os.path.isfile(file)]
-    if not pairs:
-        raise DataError(f"{path}: holds no files")
-    return pairs
-
-
-def protocol(args: argparse.Namespace) -> dict:
-    """What scores depend on."""
-    names = ("checkpoint", "data", "split", "scales", "flip", "short_side")
-    return {name: getattr(args, name) for name in (*names, "slide", "stride", "dtype")}
-
-
-def plan(args: argparse.Namespace, device: torch.device, say: Callable) -> tuple:
-    """Fill in what the command line leaves to the checkpoint and the machine, and say it. -> (model
-    on the CPU, pairs, classes)"""
-    if os.path.isdir(args.checkpoint) or args.checkpoint == "runs":
-        args.checkpoint, why = choose_checkpoint(args.checkpoint)
-        say(f"{args.checkpoint}: {why}")
-    model, facts = load_model(args.checkpoint)
-    say(f"{args.checkpoint}: {describe(facts)}")
-
-    trained = facts.get("args", {})  # of our own checkpoints
-    args.data = args.data or trained.get("data", DEFAULT_ROOT)
-    args.short_side = args.short_side or trained.get("short_side", 512)
-    args.dtype = str(choose_dtype(args.dtype, device)).removeprefix("torch.")
-
-    if args.image:
-        pairs = find_pictures(args.image)
-        classes = known_classes(facts)
-    else:
-        root = data_root(args.data)
-        classes = read_classes(root)
-        check_classes(args.checkpoint, facts, root, classes.names)
-        pairs = find_pairs(root, args.split)
-
-    how = ", ".join(f"{name} {value}" for name, value in protocol(args).items())
-    say(f"{args.image or args.data}: {len(pairs)} pictures on {device.type}; {how}")
-    return model, pairs, classes
-
-
-def destination(folder: str, path: str, suffix: str = ".png") -> str:
-    """Where the result for the picture in path goes."""
-    stem = os.path.splitext(os.path.basename(path))[0]
-    return os.path.join(folder, stem + suffix)
-
-
-def file_id(path: str) -> tuple | str:
-    """Equal for all paths of one file, however they are written, links among them."""
-    path = os.path.realpath(path)  # (without x/.., which the making of x may bring to life)
-    if os.path.exists(path):
-        status = os.stat(path)
-        return status.st_dev, status.st_ino
-    return os.path.normcase(path)
-
-
-def refuse_overwriting(args: argparse.Namespace, pairs: list) -> None:
-    """UsageError where an output would replace a file that is read, or another output."""
-    inputs = [args.checkpoint, os.path.join(args.data, "classes.txt")]
-    inputs += [path for pair in pairs for path in pair if path]
-    read = {file_id(path): path for path in inputs}
-
-    folders = [folder for folder in (args.save_labels, args.show) if folder]
-    outputs = [(destination(folder, path), path) for folder in folders for path, _ in pairs]
-    if args.inside:
-        outputs += [(destination(args.show, path, INSIDE), path) for path, _ in pairs]
-    if args.json:
-        outputs.append((args.json, "the scores"))
-
-    written = {}
-    for output, source in outputs:
-        key = file_id(output)
-        if key in read:
-            raise UsageError(f"{output} would replace {read[key]}, which is read: write elsewhere")
-        if key in written:
-            raise UsageError(
-                f"{output} would hold both what is made of {written[key]} and of {source}: "
-                "write to another folder, or rename one of them"
-            )
-        written[key] = source
-
-
-def open_outputs(args: argparse.Namespace, rank: int) -> None:
-    """Make the folders and try to write the scores: an error comes now, not after an hour."""
-    for folder in (args.show, args.save_labels, os.path.dirname(args.json or "")):
-        os.makedirs(folder or ".", exist_ok=True)
-    if args.json and rank == 0:
-        open(args.json, "a").close()  # what is in it stays until there is more to write
-
-
-def write(args: argparse.Namespace, classes: Classes, path: str, image, label, prediction) -> None:
-    """Save what is asked for of one picture, as evaluate() gives it."""
-    if args.save_labels:
-        values = prediction
-        if classes.ignored_colours is not None:
-            values = np.uint8(classes.palette)[prediction]  # (H, W, 3): label files in colour
-        elif classes.zero_ignored:
-            values = prediction + 1
-        Image.fromarray(values).save(destination(args.save_labels, path))
-    if args.show:
-        drawn = sheet([(image, label, prediction)], classes, args.opacity)
-        drawn.save(destination(args.show, path))
-
-
-def write_inside(args: argparse.Namespace, model: Segmenter, classes: Classes, picture) -> None:
-    """The same with --inside, which looks into the model too."""
-    path, image, _, prediction = picture
-    if args.inside:
-        how = (args.at or (0.5, 0.5), args.short_side, DTYPES[args.dtype])
-        drawn = look_inside(model, image, prediction, classes, *how)
-        drawn.save(destination(args.show, path, INSIDE))
-
-
-def report(args: argparse.Namespace, classes: Classes, matrix: np.ndarray, images: int) -> None:
-    """Print the scores and what was written, and write the scores."""
-    for folder in (args.show, args.save_labels):
-        if folder:
-            print(f"{folder}: {images} files written")
-    if args.inside:
-        print(f"{args.show}: {images} more, *{INSIDE}")
-    if args.image:
-        return
-
-    result = scores(matrix)
-    print(table(result, classes.names))
-    if args.json:
-        result["classes"] = classes.names
-        result["confusion"] = matrix.tolist()  # row: the true class, column: the predicted one
-        result["protocol"] = protocol(args) | {"images": images}
-        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
-        with open(args.json, "w") as file:
-            file.write("{" + ",\n ".join(lines) + "}\n")
-
-
-def silent(*words) -> None:
-    """What processes but the first say."""
-
-
-def run(args: argparse.Namespace) -> None:
-    """Plan, label, report; what the command line says, on every process."""
-    rank, world, device = setup_processes()
-    say = partial(print, flush=True) if rank == 0 else silent
-    checkpoint, _ = split_choice(args.checkpoint)
-    paths = {checkpoint, args.image or args.data} - {None, "toy"}
-    missing = sorted(path for path in paths if not os.path.exists(path))
-    if args.dry_run and missing:
-        say(f"{missing[0]}: not there yet, the rest of the command is in order")
-        return
-
-    if rank == 0:
-        local_path(checkpoint)  # one process fetches what lies behind a URL
-    if world > 1:
-        dist.barrier()
-    model, pairs, classes = plan(args, device, say)
-    refuse_overwriting(args, pairs)
-    if args.dry_run:
-        return
-
-    open_outputs(args, rank)
-    slide = (args.slide, args.stride) if args.slide else None
-    dtype = DTYPES[args.dtype]
-    how = dict(scales=args.scales, flip=args.flip, short=args.short_side, dtype=dtype, slide=slide)
-    model = prepare(model, device, dtype, args.compile)
-    matrix = np.zeros((len(classes.names), len(classes.names)), np.int64)
-    faults = [] if os.path.isdir(args.image or "") else None  # one bad picture ends no folder
-
-    started = time.monotonic()
-    parts = (model, pairs, classes, matrix, rank, world, args.workers, faults)
-    for _, *picture in evaluate(*parts, **how):
-        write(args, classes, *picture)
-        write_inside(args, model, classes, picture)
-
-    gathered = [faults] * world
-    if world > 1:
-        dist.all_gather_object(gathered, faults)
-    end_processes(world)
-    faults = [fault for part in gathered for fault in part or ()]
-
-    if rank == 0:
-        images = len(pairs) - len(faults)
-        rate = images / (time.monotonic() - started)
-        progress(f"{images} pictures, {rate:.2f} a second", started, done=True)
-        report(args, classes, matrix, images)
-        for fault in faults:
-            print(f"not labelled: {fault}", file=sys.stderr)
-    if faults:
-        sys.exit(1)
-
-
-@contextmanager
-def errors_in_one_sentence() -> Iterator[None]:
-    """What the user can mend ends the program with its one sentence and code 2, without a
-    traceback."""
-    try:
-        yield
-    except (DataError, WeightsError, UsageError, OSError, RuntimeError) as error:
-        # A loader's process wraps the sentence in its traceback: keep the sentence.
-        sentence = str(error).rsplit("DataError: ", 1)[-1].strip()
-        if re.search("Bus error|shared memory|</torch_", sentence):
-            sentence = (
-                "too little shared memory (/dev/shm) for the loader's processes to hand over their "
-                "pictures: use --workers 0, or start the container with --shm-size 8g"
-            )
-        elif isinstance(error, RuntimeError):
-            raise
-        print(f"error: {sentence}", file=sys.stderr)
-        sys.exit(2)
-
-
-def main() -> None:
-    args = parse()
-    with errors_in_one_sentence():
-        run(args)
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -1161,13 +1168,6 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
-def end_processes(world: int) -> None:
-    """Leave together: nobody may go while another is still talking to it."""
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 def libc(name: str) -> Callable:
     """A function of the C library; where there is none of this name, one that does nothing."""
     try:
@@ -1210,6 +1210,13 @@ def kill_workers() -> None:
     for child in active_children():
         if child.daemon:
             child.kill()
+
+
+def leave_processes(world: int) -> None:
+    """At the end, together: nobody leaves while another may still be talking to it."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

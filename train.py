@@ -73,10 +73,10 @@ from evaluate import (
     checkpoints,
     choose_dtype,
     curves,
-    end_processes,
     errors_in_one_sentence,
     evaluate,
     find_checkpoints,
+    leave_processes,
     memory_format,
     prepare,
     scores,
@@ -754,7 +754,7 @@ def finish(run: Run) -> None:
     if run.args.data == "toy":
         run.say(AFTER_TOY)
 
-    end_processes(run.world)
+    leave_processes(run.world)
 
 
 def write_or_warn(path: str, write: Callable) -> bool:

@@ -47,9 +47,9 @@ AUX_WEIGHT = 0.4  # of the auxiliary head's loss (PSPNet, section 5.2)
 # an axis multiplies into its matrix. What reads pixel by pixel can take a few rows of My at once:
 # - a 3x3 convolution of an upsampled map, which neck and head consist of, is a product of channels
 #   and three shifts along each axis (conv3x3_of_resized);
-# - two resizings in a row are one, whose matrix is the product of both (evaluate.label_pixels);
+# - two resizings in a row are one, whose matrix is the product of both (evaluate.resized_rows);
 # - the loss and the prediction, which want the logits at the picture's size, never hold them as a
-#   whole (UpsampledCrossEntropy, evaluate.label_pixels).
+#   whole (UpsampledCrossEntropy, evaluate.resized_rows).
 
 
 def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 reference's own environment) both make them here, so only the reference's answers have to be stored.
 numpy only; RandomState's stream is frozen."""
 
+import math
 from zlib import crc32
 
 import numpy as np
@@ -19,7 +20,14 @@ PAIRS = [
     ("deit_b16", "ln_mln"),
 ]
 SMALL = dict(
-    width=96, depth=4, heads=3, patch=16, grid=32, channels=32, drop_path=0.0, drop_path_ln=0.0
+    width=96,
+    depth=4,
+    heads=3,
+    patch=16,
+    grid=32,
+    channels=32,
+    drop_path=0.0,
+    drop_path_ln=0.0,
 )
 SIZES = [(512, 512), (300, 401), (97, 131)]
 
@@ -29,13 +37,19 @@ def weight(name, shape):
     about unit gain."""
     r = np.random.RandomState(crc32(name.encode()))
     u = r.random_sample(shape) - 0.5
+
     if name.endswith("num_batches_tracked"):
         return np.zeros(shape, np.int64)
     if name.endswith("running_var"):
         return (1 + u).astype(np.float32)
+
     if len(shape) == 1:
-        return ((1 if name.endswith("weight") else 0) + 0.4 * u).astype(np.float32)
-    gain = 1.0 if "token" in name or "pos_embed" in name else 1.4 / np.sqrt(np.prod(shape[1:]))
+        centre = 1 if name.endswith("weight") else 0
+        return (centre + 0.4 * u).astype(np.float32)
+
+    gain = 1.0
+    if "token" not in name and "pos_embed" not in name:
+        gain = 1.4 / np.sqrt(np.prod(shape[1:]))
     return (gain * np.sqrt(12) * u).astype(np.float32)
 
 
@@ -48,24 +62,30 @@ def image(height, width, batch=1, seed=0):
     """(batch, 3, height, width) float32, normalised: broad waves of colour and some noise."""
     r = np.random.RandomState(seed)
     y, x = np.mgrid[0:height, 0:width] / 64.0
+
     out = np.empty((batch, 3, height, width))
     for b in range(batch):
         for c in range(3):
             fy, fx, phase = r.uniform(0.3, 2, 3)
-            out[b, c] = (
-                np.sin(fy * y + phase)
-                + np.cos(fx * x * (1 + b))
-                + 0.3 * r.standard_normal((height, width))
-            )
+            down = np.sin(fy * y + phase)
+            across = np.cos(fx * x * (1 + b))
+            noise = r.standard_normal((height, width))
+            out[b, c] = down + across + 0.3 * noise
     return out.astype(np.float32)
 
 
 def labels(height, width, batch=1, seed=0):
     """(batch, height, width) int64: blocks of classes 0..149, one block in nine ignored (255)."""
     r = np.random.RandomState(100 + seed)
-    blocks = r.randint(0, 150, (batch, -(-height // 24), -(-width // 24)))
-    blocks[r.random_sample(blocks.shape) < 1 / 9] = 255
-    return blocks.repeat(24, 1).repeat(24, 2)[:, :height, :width]
+    rows = math.ceil(height / 24)
+    columns = math.ceil(width / 24)
+
+    blocks = r.randint(0, 150, (batch, rows, columns))
+    ignored = r.random_sample(blocks.shape) < 1 / 9
+    blocks[ignored] = 255
+
+    pixels = blocks.repeat(24, 1).repeat(24, 2)
+    return pixels[:, :height, :width]
 
 
 def picture(height=90, width=128, seed=0):
@@ -75,14 +95,19 @@ def picture(height=90, width=128, seed=0):
     r = np.random.RandomState(seed)
     noise = r.randint(0, 256, (height, width, 3))
     y, x = np.mgrid[0:height, 0:width]
-    smooth = np.stack(
-        [x * 255 // (width - 1), y * 255 // (height - 1), (x + y) * 255 // (height + width - 2)],
-        axis=2,
-    )
-    return np.where((x < width // 2)[:, :, None], noise, smooth).astype(np.uint8)
+
+    red = x * 255 // (width - 1)
+    green = y * 255 // (height - 1)
+    blue = (x + y) * 255 // (height + width - 2)
+    smooth = np.stack([red, green, blue], axis=2)
+
+    left = x < width // 2
+    mixed = np.where(left[:, :, None], noise, smooth)
+    return mixed.astype(np.uint8)
 
 
 def samples(array, count=256):
     """`count` values spread evenly over a flattened array."""
     flat = np.asarray(array).reshape(-1)
-    return flat[np.linspace(0, flat.size - 1, count).astype(int)]
+    places = np.linspace(0, flat.size - 1, count)
+    return flat[places.astype(int)]

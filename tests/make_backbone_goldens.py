@@ -67,6 +67,7 @@ def through_transformers():
         image_size=SIZE,
         layer_norm_eps=1e-6,
     )
+
     for name, kind, config, extra in (
         ("transformers", t.ViTForImageClassification, vit, 1),
         ("transformers_dinov2", t.Dinov2Model, t.Dinov2Config(**sizes), 1),

@@ -37,10 +37,12 @@ def filled(model, dropout=True):
     model.load_state_dict(
         {k: torch.from_numpy(np.asarray(v)) for k, v in fill(model.state_dict()).items()}
     )
+
     if not dropout:
         for module in model.modules():
             if type(module).__name__ in ("DropPath", "Dropout2d", "Dropout"):
                 module.p = module.drop_prob = 0.0
+
     return model
 
 
@@ -93,16 +95,20 @@ def models():
             "keys": np.array(list(model.state_dict())),
         }
         model.eval()
+
         with torch.no_grad():
             for h, w in SIZES:
                 logits = model.encode_decode(torch.from_numpy(image(h, w)), None)
                 out[f"logits_{h}x{w}"] = samples(logits)
                 out[f"max_{h}x{w}"] = logits.abs().max()
+
         model.train()
+
         with torch.no_grad():
             out["loss"] = np.array(
                 [x.item() for x in losses(model, image(97, 131, batch=4), labels(97, 131, batch=4))]
             )
+
         # Gradients in float64: in float32 an activation within rounding of 0 is on either side of
         # its ReLU by chance.
         filled(model.double(), dropout=False)
@@ -129,17 +135,21 @@ def optimizers():
                 os.path.join(mmseg017.CONFIG_DIR, "../_base_/schedules/schedule_160k.py")
             )
             cfg.optimizer, cfg.lr_config = schedule.optimizer, schedule.lr_config
+
         optimizer = build_optimizer(model, cfg.optimizer)
         hook_args = {k: v for k, v in cfg.lr_config.items() if k not in ("policy", "_delete_")}
         hook = PolyLrUpdaterHook(**hook_args)
         runner = types.SimpleNamespace(optimizer=optimizer, iter=0, max_iters=160000)
         hook.before_run(runner)
+
         rates = []
         for runner.iter in (0, 1, 749, 1499, 1500, 80000, 159999):
             hook.before_train_iter(runner)
             rates.append(optimizer.param_groups[0]["lr"])
+
         out[f"{name}_lr"] = np.array(rates)
         before = {k: p.detach().clone() for k, p in model.named_parameters()}
+
         for runner.iter in range(1500, 1504):
             hook.before_train_iter(runner)
             optimizer.zero_grad()
@@ -147,12 +157,14 @@ def optimizers():
                 0
             ].backward()
             optimizer.step()
+
         after = dict(model.named_parameters())
         out[f"{name}_weights"] = np.stack([samples(p.detach(), 32) for p in after.values()]).astype(
             np.float32
         )
         out[f"{name}_moved"] = np.array([(after[k] - before[k]).abs().max().item() for k in after])
         out["names"] = np.array(list(after))
+
     store("optimizers", **out)
 
 
@@ -166,11 +178,13 @@ def positions():
     model = filled(mmseg017.build_segmentor(cfg.model)).eval()
 
     out = {"pos_embed": np.array(model.backbone.pos_embed.shape)}
+
     with torch.no_grad():
         for h, w in ((224, 224), (97, 131)):
             logits = model.encode_decode(torch.from_numpy(image(h, w)), None)
             out[f"logits_{h}x{w}"] = samples(logits)
             out[f"max_{h}x{w}"] = logits.abs().max()
+
     store("positions", **out)
 
 
@@ -206,6 +220,7 @@ def backbones():
                 shape,
                 shape[:1],
             )
+
     timm = {
         k: torch.from_numpy(v) for k, v in fill({k: np.empty(s) for k, s in shapes.items()}).items()
     }
@@ -250,6 +265,7 @@ def transforms():
         [step for step in pipeline[2:-2] if step.type not in ("PhotoMetricDistortion", "Normalize")]
     )
     distort = Compose([step for step in pipeline if step.type == "PhotoMetricDistortion"])
+
     for i, (path, label_path) in enumerate(pairs("training")):
         for seed in (0, 1, 2):
             loaded = load(path, label_path, cfg)
@@ -265,11 +281,13 @@ def transforms():
             out[key + "_next"] = (
                 np.random.random_sample()
             )  # the stream stands where the reference left it
+
     for seed in range(24):
         np.random.seed(seed)
         out[f"distort_{seed}"] = distort(dict(img=picture(seed=seed)[:, :, ::-1].copy()))["img"][
             ::5, ::5, ::-1
         ]
+
     for path, _ in [*pairs("training"), *pairs("validation")]:
         for ratio in (0.5, 1.0, 1.75):
             step = Compose([dict(type="LoadImageFromFile"), dict(type="Resize", keep_ratio=True)])
@@ -284,6 +302,7 @@ def transforms():
             out[key], out[key + "_size"] = done["img"][:, :, ::-1].reshape(-1, 3)[::797], np.array(
                 done["img"].shape[:2]
             )
+
     store("transforms", **out)
 
 
@@ -293,6 +312,7 @@ def evaluation():
     model, cfg = build_small("mln")
     filled(model).eval()
     out, areas = {}, []
+
     for path, label_path in pairs("validation"):
         key = os.path.basename(path)[:-4]
         for mode in ("single", "multi"):
@@ -307,10 +327,12 @@ def evaluation():
                 result = model.forward_test(imgs, metas)[0]
             out[f"{key}_{mode}"] = result[::3, ::3].astype(np.uint8)
             print(key, mode, len(np.unique(result)), flush=True)
+
         label = load(path, label_path, cfg)["gt_semantic_seg"]
         guess = np.roll(label, 9, axis=1)  # a prediction that is right in the middle of things
         guess[guess == 255] = 3
         areas.append(intersect_and_union(guess, label, 150, 255))
+
     metrics = pre_eval_to_metrics(areas, ["mIoU"])
     store("evaluation", IoU=metrics["IoU"], Acc=metrics["Acc"], aAcc=metrics["aAcc"], **out)
 
@@ -322,6 +344,7 @@ def slide():
     filled(model).eval()
     crop = dict(mode="slide", crop_size=(512, 512), stride=(341, 341))
     model.test_cfg = mmseg017.Config(crop)
+
     out = {}
     for path, _ in pairs("validation"):
         for mode, ratios in (("single", [1.0]), ("multi", [0.75, 1.25])):
@@ -336,6 +359,7 @@ def slide():
             key = f"{os.path.basename(path)[:-4]}_{mode}"
             out[key] = result[::3, ::3].astype(np.uint8)
             print(key, imgs[0].shape, len(np.unique(result)), flush=True)
+
     store("slide", **out)
 
 

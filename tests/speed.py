@@ -95,14 +95,18 @@ def ours(what, arch, neck, size, batch, dtype, pairs):
         samples = ade20k.TrainSet(pairs, seed=0)
         count = 4 * len(pairs)
         return lambda: [samples[k] for k in range(count)], count, None
+
     model = evaluate.prepare(build_model(arch, neck), device, dtype, False)
     if what == "training":
         flops = batch * count_flops(arch, neck, size, size, training=True)
         return training_step(model, size, batch, device, dtype), batch, flops
+
     model.eval()
     if what == "multi-scale":
         image = ade20k.load_image(pairs[0][0])
         return lambda: evaluate.predict(model, image, SCALES, True, dtype=dtype), 1, None
+
+    flops = count_flops(arch, neck, size, size)
     if what == "head":  # a batch, to logits at the head's size
         x = torch.randn(batch, 3, size, size, device=device)
 
@@ -110,13 +114,11 @@ def ours(what, arch, neck, size, batch, dtype, pairs):
             with torch.inference_mode():
                 evaluate.view_logits(model, x, dtype)
 
-        return forward, batch, batch * count_flops(arch, neck, size, size)
-    image = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+        return forward, batch, batch * flops
 
-    def label():
-        evaluate.predict(model, image, short=size, dtype=dtype)
-
-    return label, 1, count_flops(arch, neck, size, size)
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (size, size, 3), np.uint8)
+    return lambda: evaluate.predict(model, image, short=size, dtype=dtype), 1, flops
 
 
 class Absent(types.ModuleType):
@@ -137,68 +139,108 @@ def plain_batch_norm(node):
     return node
 
 
-def theirs(what, arch, neck, size, batch, pairs):
-    """-> (a function in which mmsegmentation does the work once, on how many pictures)"""
+def their_config(arch, neck):
+    """mmsegmentation's config of a published pair, and all that it names ready to be built."""
     warnings.filterwarnings("ignore")
     sys.modules.setdefault("mmcv.ops", Absent("mmcv.ops"))
     import mmseg
-    from mmcv.transforms import Compose
-    from mmengine.config import Config, ConfigDict
-    from mmengine.dataset import pseudo_collate
-    from mmengine.optim import build_optim_wrapper
+    from mmengine.config import Config
     from mmengine.registry import init_default_scope
-    from mmengine.structures import PixelData
-    from mmseg.models import SegTTAModel
-    from mmseg.registry import MODELS
-    from mmseg.structures import SegDataSample
     from mmseg.utils import register_all_modules
 
     logging.disable(logging.WARNING)
     register_all_modules()
     init_default_scope("mmseg")
-    neck = {"none": "_upernet", "mln": "_mln_upernet"}[neck]
-    name = f"vit_{arch.replace('_', '-')}{neck}_8xb2-160k_ade20k-512x512.py"
+
+    middle = {"none": "_upernet", "mln": "_mln_upernet"}[neck]
+    name = f"vit_{arch.replace('_', '-')}{middle}_8xb2-160k_ade20k-512x512.py"
     folder = os.path.join(os.path.dirname(mmseg.__file__), ".mim/configs/vit")
-    cfg = Config.fromfile(os.path.join(folder, name))
-    sample = [
-        dict(img_path=a, seg_map_path=b, reduce_zero_label=True, label_map=None, seg_fields=[])
-        for a, b in pairs
-    ]
+    return Config.fromfile(os.path.join(folder, name))
+
+
+def theirs(what, arch, neck, size, batch, pairs):
+    """-> (a function in which mmsegmentation does the work once, on how many pictures)"""
+    cfg = their_config(arch, neck)
+    samples = []
+    for image_path, label_path in pairs:
+        sample = dict(img_path=image_path, seg_map_path=label_path, seg_fields=[])
+        samples.append(sample | dict(reduce_zero_label=True, label_map=None))
+
     if what == "data":
-        import cv2
+        return their_transforms(cfg, samples * 4), 4 * len(samples)
 
-        cv2.setNumThreads(1)
-        pipeline = Compose(cfg.train_pipeline)
-        return lambda: [pipeline(dict(x)) for x in sample * 4], 4 * len(sample)
+    from mmengine.config import ConfigDict
+    from mmseg.registry import MODELS
 
-    model = MODELS.build(ConfigDict(plain_batch_norm(cfg.model.to_dict() | {"pretrained": None})))
-    rng = np.random.default_rng(0)
-    picture = torch.from_numpy(rng.integers(0, 256, (3, size, size), np.uint8))
+    settings = cfg.model.to_dict() | {"pretrained": None}
+    model = MODELS.build(ConfigDict(plain_batch_norm(settings)))
     if what == "training":
-        optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
-        label = PixelData(data=torch.from_numpy(rng.integers(0, 150, (1, size, size))))
-        meta = dict(img_shape=(size, size))
-        samples = [SegDataSample(gt_sem_seg=label, metainfo=meta) for _ in range(batch)]
-        data = dict(inputs=[picture] * batch, data_samples=samples)
-        return lambda: model.train_step(data, optimizer), batch
+        return their_training_step(model, cfg, size, batch), batch
 
     model.eval()
     if what == "multi-scale":
-        tester, pipeline = SegTTAModel(module=model).eval(), Compose(cfg.tta_pipeline)
+        return their_multi_scale(model, cfg, samples[0]), 1
+    return their_inference(model, size), 1
 
-        def many():
-            with torch.no_grad():
-                tester.test_step(pseudo_collate([pipeline(dict(sample[0]))]))
 
-        return many, 1
+def their_transforms(cfg, samples):
+    """-> a function that reads and augments training pictures."""
+    import cv2
+    from mmcv.transforms import Compose
+
+    cv2.setNumThreads(1)
+    pipeline = Compose(cfg.train_pipeline)
+    return lambda: [pipeline(dict(sample)) for sample in samples]
+
+
+def their_training_step(model, cfg, size, batch):
+    """-> a function that takes one step on random pictures."""
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    rng = np.random.default_rng(0)
+    picture = torch.from_numpy(rng.integers(0, 256, (3, size, size), np.uint8))
+    label = PixelData(data=torch.from_numpy(rng.integers(0, 150, (1, size, size))))
+
+    meta = dict(img_shape=(size, size))
+    samples = [SegDataSample(gt_sem_seg=label, metainfo=meta) for _ in range(batch)]
+    data = dict(inputs=[picture] * batch, data_samples=samples)
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
+    return lambda: model.train_step(data, optimizer)
+
+
+def their_multi_scale(model, cfg, sample):
+    """-> a function that labels one picture at six scales, flipped and not."""
+    from mmcv.transforms import Compose
+    from mmengine.dataset import pseudo_collate
+    from mmseg.models import SegTTAModel
+
+    tester = SegTTAModel(module=model).eval()
+    pipeline = Compose(cfg.tta_pipeline)
+
+    def label():
+        views = pipeline(dict(sample))
+        with torch.no_grad():
+            tester.test_step(pseudo_collate([views]))
+
+    return label
+
+
+def their_inference(model, size):
+    """-> a function that labels one random picture."""
+    from mmseg.structures import SegDataSample
+
+    rng = np.random.default_rng(0)
+    picture = torch.from_numpy(rng.integers(0, 256, (3, size, size), np.uint8))
     meta = dict(ori_shape=(size, size), img_shape=(size, size), pad_shape=(size, size))
 
-    def one():
+    def label():
+        samples = [SegDataSample(metainfo=meta)]
         with torch.no_grad():
-            samples = [SegDataSample(metainfo=meta)]
             model.test_step(dict(inputs=[picture], data_samples=samples))
 
-    return one, 1
+    return label
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -296,27 +338,39 @@ def models(args):
     pairs = PAIRS
     if args.arch or args.neck:
         pairs = [(args.arch or "deit_s16", args.neck or "none")]
+
     for what, batch in (("inference", 1), ("training", 2)):
         header(what, "GFLOP", "seconds", "pictures a second", "MB", "of peak")
         for arch, neck in pairs:
             f = figure(args, what, arch, neck, args.size, batch)
-            speed = f"{f['pictures'] / f['seconds']:.2f}"
-            cells = (f"{f['flops'] / 1e9:.0f}", f"{f['seconds']:.3f}", speed, f"{f['peak']:.0f}")
-            row(f"{arch} {neck}", *cells, of_peak(f))
+            cells = [
+                f"{f['flops'] / 1e9:.0f}",
+                f"{f['seconds']:.3f}",
+                f"{f['pictures'] / f['seconds']:.2f}",
+                f"{f['peak']:.0f}",
+                of_peak(f),
+            ]
+            row(f"{arch} {neck}", *cells)
         print()
+
     rate = f"matrix products at {f['rate'] / 1e9:.0f} GFLOP/s"
-    print(f"{f['device']}, {f['threads']} threads, {f['dtype']}, {rate}; {args.size}x{args.size}")
+    machine = f"{f['device']}, {f['threads']} threads, {f['dtype']}"
+    print(f"{machine}, {rate}; {args.size}x{args.size}")
 
 
 def scaling(args):
     """Time against the picture's area and against the batch."""
+    arch = args.arch or "deit_s16"
+    neck = args.neck or "none"
     header("", "inference, s", "of peak", "training, s", "of peak")
-    sizes = [(size, 2) for size in (256, 512, 768, 1024)] + [(256, batch) for batch in (1, 4, 8)]
+
+    sizes = [(size, 2) for size in (256, 512, 768, 1024)]
+    sizes += [(256, batch) for batch in (1, 4, 8)]
     for size, batch in sizes:
-        f = figure(args, "head", args.arch or "deit_s16", args.neck or "none", size, batch)
+        f = figure(args, "head", arch, neck, size, batch)
         cells = [f"{f['seconds']:.3f}", of_peak(f), "", ""]
         if batch > 1:  # BatchNorm
-            f = figure(args, "training", args.arch or "deit_s16", args.neck or "none", size, batch)
+            f = figure(args, "training", arch, neck, size, batch)
             cells[2:] = [f"{f['seconds']:.3f}", of_peak(f)]
         row(f"{batch} of {size}x{size}", *cells)
 
@@ -332,22 +386,36 @@ def peers(args):
     """Beside mmsegmentation 1.2.2."""
     items = [("inference", *pair, 512, 1) for pair in PEER_PAIRS]
     items += [("training", *pair, 512, 2) for pair in PEER_PAIRS]
-    items += [("multi-scale", "deit_s16", "mln", 512, 1), ("data", "deit_s16", "none", 512, 1)]
-    sides = [("theirs", "float32"), ("ours", "float32"), ("ours", args.dtype)]
+    items.append(("multi-scale", "deit_s16", "mln", 512, 1))
+    items.append(("data", "deit_s16", "none", 512, 1))
     header("seconds", "mmsegmentation 1.2.2", "float32", "times", args.dtype, "times", "peak MB")
+
     for item in items:
-        best = [None, None, None]
-        for _ in range(2):
-            for k, (side, dtype) in enumerate(sides):
-                f = figure(args, *item, side=side, dtype=dtype)
-                if best[k] is None or f["seconds"] < best[k]["seconds"]:
-                    best[k] = f
+        best = fastest_of_two(args, item)
         there, exact, fast = (f["seconds"] / f["pictures"] for f in best)
-        times = [f"{there / here:.2f}" for here in (exact, fast)]
         memory = " / ".join(f"{f['peak']:.0f}" for f in best)
-        cells = (f"{there:.4g}", f"{exact:.4g}", times[0], f"{fast:.4g}", times[1], memory)
+        cells = [
+            f"{there:.4g}",
+            f"{exact:.4g}",
+            f"{there / exact:.2f}",
+            f"{fast:.4g}",
+            f"{there / fast:.2f}",
+            memory,
+        ]
         row(" ".join(item[:3]), *cells)
-    print(f"\nseconds a picture; {best[2]['device']}, {best[2]['threads']} threads (data: one)")
+
+    machine = best[-1]
+    print(f"\nseconds a picture; {machine['device']}, {machine['threads']} threads (data: one)")
+
+
+def fastest_of_two(args, item):
+    """-> the figures of mmsegmentation, of ours in float32 and of ours in --dtype, the better ones
+    of two rounds, in which all three take turns."""
+    sides = [("theirs", "float32"), ("ours", "float32"), ("ours", args.dtype)]
+    rounds = []
+    for _ in range(2):
+        rounds.append([figure(args, *item, side=side, dtype=dtype) for side, dtype in sides])
+    return [min(both, key=lambda f: f["seconds"]) for both in zip(*rounds)]
 
 
 def main():

@@ -23,49 +23,79 @@ SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 @pytest.mark.parametrize("mode", ["single", "multi"])
 def test_label_maps_equal_the_references_on_real_pictures(mode, sample, golden, filled):
-    gold, net = golden("evaluation"), filled("small", "mln").eval()
+    gold = golden("evaluation")
+    net = filled("small", "mln").eval()
     how = {} if mode == "single" else dict(scales=SCALES, flip=True)
+
     shares = []
     for image_path, _ in ade20k.find_pairs(sample, "validation"):
-        image, key = ade20k.load_image(image_path), os.path.basename(image_path)[:-4]
+        image = ade20k.load_image(image_path)
+        key = os.path.basename(image_path)[:-4]
         prediction = evaluate.predict(net, image, **how)
-        assert prediction.shape == image.shape[:2] and prediction.dtype == np.uint8
+        assert prediction.shape == image.shape[:2]
+        assert prediction.dtype == np.uint8
+
         same = (prediction[::3, ::3] == gold[f"{key}_{mode}"]).mean()
         assert same >= (0.99 if mode == "single" else 0.98), (key, same)
+
         if (
             mode == "single" and min(image.shape[:2]) == 512
         ):  # nothing is resized: nothing may differ
             assert same == 1, (key, same)
+
         shares.append(same)
+
     assert len(shares) == 6
 
 
 @pytest.mark.parametrize("mode", ["single", "multi"])
 def test_label_maps_by_windows_equal_the_references_on_real_pictures(mode, sample, golden, filled):
-    gold, net = golden("slide"), filled("small", "mln").eval()
+    gold = golden("slide")
+    net = filled("small", "mln").eval()
     how = {} if mode == "single" else dict(scales=(0.75, 1.25), flip=True)
     for image_path, _ in ade20k.find_pairs(sample, "validation"):
-        image, key = ade20k.load_image(image_path), os.path.basename(image_path)[:-4]
+        image = ade20k.load_image(image_path)
+        key = os.path.basename(image_path)[:-4]
         prediction = evaluate.predict(net, image, slide=(512, 341), **how)
         same = (prediction[::3, ::3] == gold[f"{key}_{mode}"]).mean()
+
         assert same >= (0.99 if mode == "single" else 0.98), (key, same)
         if mode == "single" and min(image.shape[:2]) == 512:  # nothing is resized
             assert same == 1, (key, same)
 
 
-@pytest.mark.parametrize("h,w,windows", [(70, 95, 6), (40, 200, 6), (20, 30, 1)])
+@pytest.mark.parametrize(
+    "h,w,windows",
+    [
+        (70, 95, 6),
+        (40, 200, 6),
+        (20, 30, 1),
+    ],
+)
 def test_windows_are_summed_and_divided_by_how_often_each_pixel_was_seen(h, w, windows, small):
-    net, x = small[0].eval(), torch.from_numpy(formulas.image(h, w, batch=2))
-    total, seen, count = torch.zeros(2, 6, h, w), torch.zeros(h, w), 0
+    net = small[0].eval()
+    x = torch.from_numpy(formulas.image(h, w, batch=2))
+    total = torch.zeros(2, 6, h, w)
+    seen = torch.zeros(h, w)
+
+    count = 0
     with torch.no_grad():
-        for i in range(max(h - 48 + 31, 0) // 32 + 1):
-            for k in range(max(w - 48 + 31, 0) // 32 + 1):
-                y, z = max(min(32 * i, h - 48), 0), max(min(32 * k, w - 48), 0)
-                total[:, :, y : y + 48, z : z + 48] += net(x[:, :, y : y + 48, z : z + 48])
-                seen[y : y + 48, z : z + 48] += 1
+        steps_down = max(h - 48 + 31, 0) // 32
+        steps_right = max(w - 48 + 31, 0) // 32
+        for i in range(steps_down + 1):
+            for k in range(steps_right + 1):
+                top = max(min(32 * i, h - 48), 0)
+                left = max(min(32 * k, w - 48), 0)
+                rows = slice(top, top + 48)
+                columns = slice(left, left + 48)
+                total[:, :, rows, columns] += net(x[:, :, rows, columns])
+                seen[rows, columns] += 1
                 count += 1
+
         got = evaluate.slide_logits(net, x, torch.float32, 48, 32)
-    assert count == windows and seen.min() == 1
+
+    assert count == windows
+    assert seen.min() == 1
     torch.testing.assert_close(got, total / seen, rtol=1e-4, atol=1e-4)
 
 
@@ -76,70 +106,94 @@ def test_metric_equals_the_references(sample, golden):
         guess = np.roll(label, 9, axis=1)
         guess[guess == 255] = 3
         matrix = matrix + evaluate.confusion_matrix(label, guess, 150)
+
     result = evaluate.scores(matrix)
+
     for name in ("IoU", "Acc"):
         ours = np.array([np.nan if x is None else x for x in result[name]])
         np.testing.assert_allclose(ours, 100 * gold[name], atol=0.01)
         assert abs(result["m" + name] - 100 * np.nanmean(gold[name])) < 0.01
+
     assert abs(result["aAcc"] - 100 * gold["aAcc"]) < 0.01
     assert sum(x is None for x in result["IoU"]) > 50  # absent classes are there, as absent
 
 
 def test_confusion_matrix_and_scores_equal_a_plain_loop():
     r = np.random.RandomState(0)
-    label, guess = r.randint(0, 4, (2, 9, 11)).astype(np.uint8)
+    both = r.randint(0, 4, (2, 9, 11))
+    label, guess = both.astype(np.uint8)
     label[label == 3] = 255  # class 3 is predicted but never true, 4 neither
     matrix = evaluate.confusion_matrix(label, guess, 5)
     want = np.zeros((5, 5), int)
+
     for t, p in zip(label.flat, guess.flat):
         if t != 255:
             want[t, p] += 1
-    assert (matrix == want).all() and matrix.dtype == np.int64
+
+    assert (matrix == want).all()
+    assert matrix.dtype == np.int64
     result = evaluate.scores(matrix)
+
     ious = []
     for k in range(4):
         inside = ((label == k) & (guess == k)).sum()
         union = (((label == k) | (guess == k)) & (label != 255)).sum()
         ious.append(100 * inside / union)
         assert result["IoU"][k] == pytest.approx(ious[-1])
-    assert result["IoU"][4] is None and result["Acc"][3] is None and result["IoU"][3] == 0
+
+    assert result["IoU"][4] is None
+    assert result["Acc"][3] is None
+    assert result["IoU"][3] == 0
     assert result["mIoU"] == pytest.approx(np.mean(ious))
+
     text = evaluate.table(result, ("a", "b", "c", "d", "e"))
-    assert "absent, not in the means (1): e" in text and f"{result['mIoU']:.2f}" in text
+    assert "absent, not in the means (1): e" in text
+    assert f"{result['mIoU']:.2f}" in text
 
 
 def test_scores_of_nothing_are_none_not_zero():
     result = evaluate.scores(np.zeros((3, 3), np.int64))
-    assert result["mIoU"] is result["aAcc"] is None and result["IoU"] == [None] * 3
+    assert result["mIoU"] is result["aAcc"] is None
+    assert result["IoU"] == [None] * 3
     assert "--" in evaluate.table(result, ("a", "b", "c"))
 
 
 def test_multi_scale_with_flip_is_the_mean_of_softmaxes_of_single_views():
     torch.manual_seed(0)
-    net, image = build_model("toy_p8", "none", 6).eval(), formulas.picture(70, 95)
+    net = build_model("toy_p8", "none", 6).eval()
+    image = formulas.picture(70, 95)
     torch.nn.init.normal_(net.decode_head.classifier.weight)
+
     total = 0
     for scale in (0.5, 1.0, 1.5):
         h, w = ade20k.scaled_size(70, 95, int(4 * 64 * scale), int(64 * scale))
         for flip in (False, True):
             x = ade20k.resize_bilinear(image, h, w)
-            x = ade20k.normalise(torch.from_numpy((x[:, :, ::-1] if flip else x).copy())[None])
+            if flip:
+                x = x[:, :, ::-1].copy()
+            x = ade20k.normalise(torch.from_numpy(x)[None])
             with torch.no_grad():
                 logits = torch.nn.functional.interpolate(net(x), (70, 95), mode="bilinear")
             p = logits.softmax(1)[0]
             total = total + (p.flip(2) if flip else p)
+
     got = evaluate.predict(net, image, (0.5, 1.0, 1.5), flip=True, short=64)
     assert (got == total.argmax(0).numpy()).mean() > 0.999
 
 
 def test_a_picture_one_pixel_wide_is_labelled_and_trained_on():
-    image, label = formulas.picture(3000, 2)[:, :1], np.arange(3000, dtype=np.uint8)[:, None] % 6
+    image = formulas.picture(3000, 2)[:, :1]
+    label = np.arange(3000, dtype=np.uint8)[:, None] % 6
     got = evaluate.predict(
         build_model("toy_p8", "none", 6).eval(), image, (0.05, 1), flip=True, short=64
     )
-    assert got.shape == (3000, 1) and ade20k.scaled_size(3000, 1, 256, 64) == (256, 1)
+
+    assert got.shape == (3000, 1)
+    assert ade20k.scaled_size(3000, 1, 256, 64) == (256, 1)
     x, y, size = ade20k.train_transform(image, label, np.random.default_rng(0), 32, 32)
-    assert x.shape == (3, 32, 32) and size[1] == 1 and (y[:, 1:] == 255).all()
+    assert x.shape == (3, 32, 32)
+    assert size[1] == 1
+    assert (y[:, 1:] == 255).all()
 
 
 def test_many_scales_with_flip_take_hardly_more_memory_than_the_largest_alone():
@@ -152,19 +206,26 @@ for scales, flip in (((1.75,), False), ((0.5, 0.75, 1, 1.25, 1.5, 1.75), True)):
     evaluate.predict(model, image, scales, flip, short=256)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
 """
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])}
+    paths = [ROOT, os.path.join(ROOT, "tests")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     env["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # freed memory goes back: no holes are measured
     out = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     ).stdout
     one, twelve = map(float, out.split())
+
     # The logits of all views take 23 MB as the head gives them, 500 at the picture's width, 7,500
     # at its width and height.
     assert twelve - one < 200, (one, twelve)
 
 
 @pytest.mark.parametrize(
-    "text,want", [("1", (1.0,)), ("0.5,1,1.5", (0.5, 1.0, 1.5)), ("0.5,...,1.75", SCALES)]
+    "text,want",
+    [
+        ("1", (1.0,)),
+        ("0.5,1,1.5", (0.5, 1.0, 1.5)),
+        ("0.5,...,1.75", SCALES),
+    ],
 )
 def test_scales_are_read(text, want):
     assert evaluate.parse_scales(text) == want
@@ -185,6 +246,7 @@ def run(tmp_path):
     )
     for kind in ("images", "annotations"):
         os.makedirs(tmp_path / "set" / kind / "validation")
+
     for i in range(5):
         size = (40 + 3 * i, 60)
         Image.fromarray(formulas.picture(*size, seed=i)).save(
@@ -208,32 +270,50 @@ def test_command_line_writes_table_json_labels_and_pictures(run):
     assert done.returncode == 0, done.stderr
     with open(run.folder / "out.json") as file:
         out = json.load(file)
-    assert f"{out['mIoU']:8.2f}" in done.stdout and out["protocol"]["images"] == 5
-    assert out["protocol"]["scales"] == [0.5, 1] and out["protocol"]["flip"]
+
+    assert f"{out['mIoU']:8.2f}" in done.stdout
+    assert out["protocol"]["images"] == 5
+    assert out["protocol"]["scales"] == [0.5, 1]
+    assert out["protocol"]["flip"]
     assert out["protocol"]["data"] == "set"
     assert out["protocol"]["checkpoint"] == os.path.join("runs", "a", "checkpoint_5.pt")
-    assert len(out["IoU"]) == 150 and None in out["IoU"]
+    assert len(out["IoU"]) == 150
+    assert None in out["IoU"]
+
     confusion = np.array(out["confusion"])
-    assert confusion.shape == (150, 150) and evaluate.scores(confusion)["IoU"] == out["IoU"]
+    assert confusion.shape == (150, 150)
+    assert evaluate.scores(confusion)["IoU"] == out["IoU"]
+
     matrix = 0
     for i in range(5):  # the files alone give the same score
         written = np.asarray(Image.open(run.folder / f"labels/p{i}.png"))
         label = ade20k.load_label(str(run.folder / f"set/annotations/validation/p{i}.png"))
         assert written.min() >= 1
         matrix = matrix + evaluate.confusion_matrix(label, written - np.uint8(1), 150)
+
         assert Image.open(run.folder / f"show/p{i}.png").width >= 3 * (60 + 8)
+
     assert evaluate.scores(matrix)["mIoU"] == pytest.approx(out["mIoU"])
 
 
 def test_labels_are_written_in_the_colours_of_a_data_set_in_colour(small, tmp_path):
     net, _ = small
-    palette = [[0, 0, 0], [255, 255, 255], [9, 0, 0], [0, 9, 0], [0, 0, 9], [7, 7, 7]]
+    palette = [
+        [0, 0, 0],
+        [255, 255, 255],
+        [9, 0, 0],
+        [0, 9, 0],
+        [0, 0, 9],
+        [7, 7, 7],
+    ]
     classes = ade20k.Classes(tuple("abcdef"), palette, False, [[1, 2, 3]])
     prediction = evaluate.predict(net.eval(), formulas.picture(40, 60), short=64)
-    args = argparse.Namespace(save_labels=str(tmp_path), show=None)
-    evaluate.write(args, classes, "in/p.jpg", None, None, prediction)
+    args = argparse.Namespace(save_labels=str(tmp_path), show=None, inside=False)
+    evaluate.write(args, net, classes, "in/p.jpg", None, None, prediction)
     read_again = ade20k.load_label(str(tmp_path / "p.png"), classes)
-    assert (read_again == prediction).all() and len(np.unique(prediction)) > 1
+
+    assert (read_again == prediction).all()
+    assert len(np.unique(prediction)) > 1
 
 
 @pytest.fixture
@@ -249,24 +329,35 @@ def small():
 def test_evaluate_yields_every_picture_counts_it_and_leaves_the_model_as_it_was(
     left_early, small, run
 ):
-    (net, classes), matrix, seen = small, np.zeros((6, 6), np.int64), []
-    pairs = [(str(run.folder / f"set/images/validation/p{i}.jpg"), None) for i in range(5)]
+    (net, classes) = small
+    matrix = np.zeros((6, 6), np.int64)
+    seen = []
+    pictures = run.folder / "set/images/validation"
+    pairs = [(str(pictures / f"p{i}.jpg"), None) for i in range(5)]
     label = np.zeros((40, 60), np.uint8) + 1
     Image.fromarray(label).save(run.folder / "label.png")
     pairs[0] = (pairs[0][0], str(run.folder / "label.png"))
     how = dict(workers=0, short=32)
     net.train()
+
     for i, path, image, label, prediction in evaluate.evaluate(net, pairs, classes, matrix, **how):
         seen.append(path)
-        assert not net.training and (path, label is None) == (pairs[i][0], i > 0)
-        assert prediction.shape == image.shape[:2] and prediction.max() < 6
+        assert not net.training
+        assert (path, label is None) == (pairs[i][0], i > 0)
+        assert prediction.shape == image.shape[:2]
+        assert prediction.max() < 6
         assert matrix.sum() == 40 * 60
+
         if left_early:
             break
-    assert net.training and seen == [path for path, _ in pairs][: 1 if left_early else 5]
+
+    assert net.training
+    assert seen == [path for path, _ in pairs][: 1 if left_early else 5]
     net.eval()
     list(evaluate.evaluate(net, pairs[:1], classes, matrix, **how))
-    assert not net.training and matrix.sum() == 2 * 40 * 60
+
+    assert not net.training
+    assert matrix.sum() == 2 * 40 * 60
 
 
 LACKING = """
@@ -288,7 +379,14 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("lacking,workers", [(True, 0), (True, 1), (False, 1)])
+@pytest.mark.parametrize(
+    "lacking,workers",
+    [
+        (True, 0),
+        (True, 1),
+        (False, 1),
+    ],
+)
 def test_without_what_a_platform_lacks_and_with_spawn_evaluation_works(lacking, workers, run):
     """Windows has no fork, fcntl, SIGUSR1, SIGCHLD, and no C library under the name None."""
     code = "import multiprocessing, sys\nsys.path.insert(0, sys.argv.pop(1))\n"
@@ -299,6 +397,7 @@ def test_without_what_a_platform_lacks_and_with_spawn_evaluation_works(lacking, 
     arguments = ("--image", "set/images/validation/p0.jpg", "--show", "a folder/out")
     command = [sys.executable, "a folder/program.py", ROOT, *arguments, "--workers", str(workers)]
     done = subprocess.run(command, cwd=run.folder, capture_output=True, text=True)
+
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert os.listdir(run.folder / "a folder" / "out") == ["p0.png"]
 
@@ -312,7 +411,9 @@ def test_results_that_cannot_be_written_are_refused_before_the_first_picture(
     for arguments in (("--json", "set"), ("--json", "file/out.json"), ("--show", "file")):
         with pytest.raises(SystemExit) as end:
             main(evaluate, *arguments)
-        assert end.value.code == 2 and arguments[1].split("/")[0] in capsys.readouterr().err
+        assert end.value.code == 2
+        assert arguments[1].split("/")[0] in capsys.readouterr().err
+
     with pytest.raises(pytest.fail.Exception):
         main(evaluate, "--json", "new/folder/out.json")
     assert os.path.exists(run.folder / "new/folder/out.json")
@@ -325,8 +426,11 @@ def test_no_output_replaces_what_was_read_or_another_output(run, main, monkeypat
         Image.fromarray(formulas.picture(40, 60)).save(f"own/{name}")
     os.symlink("own", "link")
     os.link("own/x.png", "own/deep/x.png")
-    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
-    absolute, truth = str(run.folder / "own"), "set/annotations/validation"
+    files = [path for path in run.folder.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    absolute = str(run.folder / "own")
+    truth = "set/annotations/validation"
+
     for arguments, words in (
         (("--image", "own", "--save-labels", "own"), "own/x.png would replace own/x.png"),
         (("--image", "own", "--show", absolute), f"{absolute}/x.png would replace own/x.png"),
@@ -342,14 +446,20 @@ def test_no_output_replaces_what_was_read_or_another_output(run, main, monkeypat
     ):
         with pytest.raises(SystemExit) as end:
             main(evaluate, *arguments)
-        assert end.value.code == 2 and words in capsys.readouterr().err
+        assert end.value.code == 2
+        assert words in capsys.readouterr().err
+
     Image.fromarray(formulas.picture(40, 60)).save("own/x.jpg")
+
     for dry in ((), ("--dry-run",)):
         with pytest.raises(SystemExit) as end:
             main(evaluate, "--image", "own", "--show", "new", *dry)
         error = capsys.readouterr().err
-        assert end.value.code == 2 and "made of own/x.jpg and of own/x.png" in error
-    assert not os.path.exists("new") and all(p.read_bytes() == b for p, b in before.items())
+        assert end.value.code == 2
+        assert "made of own/x.jpg and of own/x.png" in error
+
+    assert not os.path.exists("new")
+    assert all(p.read_bytes() == b for p, b in before.items())
 
 
 def test_two_and_three_processes_give_the_same_result_as_one(run):
@@ -359,19 +469,24 @@ def test_two_and_three_processes_give_the_same_result_as_one(run):
         if n > 1:
             launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n))
         done = run("--json", f"{n}.json", launch=launch)
+
         assert done.returncode == 0, done.stderr
         with open(run.folder / f"{n}.json") as file:
             results.append(json.load(file))
+
     assert results[0] == results[1] == results[2]
 
 
 def test_any_folder_of_pictures_is_labelled_without_truth(run):
     done = run("--image", "set/images/validation", "--show", "out")
     assert done.returncode == 0, done.stderr
-    assert sorted(os.listdir(run.folder / "out")) == [f"p{i}.png" for i in range(5)]
+    names = [f"p{i}.png" for i in range(5)]
+    assert sorted(os.listdir(run.folder / "out")) == names
     assert Image.open(run.folder / "out/p0.png").width >= 60 + 8
+
     done = run("--image", "set/images/validation/p3.jpg", "--save-labels", "one")
-    assert done.returncode == 0 and os.listdir(run.folder / "one") == ["p3.png"]
+    assert done.returncode == 0
+    assert os.listdir(run.folder / "one") == ["p3.png"]
 
 
 def test_checkpoints_are_found_in_folders_whose_names_look_like_patterns(tmp_path):
@@ -396,13 +511,17 @@ def test_unreadable_files_of_a_folder_are_named_at_the_end_and_the_others_labell
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     arguments = ("--image", "set/images/validation", "--save-labels", "out")
     done = run(*arguments, launch=launch if processes > 1 else ())
+
     assert done.returncode == 1 and "out: 5 files written" in done.stdout, done.stderr
     names = [f"{name}.png" for name in ("p0", "p1", "p3", "p4", "z")]
     assert sorted(os.listdir(run.folder / "out")) == names
+
     for name in ("notes.txt", "p2.jpg"):
         path = os.path.join("set/images/validation", name)
         assert done.stderr.count(f"not labelled: {path}: cannot be read as a picture") == 1
-    assert "hidden" not in done.stderr and "below" not in done.stderr
+
+    assert "hidden" not in done.stderr
+    assert "below" not in done.stderr
     assert processes > 1 or "Traceback" not in done.stderr
 
 
@@ -432,7 +551,8 @@ def test_wrong_inputs_end_with_one_sentence(run, main, arguments, message, monke
     monkeypatch.chdir(run.folder)
     with pytest.raises(SystemExit) as end:
         main(evaluate, *arguments)
-    assert end.value.code == 2 and message in capsys.readouterr().err
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
@@ -443,7 +563,9 @@ def test_a_stray_variable_of_torchrun_ends_with_one_sentence(
     monkeypatch.setenv(name, "4")
     with pytest.raises(SystemExit) as end:
         main(evaluate)
-    assert end.value.code == 2 and "start with torchrun" in capsys.readouterr().err
+
+    assert end.value.code == 2
+    assert "start with torchrun" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -458,7 +580,8 @@ def test_a_stray_variable_of_torchrun_ends_with_one_sentence(
 def test_little_shared_memory_ends_with_one_sentence(words, capsys):
     with pytest.raises(SystemExit) as end, evaluate.errors_in_one_sentence():
         raise RuntimeError(words)
-    assert end.value.code == 2 and "use --workers 0" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert "use --workers 0" in capsys.readouterr().err
     with pytest.raises(RuntimeError), evaluate.errors_in_one_sentence():
         raise RuntimeError("CUDA out of memory")  # another matter
 
@@ -471,32 +594,43 @@ def test_of_a_work_directory_the_best_checkpoint_is_taken_of_many_the_newest(
     for n in (10, 15):
         torch.save(content | {"iteration": n}, f"runs/a/checkpoint_{n}.pt")
         os.utime(f"runs/a/checkpoint_{n}.pt", (2e9 + n, 2e9 + n))
+
     newest = os.path.join("runs", "a", "checkpoint_15.pt")
     main(evaluate, "--checkpoint", "runs/a", "--dry-run")
     assert f"{newest}: the newest" in capsys.readouterr().out
-    entries = [dict(iteration=0, args={}), dict(iteration=5, mIoU=12.5), dict(iteration=10, loss=1)]
-    entries += [dict(iteration=10, mIoU=12.25), dict(iteration=15, mIoU=None)]
-    entries += [dict(iteration=20, mIoU=50.0)]  # its file is gone
+    entries = [
+        dict(iteration=0, args={}),
+        dict(iteration=5, mIoU=12.5),
+        dict(iteration=10, loss=1),
+        dict(iteration=10, mIoU=12.25),
+        dict(iteration=15, mIoU=None),
+        dict(iteration=20, mIoU=50.0),  # its file is gone
+    ]
     with open("runs/a/log.jsonl", "w") as file:
         file.writelines(json.dumps(entry) + "\n" for entry in entries)
     main(evaluate, "--checkpoint", "runs/a", "--dry-run")
+
     assert "checkpoint_5.pt: the best of its run, mIoU 12.50" in capsys.readouterr().out
     main(evaluate, "--dry-run")
     assert f"{newest}: the newest" in capsys.readouterr().out
     main(evaluate, "--checkpoint", newest, "--dry-run")
+
     assert f"{newest}: kind ours" in capsys.readouterr().out
     with open("runs/a/log.jsonl", "a") as file:
         file.write('{"iteration": 25, "mI')
     with pytest.raises(SystemExit) as end:
         main(evaluate, "--checkpoint", "runs/a", "--dry-run")
-    assert end.value.code == 2 and "a line of it is damaged" in capsys.readouterr().err
+
+    assert end.value.code == 2
+    assert "a line of it is damaged" in capsys.readouterr().err
 
 
 def test_damage_met_on_the_way_is_named_too(run):
     with open(run.folder / "set/images/validation/p2.jpg", "r+b") as file:
         file.truncate(700)  # the header is whole, the picture is not
     done = run()
-    assert done.returncode == 2 and "p2.jpg: cannot be read as a picture" in done.stderr
+    assert done.returncode == 2
+    assert "p2.jpg: cannot be read as a picture" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -510,36 +644,62 @@ def test_dry_run_says_what_would_be_evaluated_or_what_is_missing(run, main, monk
     ):
         main(evaluate, *arguments, "--dry-run", "--show", "never")
         assert want in capsys.readouterr().out
+
     assert not os.path.exists(run.folder / "never")
 
 
 def test_overlay_is_the_picture_at_its_own_size_with_colours_of_the_opacity_asked_for():
-    image, label = formulas.picture(200, 333), formulas.labels(200, 333)[0].astype(np.uint8)
+    image = formulas.picture(200, 333)
+    label = formulas.labels(200, 333)[0].astype(np.uint8)
     classes = ade20k.Classes()
-    canvas = np.asarray(evaluate.sheet([(image, None, label)], classes, 0.25)).astype(float)
+    drawn = evaluate.sheet([(image, None, label)], classes, 0.25)
+    canvas = np.asarray(drawn).astype(float)
     got = canvas[36 : 36 + 200, 4 : 4 + 333]
     palette = np.array(classes.palette + [[0, 0, 0]] * 106)
-    assert np.abs(got - (0.75 * image + 0.25 * palette[label])).max() <= 1
+
+    want = 0.75 * image + 0.25 * palette[label]
+    assert np.abs(got - want).max() <= 1
 
 
 def test_curves_draw_every_value_where_the_axes_say():
     entries = [dict(iteration=0, args={})]
     entries += [dict(iteration=i, loss=5.0 - i / 25, lr=1e-4) for i in range(10, 101, 10)]
-    entries += [dict(iteration=i, mIoU=mIoU) for i, mIoU in ((50, 20.0), (100, 40.0), (100, None))]
+    entries += [
+        dict(iteration=50, mIoU=20.0),
+        dict(iteration=100, mIoU=40.0),
+        dict(iteration=100, mIoU=None),
+    ]
     canvas = np.asarray(evaluate.curves(entries)).astype(int)
+
     assert canvas.shape[1] == 800
-    blue = np.argwhere((np.abs(canvas - (70, 130, 180)).sum(2) < 30))
+    distance = np.abs(canvas - (70, 130, 180)).sum(2)
+    blue = np.argwhere(distance < 30)
     rows = blue[blue[:, 0] > 2 * 210]  # the third plot, mIoU, from 90 to 780: base 610, top 470
-    left, right = rows[rows[:, 1].argmin()], rows[rows[:, 1].argmax()]
-    assert abs(left[1] - (90 + 690 * 0.5)) <= 4 and abs(right[1] - 780) <= 4
-    assert abs(left[0] - (610 - 140 * 0.5)) <= 4 and abs(right[0] - 470) <= 4
+    left = rows[rows[:, 1].argmin()]
+    right = rows[rows[:, 1].argmax()]
+
+    assert abs(left[1] - (90 + 690 * 0.5)) <= 4
+    assert abs(right[1] - 780) <= 4
+    assert abs(left[0] - (610 - 140 * 0.5)) <= 4
+    assert abs(right[0] - 470) <= 4
 
 
-@pytest.mark.parametrize("height,width", [(1, 1), (1, 10000), (10000, 1), (2600, 2), (7, 300)])
+@pytest.mark.parametrize(
+    "height,width",
+    [
+        (1, 1),
+        (1, 10000),
+        (10000, 1),
+        (2600, 2),
+        (7, 300),
+    ],
+)
 def test_any_strip_is_labelled_and_drawn(height, width, small):
-    (net, classes), image = small, np.full((height, width, 3), 99, np.uint8)
+    (net, classes) = small
+    image = np.full((height, width, 3), 99, np.uint8)
     label = evaluate.predict(net.eval(), image, short=32)
     assert label.shape == (height, width)
+
     for truth in (label, None):
         drawn = evaluate.sheet([(image, truth, label)], classes)
         panels = 1 if truth is None else 3
@@ -549,7 +709,10 @@ def test_any_strip_is_labelled_and_drawn(height, width, small):
 
 
 def test_sheet_has_room_for_every_name_and_colour():
-    label = np.arange(40 * 60).reshape(40, 60).astype(np.uint8) % 30
-    picture = evaluate.sheet([(formulas.picture(40, 60), label, label)], ade20k.Classes())
+    image = formulas.picture(40, 60)
+    label = np.arange(40 * 60).reshape(40, 60) % 30
+    label = label.astype(np.uint8)
+    picture = evaluate.sheet([(image, label, label)], ade20k.Classes())
     colours = {colour for count, colour in picture.getcolors(1 << 20)}
-    assert all(tuple(ade20k.PALETTE[k].tolist()) in colours for k in range(30))
+    for colour in ade20k.PALETTE[:30].tolist():
+        assert tuple(colour) in colours
