@@ -1,10 +1,9 @@
-"""A whole training beside the reference's: the real mmsegmentation 0.17.0 trains what train.py does.
+"""A whole training beside the reference's: mmsegmentation 0.17.0 trains what train.py does.
 
 Run in the reference's environment, which has all that ours needs:
 
-    python tests/train_reference.py REFERENCE_DIR --data toy --seeds 0 1 2 3 4 --jobs 2
-    python tests/train_reference.py REFERENCE_DIR --data DIR --both --iters 400    # pictures of DIR
-    python tests/train_reference.py REFERENCE_DIR --data toy ...                   # again: the table
+    python tests/train_reference.py REFERENCE_DIR --jobs 2                  # toy set, five seeds
+    python tests/train_reference.py REFERENCE_DIR --data DIR --both --out runs/other  # its pictures
 
 REFERENCE_DIR holds mmseg017.py. Both sides follow the toy recipe (train.TOY) and start from the
 same weights: ours of the seed, translated by to_mmseg. Everything else on the reference's side is
