@@ -22,6 +22,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from statistics import mean, stdev
 from typing import NamedTuple
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -295,14 +296,14 @@ def train_all(args, chosen):
 # ---- what is printed -----------------------------------------------------------------------------
 
 
-def mean(values):
-    return sum(values) / len(values)
-
-
 def spread(values):
-    """The standard deviation of one run, estimated from a few."""
-    m = mean(values)
-    return math.sqrt(sum((x - m) ** 2 for x in values) / max(1, len(values) - 1))
+    """The standard deviation of one run, estimated from a few; 0 of a single one."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def standard_error(first, second):
+    """Of the difference between the means of two groups of runs."""
+    return math.sqrt(sum(spread(x) ** 2 / len(x) for x in (first, second)))
 
 
 def table(args, chosen):
@@ -320,8 +321,7 @@ def table(args, chosen):
             print(f"| {label} | | |")
             continue
         base = base or values  # the unchanged code comes first
-        error = math.sqrt(spread(values) ** 2 / len(values) + spread(base) ** 2 / len(base))
-        difference = f"{mean(values) - mean(base):+.1f} ± {error:.1f}"
+        difference = f"{mean(values) - mean(base):+.1f} ± {standard_error(values, base):.1f}"
         if experiment == UNCHANGED:
             difference = ""
         print(f"| {label} | {mean(values):.1f} ± {spread(values):.1f} | {difference} |")

@@ -2,8 +2,8 @@
 
 Run in the reference's environment, which has all that ours needs:
 
-    python tests/train_reference.py REFERENCE_DIR --jobs 2                  # toy set, five seeds
-    python tests/train_reference.py REFERENCE_DIR --data DIR --both --out runs/other  # its pictures
+    python tests/train_reference.py REFERENCE_DIR --jobs 2           # the toy set, five seeds each
+    python tests/train_reference.py REFERENCE_DIR --data DIR --both  # all pictures of DIR
 
 REFERENCE_DIR holds mmseg017.py. Both sides follow the toy recipe (train.TOY) and start from the
 same weights: ours of the seed, translated by to_mmseg. Everything else on the reference's side is
@@ -15,20 +15,21 @@ thread and leaves a file in --out; a run whose file is there is not repeated."""
 
 import argparse
 import json
-import math
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from statistics import mean
 
 import torch
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-PROJECT = os.path.dirname(HERE)
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, PROJECT)
 from ade20k import data_root  # noqa: E402
 from convert_weights import to_mmseg  # noqa: E402
+from experiments import spread, standard_error  # noqa: E402  (beside this file)
 from model import ARCHS  # noqa: E402
 from train import TOY  # noqa: E402
 from upernet import build_model  # noqa: E402
@@ -41,7 +42,8 @@ SIDES = ("reference", "ours")
 
 def train_ours(recipe, root, seed, out):
     """train.py from the command line. -> [[iteration, mIoU], ...]"""
-    folder = os.path.join(out, f"run_{seed}")
+    folder = os.path.join(out, f"{recipe['iters']}_{seed}")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     command = [sys.executable, os.path.join(PROJECT, "train.py"), "--data", root]
     command += ["--seed", str(seed), "--dtype", "float32", "--workers", "0", "--work-dir", folder]
     for name, value in recipe.items():
@@ -166,7 +168,7 @@ def all_pictures(root, out):
 
 
 def result_file(args, side, seed):
-    return os.path.join(args.out, side, f"{seed}.json")
+    return os.path.join(args.out, side, f"{args.iters}_{seed}.json")
 
 
 def train_one(args, recipe, root, side, seed):
@@ -192,7 +194,7 @@ def train_all(args):
         side, seed = item
         environment = dict(os.environ, OMP_NUM_THREADS="1")
         command = [sys.executable, *sys.argv, "--here", side, str(seed)]
-        with open(os.path.join(args.out, f"{side}_{seed}.txt"), "w") as file:
+        with open(os.path.join(args.out, f"{side}_{args.iters}_{seed}.txt"), "w") as file:
             done = subprocess.run(command, env=environment, stdout=file, stderr=file)
         if done.returncode:
             print(f"error: the run failed, see {file.name}", file=sys.stderr)
@@ -204,16 +206,6 @@ def train_all(args):
 
 
 # ---- the table -----------------------------------------------------------------------------------
-
-
-def mean(values):
-    return sum(values) / len(values)
-
-
-def spread(values):
-    """The standard deviation of one run, estimated from a few."""
-    m = mean(values)
-    return math.sqrt(sum((x - m) ** 2 for x in values) / max(1, len(values) - 1))
 
 
 def table(args):
@@ -230,16 +222,16 @@ def table(args):
         cells = []
         for step in steps:
             values = [run[step] for run in runs]
-            cells.append(f"{mean(values):.2f} ± {spread(values):.2f}")
+            few = f" ± {spread(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.2f}{few}")
         last = ", ".join(f"{run[steps[-1]]:.2f}" for run in runs)
         print(f"| {side} | {' | '.join(cells)} | {last} |")
 
     a, b = ([run[steps[-1]] for run in curves[side]] for side in ("ours", "reference"))
     if len(a) > 1:
-        error = math.sqrt(spread(a) ** 2 / len(a) + spread(b) ** 2 / len(b))
         print(
-            f"\nours - reference: {mean(a) - mean(b):+.2f}, standard error {error:.2f} "
-            f"({len(a)} seeds each; ± is the standard deviation of one run)"
+            f"\nours - reference: {mean(a) - mean(b):+.2f}, standard error "
+            f"{standard_error(a, b):.2f} (± is the standard deviation of one run)"
         )
 
 
@@ -254,11 +246,13 @@ def main():
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     add("--iters", type=int, default=TOY["iters"], help="(%(default)s)")
     add("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
-    add("--out", default="runs/reference", metavar="DIR", help="(%(default)s)")
+    add("--out", metavar="DIR", help="(runs/reference_ and the name of --data)")
     add("--here", nargs=2, help=argparse.SUPPRESS)  # side and seed: one run, in this process
     args = parser.parse_args()
 
     sys.path.insert(0, args.reference)
+    name = os.path.basename(os.path.normpath(args.data))
+    args.out = args.out or os.path.join("runs", f"reference_{name}")
     os.makedirs(args.out, exist_ok=True)
     root = all_pictures(args.data, args.out) if args.both else data_root(args.data)
     recipe = TOY | dict(iters=args.iters, interval=max(1, args.iters // 4))
