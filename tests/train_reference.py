@@ -62,7 +62,6 @@ def train_theirs(recipe, root, seed, out):
     from mmcv.runner import build_optimizer, build_runner
     from mmseg.apis import set_random_seed
     from mmseg.core import EvalHook
-    from mmseg.datasets import build_dataloader, build_dataset
     from mmseg.utils import get_root_logger
 
     cfg = reference_config(mmseg017.config("deit_s16", "none"), recipe, root)
@@ -75,20 +74,7 @@ def train_theirs(recipe, root, seed, out):
         conv.register_forward_hook(lambda *a: a[-1].clone())
 
     set_random_seed(seed)
-    loaders = []
-    for split, training in ((cfg.data.train, True), (cfg.data.val, False)):
-        data = build_dataset(split, None if training else dict(test_mode=True))
-        loader = build_dataloader(
-            data,
-            samples_per_gpu=recipe["batch_size"] if training else 1,
-            workers_per_gpu=0,
-            dist=False,
-            shuffle=training,
-            drop_last=training,
-            persistent_workers=False,
-        )
-        loaders.append(loader)
-
+    training, validation = their_loaders(cfg, recipe)
     curve = []
 
     class OnCPU(MMDataParallel):  # whose own train_step adds a dimension to batches on a CPU
@@ -107,9 +93,29 @@ def train_theirs(recipe, root, seed, out):
     parts = dict(model=model, optimizer=optimizer, work_dir=out, logger=get_root_logger())
     runner = build_runner(dict(type="IterBasedRunner", max_iters=recipe["iters"]), parts)
     runner.register_training_hooks(cfg.lr_config, dict())
-    runner.register_hook(Curve(loaders[1], interval=recipe["interval"], pre_eval=True))
-    runner.run([loaders[0]], [("train", 1)])
+    runner.register_hook(Curve(validation, interval=recipe["interval"], pre_eval=True))
+    runner.run([training], [("train", 1)])
     return curve
+
+
+def their_loaders(cfg, recipe):
+    """The reference's batches for training, and its pictures for validation."""
+    from mmseg.datasets import build_dataloader, build_dataset
+
+    loaders = []
+    for split, training in ((cfg.data.train, True), (cfg.data.val, False)):
+        data = build_dataset(split, None if training else dict(test_mode=True))
+        loader = build_dataloader(
+            data,
+            samples_per_gpu=recipe["batch_size"] if training else 1,
+            workers_per_gpu=0,
+            dist=False,
+            shuffle=training,
+            drop_last=training,
+            persistent_workers=False,
+        )
+        loaders.append(loader)
+    return loaders
 
 
 def reference_config(cfg, recipe, root):
