@@ -6,6 +6,7 @@ import re
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -41,10 +42,10 @@ def test_between_the_lines_of_a_run_a_terminal_shows_how_far_it_is(rank, monkeyp
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     args = SimpleNamespace(iters=800)
-    run = SimpleNamespace(rank=rank, args=args, window=[0.0] * 4, clock=train.monotonic())
+    run = SimpleNamespace(rank=rank, args=args, window=np.zeros(4), clock=train.monotonic())
     for n in (7, 8):
         train.log(run, n, [3.0, 2.0, 1.0], finite=True)
-    assert run.window == [6.0, 4.0, 2.0, 2]
+    assert run.window.tolist() == [6.0, 4.0, 2.0, 2]
     assert screen(terminal.getvalue()) == (["8 of 800 iterations, 0 s"] if rank == 0 else [""])
 
 
