@@ -168,10 +168,12 @@ def predict(
             views.append(resized_rows(logits[1:].flip(3), (h, w), (H, W)))
 
     labels = []
-    for blocks in zip(*views):  # the same rows as each view sees them, (rows, W, C)
-        total = blocks[0]
-        if len(views) > 1:  # (of one view the largest stays the largest)
-            total = sum(logits.softmax(2) for logits in blocks)
+    first, *others = views
+    for total in first:  # some rows, (rows, W, C)
+        if others:  # (of one view alone the largest stays the largest)
+            total = total.softmax(2)
+        for view in others:  # the same rows as the others see them
+            total += next(view).softmax(2)
         labels.append(total.argmax(2).to(torch.uint8))  # (rows, W)
     return torch.cat(labels).cpu().numpy()
 
@@ -800,8 +802,7 @@ def options() -> ArgumentParser:
     add = parser.add_argument_group("how").add_argument
     add("--scales", type=parse_scales, default=(1.0,), metavar="S,S,...",
         help="sizes relative to (2048, 512); 0.5,...,1.75 means steps of 0.25 (default: 1)")
-    add("--flip", action="store_true",
-        help="add the mirrored picture at every scale")
+    add("--flip", action="store_true", help="add the mirrored picture at every scale")
     add("--short-side", type=POSITIVE, metavar="PIXELS",
         help="of pictures at scale 1 (default: as trained, else 512)")
     add("--slide", type=POSITIVE, metavar="PIXELS",
@@ -818,8 +819,7 @@ def options() -> ArgumentParser:
         help="load the checkpoint, look at the data, print the plan or what is missing")
 
     add = parser.add_argument_group("results").add_argument
-    add("--json", metavar="FILE",
-        help="write scores and protocol")
+    add("--json", metavar="FILE", help="write scores and protocol")
     add("--save-labels", metavar="DIR",
         help="write one png a picture, with the values of the data set's own label files")
     add("--show", metavar="DIR",
