@@ -216,6 +216,11 @@ def their_multi_scale(model, cfg, sample):
     from mmengine.dataset import pseudo_collate
     from mmseg.models import SegTTAModel
 
+    # Its config scales each picture's own size. The published protocol, as here, scales (2048, 512).
+    sizes = [(int(2048 * scale), int(512 * scale)) for scale in SCALES]
+    resizes = [dict(type="Resize", scale=size, keep_ratio=True) for size in sizes]
+    cfg.tta_pipeline[1]["transforms"][0] = resizes
+
     tester = SegTTAModel(module=model).eval()
     pipeline = Compose(cfg.tta_pipeline)
 
