@@ -77,14 +77,15 @@ class UsageError(Exception):
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """--dtype; auto is bfloat16 where the hardware computes in it (a CPU that emulates it would be
-    slower), else float32."""
+    """--dtype; auto is bfloat16 where the hardware is known to compute in it, else float32. (Where
+    it is emulated it is the slower one. Apple's M1 and M2 do so, and torch cannot tell.)"""
     if name != "auto":
         return DTYPES[name]
 
+    fast = False
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and newer
-    else:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
         has = torch.cpu.get_capabilities()
         fast = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32
@@ -98,8 +99,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
     """How maps lie in memory: channels last, but for float32 on CPUs, where gradients of weights
-    then take thrice the time."""
-    if (device.type, dtype) == ("cpu", torch.float32):
+    then take thrice the time, and for Apple's GPUs, see contiguous_batch_norm."""
+    if device.type == "mps" or (device.type, dtype) == ("cpu", torch.float32):
         return torch.contiguous_format
     return torch.channels_last
 
@@ -112,7 +113,17 @@ def prepare(
     if compiled:
         for part in model.children():
             part.compile(dynamic=False)
+    if device.type == "mps":
+        contiguous_batch_norm(model)
     return model.to(device, memory_format=memory_format(device, dtype))
+
+
+def contiguous_batch_norm(model: nn.Module) -> None:
+    """Have BatchNorm see contiguous maps, whatever comes: its gradients on Apple's GPUs are wrong
+    for others (pytorch issue 175189)."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda module, maps: maps[0].contiguous())
 
 
 # ---- inference -----------------------------------------------------------------------------------
@@ -880,7 +891,7 @@ SIGNALS = tuple(
 
 def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
     """-> (rank, number of processes, device). Under torchrun joins the others: NCCL for tensors on
-    GPUs, gloo on CPUs; RuntimeError in all of them when one has not answered for `timeout`
+    CUDA, gloo on CPUs; RuntimeError in all of them when one has not answered for `timeout`
     seconds."""
     keep_memory()
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
@@ -890,10 +901,7 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
         )
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device = choose_device(world)
     if world == 1 or dist.is_initialized():
         return rank, world, device
 
@@ -908,9 +916,28 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
         prefix = f"try {os.environ['TORCHELASTIC_RESTART_COUNT']}"
         meet = dict(store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
 
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "gloo"
+    if device.type != "cpu":
+        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **meet)
     return rank, world, device
+
+
+def choose_device(world: int) -> torch.device:
+    """The GPU that torch finds, with several of them the one of this process; else the CPU, and
+    there also several processes on a Mac, whose only way to talk, gloo, takes from CPUs alone."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or (device.type == "mps" and world > 1):
+        return torch.device("cpu")
+
+    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+    if index >= count:
+        raise UsageError(
+            f"there is no GPU for process {index + 1} of this machine, it has {count}: start one "
+            f"process for each, with --nproc_per_node {count}"
+        )
+    torch.accelerator.set_device_index(index)
+    return torch.device(device.type, index)
 
 
 def libc(name: str) -> Callable:

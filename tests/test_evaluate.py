@@ -236,6 +236,80 @@ def test_labels_are_written_in_the_colours_of_a_data_set_in_colour(small, tmp_pa
     assert (read_again == prediction).all() and len(np.unique(prediction)) > 1
 
 
+class Accelerator:
+    """torch.accelerator of a machine with so many GPUs of this kind, or none."""
+
+    def __init__(self, kind, count):
+        self.kind, self.count, self.set_device_index = kind, count, lambda index: None
+
+    def current_accelerator(self, check_available):
+        assert check_available  # torch that is built for GPUs also runs where there are none
+        return torch.device(self.kind) if self.count else None
+
+    def device_count(self):
+        return self.count
+
+
+@pytest.mark.parametrize(
+    "kind,count,rank,world,want",
+    [
+        ("cuda", 0, 0, 1, "cpu"),
+        ("cuda", 1, 0, 1, "cuda:0"),
+        ("cuda", 8, 5, 8, "cuda:5"),
+        ("mps", 1, 0, 1, "mps:0"),
+        ("mps", 1, 1, 2, "cpu"),
+        ("cuda", 2, 2, 4, "no GPU for process 3 of this machine, it has 2: .*_per_node 2"),
+    ],
+)
+def test_each_process_has_the_gpu_that_torch_finds_for_it(
+    kind, count, rank, world, want, monkeypatch
+):
+    monkeypatch.setattr(torch, "accelerator", Accelerator(kind, count))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    if " " in want:
+        with pytest.raises(evaluate.UsageError, match=want):
+            evaluate.choose_device(world)
+    else:
+        assert evaluate.choose_device(world) == torch.device(want)
+
+
+@pytest.mark.parametrize(
+    "kind,hardware,dtype,layout",
+    [
+        ("cuda", True, torch.bfloat16, torch.channels_last),
+        ("cuda", False, torch.float32, torch.channels_last),
+        ("mps", False, torch.float32, torch.contiguous_format),
+        ("cpu", True, torch.bfloat16, torch.channels_last),
+        ("cpu", False, torch.float32, torch.contiguous_format),
+    ],
+)
+def test_auto_is_bfloat16_where_the_hardware_has_it(kind, hardware, dtype, layout, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: hardware)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=hardware))
+    device = torch.device(kind)
+    assert evaluate.choose_dtype("auto", device) == dtype
+    assert evaluate.choose_dtype("float16", device) == torch.float16
+    assert evaluate.memory_format(device, dtype) == layout
+    assert evaluate.autocast(device, torch.float32).device == kind
+
+
+def test_where_it_must_batch_norm_sees_contiguous_maps_and_computes_the_same():
+    torch.manual_seed(0)
+    net, seen = build_model("toy_p8", "ln_mln", 6).train(), []
+    images, labels = torch.randn(2, 3, 64, 96), torch.randint(0, 6, (2, 64, 96))
+    net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
+    want, _ = net(images, labels)
+
+    evaluate.contiguous_batch_norm(net)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            note = lambda module, maps, _: seen.append(maps[0].is_contiguous())  # noqa: E731
+            module.register_forward_hook(note)
+    found, _ = net(images.contiguous(memory_format=torch.channels_last), labels)
+    torch.testing.assert_close(found, want)
+    assert len(seen) == 13 and all(seen)
+
+
 @pytest.fixture
 def small():
     """A model of six classes, and three pictures with labels of two classes, in memory."""

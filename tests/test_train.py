@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from conftest import ROOT, draw_set, write_mmseg
+from conftest import ROOT, Watch, draw_set, write_mmseg
 
 import evaluate
 import train
@@ -231,6 +230,14 @@ def test_a_frozen_backbone_keeps_no_activations():
     loss.backward()
     assert all(p.grad is None for p in net.backbone.parameters())
     assert all(p.grad is not None for p in net.neck.parameters())
+
+
+@pytest.mark.parametrize("kind,pinned", [("cuda", True), ("mps", False), ("cpu", False)])
+def test_memory_is_pinned_for_cuda_alone(kind, pinned):
+    args = SimpleNamespace(iters=4, batch_size=2, workers=0)
+    run = SimpleNamespace(args=args, samples=[], start=0, rank=0, world=1)
+    run.device = torch.device(kind)
+    assert train.build_loader(run).pin_memory is pinned
 
 
 def test_where_there_are_no_locks_there_is_none(tmp_path, monkeypatch):
@@ -632,25 +639,8 @@ def test_damaged_training_data_is_named(folder):
     assert "Traceback" not in done.stderr
 
 
-class Waits(TorchDispatchMode):
-    """Counts the operations for which the program would wait for a GPU: they bring a value, or the
-    size of a result, to the CPU."""
-
-    names = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
-
-    def __init__(self):
-        super().__init__()
-        self.found, self.operations = [], 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operations += 1
-        if function.__name__.split(".")[0] in self.names:
-            self.found.append(function.__name__)
-        return function(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_an_iteration_waits_for_the_device_where_the_losses_come_and_nowhere_else(
+def test_an_iteration_waits_for_the_device_where_the_losses_come_and_needs_no_float64_there(
     optimizer, folder, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(folder)
@@ -659,7 +649,7 @@ def test_an_iteration_waits_for_the_device_where_the_losses_come_and_nowhere_els
 
     def begin(run, batches):
         batch = next_batch(run, batches)
-        stretches.append(Waits())
+        stretches.append(Watch())
         stretches[-1].__enter__()
         return batch
 
@@ -668,7 +658,7 @@ def test_an_iteration_waits_for_the_device_where_the_losses_come_and_nowhere_els
         stretches[-1].__exit__(None, None, None)
         agreed.append(losses.shape)
         answer = agree(run, losses)
-        stretches.append(Waits())
+        stretches.append(Watch())
         stretches[-1].__enter__()
         return answer
 
@@ -681,7 +671,7 @@ def test_an_iteration_waits_for_the_device_where_the_losses_come_and_nowhere_els
     options = (*TINY, "--optimizer", optimizer, "--micro-batch", 2, "--workers", 0)
     train.train(*train.parse([*map(str, options), "--work-dir", str(tmp_path)]))
     assert len(stretches) == 12 and all(s.operations for s in stretches)
-    assert agreed == [(3,)] * 6 and not sum((s.found for s in stretches), [])
+    assert agreed == [(3,)] * 6 and not any(s.waits or s.doubles for s in stretches)
 
 
 def test_toy_has_defaults_of_its_own_and_what_is_given_wins():
