@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
-from os.path import dirname, exists, isdir, join
+from os.path import dirname, exists, isdir, isfile, join
 from typing import NamedTuple
 
 import numpy as np
@@ -145,6 +145,8 @@ def read_classes(root: str) -> Classes:
 
 def text_lines(path: str) -> Iterator[tuple[str, str]]:
     """Each line without its comment, if anything is left of it, and what an error calls it."""
+    if not isfile(path):
+        raise DataError(f"{path}: is a folder, a pipe or a device, not a text file")
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         for n, line in enumerate(file, start=1):
             where = f"{path}, line {n}: {line.strip()!r}"
@@ -185,6 +187,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
 def opened(path: str) -> Iterator[Image.Image]:
     """A picture file; whatever goes wrong while it is open and read is a DataError."""
     try:
+        if exists(path) and not isfile(path):  # one would wait for a pipe for ever
+            raise ValueError("it is a folder, a pipe or a device")
         with Image.open(path) as file:
             yield file
     except DataError:
@@ -469,7 +473,8 @@ def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
     """(B, 3, H, W) uint8 -> (x - mean) / std, float32, on the images' device; 0 outside each
     picture's (h, w) in sizes (B, 2), where the picture was padded."""
     device = images.device
-    x = (images.float() - MEAN.to(device)) / STD.to(device)
+    mean, std = (x.to(device, non_blocking=True) for x in (MEAN, STD))  # waits for nothing else
+    x = (images.float() - mean) / std
     if sizes is None:
         return x
 

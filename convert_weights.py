@@ -311,25 +311,42 @@ def parts(tensors: Tensors) -> set[str]:
 def recall(content: dict, facts: dict) -> None:
     """What the file itself says about its training: our checkpoints their args and classes,
     mmsegmentation's the config of the run, as text, and what the data set calls its classes."""
-    meta, args, classes = (content.get(key) for key in ("meta", "args", "classes"))
-    if facts["kind"] == "ours" and isinstance(args, dict) and str(args.get("arch")) in ARCHS:
+    meta, args = content.get("meta"), content.get("args")
+    if facts["kind"] == "ours" and are_arguments(args):
         facts |= {"args": args, "arch": args["arch"]}
+    elif facts["kind"] == "ours" and args is not None:
+        facts["left_out"].append("the arguments of its training (none that train.py writes)")
     elif facts["arch"] == "vit_b16" and "deit" in str(meta):
         facts["arch"] = "deit_b16"
 
-    if isinstance(meta, dict):
-        said = meta.get("dataset_meta", meta)  # 1.x, 0.x
-        if isinstance(said, dict) and ("classes" in said or "CLASSES" in said):
-            names = said.get("classes", said.get("CLASSES"))
-            palette = said.get("palette", said.get("PALETTE"))
-            ignored = said.get("reduce_zero_label") or "reduce_zero_label=True" in str(meta)
-            classes = (names, palette, bool(ignored))
-
-    if classes is not None and facts["num_classes"] is not None:
-        try:
+    try:
+        classes = content.get("classes") or classes_of_mmseg(meta)
+        if classes is not None and facts["num_classes"] is not None:
             facts["classes"] = checked_classes(facts["num_classes"], *classes)
-        except (TypeError, ValueError, AttributeError):
-            facts["left_out"].append("the names of its classes (no name and colour for each)")
+    except Exception:  # there may stand anything
+        facts["left_out"].append("the names of its classes (no name and colour for each)")
+
+
+def classes_of_mmseg(meta) -> tuple | None:
+    """Names, colours and the meaning of 0, where mmsegmentation's files say them."""
+    if not isinstance(meta, dict):
+        return None
+    said = meta.get("dataset_meta", meta)  # 1.x, 0.x
+    if not isinstance(said, dict) or not ("classes" in said or "CLASSES" in said):
+        return None
+
+    names = said.get("classes", said.get("CLASSES"))
+    palette = said.get("palette", said.get("PALETTE"))
+    ignored = said.get("reduce_zero_label") or "reduce_zero_label=True" in str(meta)
+    return names, palette, bool(ignored)
+
+
+def are_arguments(args) -> bool:
+    """Does a file hold, as "args", those of a training, as far as anybody asks for them?"""
+    if not isinstance(args, dict) or str(args.get("arch")) not in ARCHS:
+        return False
+    data, short_side = args.get("data", ""), args.get("short_side", 1)
+    return isinstance(data, str) and isinstance(short_side, int) and short_side > 0
 
 
 def checked_classes(
@@ -676,6 +693,8 @@ LARGEST = 2 << 30  # bytes that compressed entries may unpack to, more than the 
 def read_file(path: str) -> dict:
     """The content of a file, by the container that its first bytes name. Any exception where it is
     damaged."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is a folder, a pipe or a device")
     with open(path, "rb") as file:
         first = file.read(16)
 

@@ -620,12 +620,12 @@ def choose_checkpoint(folder: str) -> tuple[str, str]:
         try:
             with open(log) as file:
                 entries = [json.loads(line) for line in file]
-        except ValueError:
+            for entry in entries:
+                path = os.path.join(folder, f"checkpoint_{entry['iteration']}.pt")
+                if path in found and entry.get("mIoU") is not None:
+                    scored[path] = float(entry["mIoU"])
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise UsageError(f"{log}: a line of it is damaged, name a file of {folder}") from None
-        for entry in entries:
-            path = os.path.join(folder, f"checkpoint_{entry['iteration']}.pt")
-            if path in found and entry.get("mIoU") is not None:
-                scored[path] = entry["mIoU"]
 
     if not scored:
         return found[0], "the newest"
@@ -641,6 +641,11 @@ def load_model(path: str) -> tuple[nn.Module, dict]:
         raise UsageError(
             f"{path}: a {facts['kind']} has no segmentation head to evaluate, train it first with "
             "`python train.py --pretrained FILE`"
+        )
+
+    if facts["num_classes"] > 255:
+        raise UsageError(
+            f"{path}: knows {facts['num_classes']} classes, labels of 8 bits hold 255"
         )
 
     with torch.device("meta"):  # no initialisation: load_into sets every value, or fails

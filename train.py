@@ -51,6 +51,7 @@ from convert_weights import (
     PRETRAINED,
     WeightsError,
     describe,
+    first_line,
     load_into,
     load_weights,
     read_checkpoint,
@@ -259,7 +260,6 @@ class Run:
 
         # Where: processes, device, kernels, number format, and who computes what of a batch.
         self.rank, self.world, self.device = setup_processes(args.timeout)
-        choose_kernels(args.deterministic)
         self.dtype = choose_dtype(args.dtype, self.device)
         self.sync_bn = self.world > 1 and self.device.type == "cuda"
         self.micro, self.steps = split_batch(
@@ -273,6 +273,10 @@ class Run:
 
         # Model. DistributedDataParallel gives all processes the weights of rank 0.
         self.model = self.parallel = start_model(self, checkpoint)
+        # Every crop has one size, so cuDNN may try its kernels once and take the fastest.
+        torch.backends.cudnn.benchmark = not args.deterministic
+        if args.deterministic:
+            fix_order(self.device, self.model, args.crop_size)
         if self.world > 1 and not args.dry_run:
             self.parallel = DistributedDataParallel(self.model)
 
@@ -285,10 +289,8 @@ class Run:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
-        # Resume. (The state of a disabled scaler is empty, and loading that an error.)
         if checkpoint:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scaler.load_state_dict(checkpoint["scaler"] or self.scaler.state_dict())
+            restore(self, checkpoint)
         self.saved = checkpoint.get("path")  # the last checkpoint, None if it could not be written
         self.best = checkpoint.get("best", {})  # the validation with the highest mIoU
         # Sums since the last line of the log: loss, decode, aux, and the iterations they are of.
@@ -343,13 +345,14 @@ class Run:
         os.replace(path + ".part", path)
 
 
-def choose_kernels(deterministic: bool) -> None:
-    """Every crop has one size, so cuDNN may try its kernels once and take the fastest; or those
-    that add in a fixed order, slower (torch warns of operations that have none)."""
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+def fix_order(device: torch.device, model: Segmenter, crop: int) -> None:
+    """--deterministic: kernels that add in the same order every time. On CUDA attention has one in
+    the strict mode alone, in which torch refuses the gradient of resized positions, that has none;
+    where they are needed torch warns of both instead."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    side = math.ceil(crop / model.backbone.patch_embed.patch)
+    strict = device.type == "cuda" and model.backbone.grid == (side, side)
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
 
 
 def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
@@ -361,7 +364,8 @@ def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
         validation = find_pairs(root, "validation", optional=True)
 
     classes = read_classes(root)
-    if checkpoint and Classes(*checkpoint.get("classes", classes)) != classes:
+    before = checkpoint.get("classes", ())
+    if str((*before, *classes[len(before) :])) != str(tuple(classes)):  # (older ones hold fewer)
         raise UsageError(
             f"{root}: its classes are not those that {checkpoint['path']} was trained on, give it "
             f"back its classes.txt or start anew with --pretrained {checkpoint['path']}"
@@ -404,9 +408,12 @@ def start_model(run: Run, checkpoint: dict) -> Segmenter:
 
     source = PRETRAINED.get(args.arch) if args.pretrained == "auto" else args.pretrained
     if checkpoint:
-        side = math.isqrt(checkpoint["model"]["backbone.pos_embed"].shape[1] - 1)
-        model.backbone.set_grid((side, side))
-        model.load_state_dict(checkpoint["model"])
+        path = checkpoint["path"]
+        weights = load_weights(path)
+        try:
+            load_into(model, *weights)
+        except WeightsError as error:
+            raise UsageError(f"{path}: its arguments say otherwise, {error}") from error
     elif source is None:
         raise UsageError(
             f"there is no pretrained file for {args.arch}: --pretrained none starts from scratch"
@@ -418,6 +425,22 @@ def start_model(run: Run, checkpoint: dict) -> Segmenter:
     if run.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return prepare(model, run.device, run.dtype, args.compile)
+
+
+def restore(run: Run, checkpoint: dict) -> None:
+    """Give optimizer and scaler the state they had. UsageError if it is none of theirs."""
+    try:
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        for weight, state in run.optimizer.state.items():
+            if any(value.shape not in ((), weight.shape) for value in state.values()):
+                raise ValueError("of another model")
+        if checkpoint["scaler"]:  # a disabled one has no state
+            run.scaler.load_state_dict(checkpoint["scaler"])
+    except Exception as error:  # there may stand anything
+        raise UsageError(
+            f"{checkpoint['path']}: the optimizer's state cannot be used ({first_line(error)}), "
+            f"start anew with --pretrained {checkpoint['path']}"
+        ) from error
 
 
 def load_pretrained(model: Segmenter, source: str, rank: int, world: int) -> None:
@@ -676,9 +699,10 @@ def read_log(path: str, last: int) -> list[dict]:
         for number, line in enumerate(file, start=1):
             try:
                 entry = json.loads(line)
+                float(entry.get("mIoU") or 0)
                 if entry["iteration"] <= last:
                     entries.append(entry)
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, AttributeError):
                 print(f"warning: {path}: line {number} is damaged, left out", file=sys.stderr)
     return entries
 
@@ -745,8 +769,9 @@ def save(run: Run, n: int) -> None:
         content |= dict(names=run.fingerprint)
         done = write_or_warn(path, lambda path: write_checkpoint(content, path))
 
-        old = saved_checkpoints(run.args.work_dir)[: -run.args.keep] if done else []
-        for other in old:
+        # (What is newer than this one is damaged, or none of this run's: it is left alone.)
+        found = [p for p in saved_checkpoints(run.args.work_dir) if iteration_of(p) <= n]
+        for other in found[: -run.args.keep] if done else []:
             if iteration_of(other) != run.best.get("iteration"):
                 with suppress(OSError):  # Windows keeps files that are mapped: next time
                     os.remove(other)
@@ -757,27 +782,26 @@ def save(run: Run, n: int) -> None:
 
 def saved_checkpoints(folder: str) -> list[str]:
     """The checkpoint_N.pt in a folder, in order of their iterations."""
-    return sorted(glob(os.path.join(escape(folder), "checkpoint_*.pt")), key=iteration_of)
+    found = glob(os.path.join(escape(folder), "checkpoint_*.pt"))
+    return sorted(filter(iteration_of, found), key=iteration_of)
 
 
 def iteration_of(path: str) -> int:
-    """N of checkpoint_N.pt"""
-    return int(re.search(r"_(\d+)\.pt$", path)[1])
+    """N of checkpoint_N.pt; 0 of other names, which are none of ours."""
+    match = re.search(r"checkpoint_(\d+)\.pt$", path)
+    return int(match[1]) if match else 0
 
 
 def usable_checkpoint(folder: str) -> dict:
     """The content of the newest whole checkpoint in a work directory, or below runs/, and its path
     as "path". Damaged ones are named and passed over."""
     found = checkpoints(os.path.dirname(checkpoints(folder)[0]))  # those of one run
-    needed = {"model", "optimizer", "scaler", "iteration", "args"}
-
     for path in found:
         try:
+            content = read_checkpoint(path)
             with zipfile.ZipFile(path) as file:
                 damaged = file.testzip()  # every tensor's bytes against their checksum
-            content = read_checkpoint(path)
-            whole = needed <= set(content) and isinstance(content["args"], dict)
-            if damaged is None and whole:
+            if damaged is None and is_whole(content):
                 return content | {"path": path}
             reason = f"damaged at {damaged}" if damaged else "not a training checkpoint"
         except (WeightsError, OSError, zipfile.BadZipFile) as error:
@@ -788,6 +812,21 @@ def usable_checkpoint(folder: str) -> dict:
         f"{os.path.dirname(found[0])}: none of its {len(found)} checkpoints can be used, "
         "start anew without --resume"
     )
+
+
+def is_whole(content: dict) -> bool:
+    """Are there the entries that save() writes, of the kinds it writes? (Other programs may have
+    written anything; older checkpoints lack the last four.)"""
+    newer = dict(window=[0.0] * 4, best={}, classes=(), names="")
+    content = newer | content
+    kinds = dict(model=dict, optimizer=dict, scaler=dict, iteration=int, args=dict)
+    kinds |= {key: type(value) for key, value in newer.items()}
+    if not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        return False
+
+    numbers = [*content["window"], content["best"].get("mIoU") or 0]
+    plain = len(numbers) == 5 and all(isinstance(x, (int, float)) for x in numbers)
+    return plain and content["iteration"] >= 0
 
 
 # ---- python train.py -----------------------------------------------------------------------------
@@ -908,7 +947,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
         print(f"{given.work_dir}: holds no checkpoint yet, a run starts anew", file=sys.stderr)
     elif given.resume:
         checkpoint = usable_checkpoint(given.work_dir or "runs")
-        known = {k: checkpoint["args"].get(k, parser.get_default(k)) for k in vars(given)}
+        known = saved_arguments(checkpoint, {k: parser.get_default(k) for k in vars(given)})
         parser.set_defaults(**known)
     args = parser.parse_args(argv)
 
@@ -927,6 +966,25 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
             )
         checkpoint = usable_checkpoint(args.work_dir)
     return args, checkpoint
+
+
+def saved_arguments(checkpoint: dict, defaults: dict) -> dict:
+    """The arguments in a checkpoint, as the command line would read them: there may stand anything.
+    What it does not name is as in defaults."""
+    argv = []
+    for key in defaults:
+        value, option = checkpoint["args"].get(key), f"--{key.replace('_', '-')}"
+        if value is True:
+            argv.append(option)
+        elif value is not None and value is not False:
+            argv.append(f"{option}={value}")
+
+    def refuse(message):
+        raise UsageError(f"{checkpoint['path']}: does not hold arguments of train.py, {message}")
+
+    parser = options(add_help=False)
+    parser.error = refuse
+    return vars(parser.parse_args(argv, Namespace(**defaults)))
 
 
 def name_changes(args: Namespace, known: dict, path: str) -> None:

@@ -1,6 +1,8 @@
 """model.py and upernet.py against the real mmsegmentation 0.17.0 (goldens) and against plain
 computations."""
 
+from contextlib import nullcontext
+
 import formulas
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 import speed
 from conftest import Watch, write_mmseg
 
+import ade20k
 import evaluate
 import model
 import upernet
@@ -245,8 +248,27 @@ def test_neither_a_training_step_nor_a_prediction_waits_for_the_device_or_needs_
         assert len(seen.operations) > 100 and not seen.waits and not seen.doubles
 
     with Watch() as seen:
-        labels[labels != 255].double().sum().item()
-    assert seen.waits == ["index", "_local_scalar_dense"] and "sum" in seen.doubles
+        labels[labels != 255].double().to("meta").sum()
+        labels.sum().item()
+    assert seen.waits == ["index", "_to_copy", "_local_scalar_dense"] and "sum" in seen.doubles
+
+
+def test_nothing_but_pictures_comes_from_the_cpu(monkeypatch):
+    """The device meta, which knows shapes and no numbers, stands for a GPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **how: nullcontext())  # it has none
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: torch.zeros(self.shape))
+    with torch.device("meta"):
+        net = build_model("toy_p8", "ln_mln", 6)
+        images, labels = torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64).long()
+        sizes = torch.zeros(2, 2)
+    with Watch() as seen:
+        net(ade20k.normalise(images, sizes), labels)[0].backward()
+    assert "_to_copy" in seen.operations and not seen.waits
+
+    with Watch() as seen:
+        picture = formulas.picture(70, 95)
+        evaluate.predict(net.eval(), picture, (0.5, 1.0, 1.5), flip=True, short=64)
+    assert seen.waits == ["_to_copy"] * 3  # the picture at each scale
 
 
 def test_loss_without_gradient_computes_none():
