@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
-from os.path import dirname, exists, getsize, isdir, join, splitext
+from os.path import dirname, exists, getsize, isdir, isfile, join, splitext
 from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -151,6 +151,8 @@ def read_classes(root: str) -> Classes:
 
 def text_lines(path: str) -> Iterator[tuple[str, str]]:
     """Each line without its comment, if anything is left of it, and what an error calls it."""
+    if not isfile(path):
+        raise DataError(f"{path}: is a folder, a pipe or a device, not a text file")
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         for n, line in enumerate(file, start=1):
             where = f"{path}, line {n}: {line.strip()!r}"
@@ -194,6 +196,8 @@ def opened(path: str, label: bool = False) -> Iterator[Image.Image]:
     """A picture file or, of a format that keeps every value, a label file. Whatever goes wrong
     while it is open and read is a DataError that names it."""
     try:
+        if exists(path) and not isfile(path):  # one would wait for a pipe for ever
+            raise ValueError("it is a folder, a pipe or a device")
         with Image.open(path) as file:
             if label and may_change_values(file):
                 raise DataError(f"is a {file.format} file that may change labels, save them as png")
@@ -497,7 +501,8 @@ def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
     """(B, 3, H, W) uint8 -> (x - mean) / std, float32, on the images' device; 0 outside each
     picture's (h, w) in sizes (B, 2), where the picture was padded."""
     device = images.device
-    x = (images.float() - MEAN.to(device)) / STD.to(device)
+    mean, std = (x.to(device, non_blocking=True) for x in (MEAN, STD))  # waits for nothing else
+    x = (images.float() - mean) / std
     if sizes is None:
         return x
 

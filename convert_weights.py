@@ -479,8 +479,10 @@ def recall(content: dict, facts: dict) -> None:
     """Take over what the file itself says about its training: our checkpoints their args and
     classes, mmsegmentation's the config of the run, as text, and the classes of the data set."""
     args = content.get("args")
-    if facts["kind"] == "ours" and isinstance(args, dict) and args.get("arch") in ARCHS:
+    if facts["kind"] == "ours" and are_arguments(args):
         facts |= {"args": args, "arch": args["arch"]}
+    elif facts["kind"] == "ours" and args is not None:
+        facts["left_out"].append("the arguments of its training (none that train.py writes)")
     elif facts["arch"] == "vit_b16" and "deit" in str(content.get("meta")):
         facts["arch"] = "deit_b16"
 
@@ -493,6 +495,14 @@ def recall(content: dict, facts: dict) -> None:
             facts["classes"] = checked_classes(facts["num_classes"], *classes)
     except Exception:  # there may stand anything
         facts["left_out"].append("the names of its classes (no name and colour for each)")
+
+
+def are_arguments(args: object) -> bool:
+    """Does a file hold, as "args", those of a training, as far as anybody asks for them?"""
+    if not isinstance(args, dict) or str(args.get("arch")) not in ARCHS:
+        return False
+    data, short_side = args.get("data", ""), args.get("short_side", 1)
+    return isinstance(data, str) and isinstance(short_side, int) and short_side > 0
 
 
 def classes_said(content: dict) -> tuple | None:
@@ -681,6 +691,8 @@ LARGEST = 2 << 30  # bytes that compressed entries may unpack to, more than the 
 def read_file(path: str) -> dict:
     """The content of a file, by the container that its first bytes name. Any exception where it is
     damaged."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is a folder, a pipe or a device")
     with open(path, "rb") as file:
         first = file.read(16)
 

@@ -82,14 +82,15 @@ class UsageError(Exception):
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """--dtype; auto is bfloat16 where the hardware computes in it (a CPU that emulates it would be
-    slower), else float32."""
+    """--dtype; auto is bfloat16 where the hardware is known to compute in it, else float32. (Where
+    it is emulated it is the slower one. Apple's M1 and M2 do so, and torch cannot tell.)"""
     if name != "auto":
         return DTYPES[name]
 
+    fast = False
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and newer
-    else:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
         has = torch.cpu.get_capabilities()
         fast = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32
@@ -103,8 +104,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
     """How maps lie in memory: channels last, but for float32 on CPUs, where gradients of weights
-    then take thrice the time."""
-    if (device.type, dtype) == ("cpu", torch.float32):
+    then take thrice the time, and for Apple's GPUs, see contiguous_batch_norm."""
+    if device.type == "mps" or (device.type, dtype) == ("cpu", torch.float32):
         return torch.contiguous_format
     return torch.channels_last
 
@@ -117,7 +118,17 @@ def prepare(
     if compiled:
         for part in model.children():
             part.compile(dynamic=False)
+    if device.type == "mps":
+        contiguous_batch_norm(model)
     return model.to(device, memory_format=memory_format(device, dtype))
+
+
+def contiguous_batch_norm(model: nn.Module) -> None:
+    """Have BatchNorm see contiguous maps, whatever comes: its gradients on Apple's GPUs are wrong
+    for others (pytorch issue 175189)."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda module, maps: maps[0].contiguous())
 
 
 # ---- inference -----------------------------------------------------------------------------------
@@ -524,19 +535,18 @@ def checkpoints(folder: str) -> list[str]:
 def choose_checkpoint(folder: str) -> tuple[str, str]:
     """-> (path, why). Of a work directory the checkpoint with the best validation, as its log says;
     where there was none, and of a folder of work directories, the newest."""
-    found, log = checkpoints(folder), join(folder, "log.jsonl")
+    found, log, scored = checkpoints(folder), join(folder, "log.jsonl"), {}
     try:
         with open(log) as file:
-            entries = [json.loads(line) for line in file]
+            for line in file:
+                entry = json.loads(line)
+                if entry.get("mIoU") is not None:
+                    path = join(folder, f"checkpoint_{entry['iteration']}.pt")
+                    scored[path] = float(entry["mIoU"])
     except FileNotFoundError:
-        entries = []
-    except ValueError:
+        pass
+    except (ValueError, TypeError, KeyError, AttributeError):  # there may stand anything
         raise UsageError(f"{log}: a line of it is damaged, name a file of {folder}") from None
-
-    scored = {}
-    for entry in entries:
-        if entry.get("mIoU") is not None:
-            scored[join(folder, f"checkpoint_{entry['iteration']}.pt")] = entry["mIoU"]
 
     best = max(found, key=lambda path: scored.get(path, -1))  # of equals the newest
     why = f"the best of its run, mIoU {scored[best]:.2f}" if best in scored else "the newest"
@@ -552,6 +562,9 @@ def load_model(path: str) -> tuple[Segmenter, dict]:
             f"{path}: a {facts['kind']} has no segmentation head to evaluate, train it first with "
             "`python train.py --pretrained FILE`"
         )
+    if facts["num_classes"] > 255:
+        n = facts["num_classes"]
+        raise UsageError(f"{path}: knows {n} classes, labels of 8 bits hold 255")
 
     with torch.device("meta"):  # no initialisation: load_into sets every value, or fails
         model = build_model(facts["arch"], facts["neck"], facts["num_classes"])
@@ -1134,7 +1147,7 @@ SIGNALS = tuple(
 
 def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
     """-> (rank, number of processes, device). Under torchrun joins the others: NCCL for tensors on
-    GPUs, gloo on CPUs; RuntimeError in all of them when one has not answered for `timeout`
+    CUDA, gloo on CPUs; RuntimeError in all of them when one has not answered for `timeout`
     seconds."""
     keep_memory()
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
@@ -1144,10 +1157,7 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
         )
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device = choose_device(world)
     if world == 1 or dist.is_initialized():
         return rank, world, device
 
@@ -1163,9 +1173,28 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
         prefix = f"try {os.environ['TORCHELASTIC_RESTART_COUNT']}"
         meet = dict(store=dist.PrefixStore(prefix, store), rank=rank, world_size=world)
 
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "gloo"
+    if device.type != "cpu":
+        backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **meet)
     return rank, world, device
+
+
+def choose_device(world: int) -> torch.device:
+    """The GPU that torch finds, with several of them the one of this process; else the CPU, and
+    there also several processes on a Mac, whose only way to talk, gloo, takes from CPUs alone."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or (device.type == "mps" and world > 1):
+        return torch.device("cpu")
+
+    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+    if index >= count:
+        raise UsageError(
+            f"there is no GPU for process {index + 1} of this machine, it has {count}: start one "
+            f"process for each, with --nproc_per_node {count}"
+        )
+    torch.accelerator.set_device_index(index)
+    return torch.device(device.type, index)
 
 
 def libc(name: str) -> Callable:

@@ -268,7 +268,6 @@ class Run:
 
         # Where: processes, device, kernels, number format, and who computes what of a batch.
         self.rank, self.world, self.device = setup_processes(args.timeout)
-        choose_kernels(args.deterministic)
         self.dtype = choose_dtype(args.dtype, self.device)
         self.sync_bn = self.world > 1 and self.device.type == "cuda"
         self.micro, self.accumulated = split_batch(
@@ -285,6 +284,10 @@ class Run:
 
         # Model. DistributedDataParallel gives all processes the weights of rank 0.
         self.model = self.parallel = start_model(self, checkpoint)
+        # Every crop has one size, so cuDNN may try its kernels once and take the fastest.
+        torch.backends.cudnn.benchmark = not args.deterministic
+        if args.deterministic:
+            fix_order(self.device, self.model, args.crop_size)
         if self.world > 1 and not args.dry_run:
             self.parallel = DistributedDataParallel(self.model)
 
@@ -337,14 +340,14 @@ class Run:
         os.replace(path + ".part", path)
 
 
-def choose_kernels(deterministic: bool) -> None:
-    """Every crop has one size, so cuDNN may try its kernels once and take the fastest; or those
-    that add in a fixed order, slower (torch warns of operations that have none)."""
-    torch.backends.cudnn.benchmark = not deterministic
-
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+def fix_order(device: torch.device, model: Segmenter, crop: int) -> None:
+    """--deterministic: kernels that add in the same order every time. On CUDA attention has one in
+    the strict mode alone, in which torch refuses the gradient of resized positions, that has none;
+    where they are needed torch warns of both instead."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    side = math.ceil(crop / model.backbone.patch_embed.patch)
+    strict = device.type == "cuda" and model.backbone.grid == (side, side)
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
 
 
 def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
@@ -356,7 +359,8 @@ def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
         validation = find_pairs(root, "validation", optional=True)
 
     classes = read_classes(root)
-    if checkpoint and Classes(*checkpoint.get("classes", classes)) != classes:
+    before = checkpoint.get("classes", ())
+    if str((*before, *classes[len(before) :])) != str(tuple(classes)):  # (older ones hold fewer)
         raise UsageError(
             f"{root}: its classes are not those that {checkpoint['path']} was trained on, give it "
             f"back its classes.txt or start anew with --pretrained {checkpoint['path']}"
@@ -398,9 +402,12 @@ def start_model(run: Run, checkpoint: dict) -> Segmenter:
     if args.dry_run:
         model.to_empty(device="cpu")
     elif checkpoint:
-        side = math.isqrt(checkpoint["model"]["backbone.pos_embed"].shape[1] - 1)
-        model.backbone.set_grid((side, side))
-        model.load_state_dict(checkpoint["model"])
+        path = checkpoint["path"]
+        weights = load_weights(path)
+        try:
+            load_into(model, *weights)
+        except WeightsError as error:
+            raise UsageError(f"{path}: its arguments say otherwise, {error}") from error
     elif args.pretrained != "none":
         load_pretrained(model, args, run.rank, run.world)
 
@@ -448,13 +455,22 @@ def adapt(model: Segmenter, drop_path: float | None, freeze: bool) -> None:
 
 
 def restore(run: Run, checkpoint: dict) -> None:
-    """Give optimizer and scaler the state they had."""
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
+    """Give optimizer and scaler the state they had. UsageError if it is none of theirs."""
+    try:
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        for weight, state in run.optimizer.state.items():
+            if any(value.shape not in ((), weight.shape) for value in state.values()):
+                raise ValueError("of another model")
+        if checkpoint["scaler"]:  # a disabled one has no state
+            run.scaler.load_state_dict(checkpoint["scaler"])
+    except Exception as error:  # there may stand anything
+        raise UsageError(
+            f"{checkpoint['path']}: the optimizer's state cannot be used ({first_line(error)}), "
+            f"start anew with --pretrained {checkpoint['path']}"
+        ) from error
+
     for group in run.optimizer.param_groups:
         group.setdefault("scale", 1.0)  # older checkpoints have none
-
-    if checkpoint["scaler"]:  # a disabled one has no state
-        run.scaler.load_state_dict(checkpoint["scaler"])
 
 
 def plan(run: Run) -> str:
@@ -713,9 +729,10 @@ def read_log(path: str, last: int) -> list[dict]:
         for number, line in enumerate(file, start=1):
             try:
                 entry = json.loads(line)
+                float(entry.get("mIoU") or 0)
                 if entry["iteration"] <= last:
                     entries.append(entry)
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, AttributeError):
                 warn(f"warning: {path}: line {number} is damaged, left out")
     return entries
 
@@ -788,16 +805,18 @@ def save(run: Run, n: int) -> None:
             names=run.fingerprint,
         )
         if write_or_warn(path, partial(write_checkpoint, content)):
-            remove_older(run)
+            remove_older(run, n)
         else:
             path = None
 
     run.saved = from_rank_0(run.world, path)
 
 
-def remove_older(run: Run) -> None:
-    """Remove the checkpoints before the last --keep, but not the best."""
-    for path in saved_checkpoints(run.args.work_dir)[: -run.args.keep]:
+def remove_older(run: Run, n: int) -> None:
+    """Remove the checkpoints before the last --keep, but not the best. (What is newer than
+    iteration n is damaged, or none of this run's: it is left alone.)"""
+    found = [path for path in saved_checkpoints(run.args.work_dir) if iteration_of(path) <= n]
+    for path in found[: -run.args.keep]:
         if iteration_of(path) != run.best.get("iteration"):
             with suppress(OSError):  # Windows keeps files that are mapped: next time
                 os.remove(path)
@@ -805,12 +824,14 @@ def remove_older(run: Run) -> None:
 
 def saved_checkpoints(folder: str) -> list[str]:
     """The checkpoint_N.pt in a folder, in order of their iterations."""
-    return sorted(glob(join(escape(folder), "checkpoint_*.pt")), key=iteration_of)
+    found = glob(join(escape(folder), "checkpoint_*.pt"))
+    return sorted(filter(iteration_of, found), key=iteration_of)
 
 
 def iteration_of(path: str) -> int:
-    """N of checkpoint_N.pt"""
-    return int(re.search(r"_(\d+)\.pt$", path)[1])
+    """N of checkpoint_N.pt; 0 of other names, which are none of ours."""
+    match = re.search(r"checkpoint_(\d+)\.pt$", path)
+    return int(match[1]) if match else 0
 
 
 def usable_checkpoint(folder: str) -> dict:
@@ -831,17 +852,30 @@ def usable_checkpoint(folder: str) -> dict:
 
 def read_whole(path: str) -> dict:
     """The content of a checkpoint, every tensor's bytes compared with their checksum."""
+    content = read_checkpoint(path)
     with zipfile.ZipFile(path) as file:
         damaged = file.testzip()
 
     if damaged:
         raise WeightsError(f"damaged at {damaged}")
-
-    content = read_checkpoint(path)
-    missing = {"model", "optimizer", "scaler", "iteration", "args"} - content.keys()
-    if missing or not isinstance(content["args"], dict):
+    if not is_whole(content):
         raise WeightsError("not a training checkpoint")
     return content
+
+
+def is_whole(content: dict) -> bool:
+    """Are there the entries that save() writes, of the kinds it writes? (Other programs may have
+    written anything; older checkpoints lack the last four.)"""
+    newer = dict(window=[0.0] * 4, best={}, classes=(), names="")
+    content = newer | content
+    kinds = dict(model=dict, optimizer=dict, scaler=dict, iteration=int, args=dict)
+    kinds |= {key: type(value) for key, value in newer.items()}
+    if not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        return False
+
+    numbers = [*content["window"], content["best"].get("mIoU") or 0]
+    plain = len(numbers) == 5 and all(isinstance(x, (int, float)) for x in numbers)
+    return plain and content["iteration"] >= 0
 
 
 # ---- python train.py -----------------------------------------------------------------------------
@@ -968,7 +1002,7 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
         warn(f"{given.work_dir}: holds no checkpoint yet, a run starts anew")
     elif given.resume:
         checkpoint = usable_checkpoint(given.work_dir or "runs")
-        known = {k: checkpoint["args"].get(k, parser.get_default(k)) for k in vars(given)}
+        known = saved_arguments(checkpoint, {k: parser.get_default(k) for k in vars(given)})
         parser.set_defaults(**known)
 
     parser.add_argument("-h", "--help", action="help", help="show this and stop")
@@ -989,6 +1023,25 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
             )
         checkpoint = usable_checkpoint(args.work_dir)
     return args, checkpoint
+
+
+def saved_arguments(checkpoint: dict, defaults: dict) -> dict:
+    """The arguments in a checkpoint, as the command line would read them: there may stand anything.
+    What it does not name is as in defaults."""
+    argv = []
+    for key in defaults:
+        value, option = checkpoint["args"].get(key), f"--{key.replace('_', '-')}"
+        if value is True:
+            argv.append(option)
+        elif value is not None and value is not False:
+            argv.append(f"{option}={value}")
+
+    def refuse(message):
+        raise UsageError(f"{checkpoint['path']}: does not hold arguments of train.py, {message}")
+
+    parser = options()
+    parser.error = refuse
+    return vars(parser.parse_args(argv, Namespace(**defaults)))
 
 
 def name_changes(args: Namespace, known: dict, path: str) -> None:

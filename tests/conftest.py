@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
@@ -79,6 +81,36 @@ def main(monkeypatch):
         script.main()
 
     return call
+
+
+class Watch(TorchDispatchMode):
+    """Notes the operations that are asked for inside: `operations`, all their names; `waits`, those
+    for which a program would wait for its GPU, since they bring a value, or the size of a result,
+    to the CPU, or a tensor to the GPU (here: the device meta) before going on; `doubles`, those
+    that make float64, which Apple's GPUs do not have."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.waits, self.doubles = [], [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        indices = args[1] if name in ("index", "index_put_") else ()
+        masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+
+        tensors = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+        travels = name == "_to_copy" and len({x.device for x in tensors}) > 1
+        waits = travels and not kwargs.get("non_blocking")
+        self.operations.append(name)
+        if waits or masks or name in self.WAITS:
+            self.waits.append(name)
+        if any(x.dtype == torch.float64 for x in tensors):
+            self.doubles.append(name)
+        return result
 
 
 class ReplayedRng:

@@ -253,16 +253,15 @@ def their_inference(model, size):
 
 def measure(action, device, runs):
     """-> (seconds of the fastest of `runs` after a warm-up, peak MB)"""
-    cuda = device.type == "cuda"
     times = []
     for run in range(runs + 1):
         began = time.perf_counter()
         action()
-        if cuda:
-            torch.cuda.synchronize()  # kernels run behind Python's back
+        if device.type != "cpu":
+            torch.accelerator.synchronize()  # kernels run behind Python's back
         if run > 0:
             times.append(time.perf_counter() - began)
-    if cuda:
+    if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         try:
@@ -290,7 +289,7 @@ def measure_here(item, args):
         torch.set_num_threads(1)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {0})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = evaluate.choose_device(world=1)
     dtype, flops, rate = evaluate.choose_dtype(args.dtype, device), None, None
     work = (what, arch, neck, int(size), int(batch))
     if side == "theirs":

@@ -4,6 +4,7 @@ command line."""
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -316,6 +317,80 @@ def test_labels_are_written_in_the_colours_of_a_data_set_in_colour(small, tmp_pa
     assert len(np.unique(prediction)) > 1
 
 
+class Accelerator:
+    """torch.accelerator of a machine with so many GPUs of this kind, or none."""
+
+    def __init__(self, kind, count):
+        self.kind, self.count, self.set_device_index = kind, count, lambda index: None
+
+    def current_accelerator(self, check_available):
+        assert check_available  # torch that is built for GPUs also runs where there are none
+        return torch.device(self.kind) if self.count else None
+
+    def device_count(self):
+        return self.count
+
+
+@pytest.mark.parametrize(
+    "kind,count,rank,world,want",
+    [
+        ("cuda", 0, 0, 1, "cpu"),
+        ("cuda", 1, 0, 1, "cuda:0"),
+        ("cuda", 8, 5, 8, "cuda:5"),
+        ("mps", 1, 0, 1, "mps:0"),
+        ("mps", 1, 1, 2, "cpu"),
+        ("cuda", 2, 2, 4, "no GPU for process 3 of this machine, it has 2: .*_per_node 2"),
+    ],
+)
+def test_each_process_has_the_gpu_that_torch_finds_for_it(
+    kind, count, rank, world, want, monkeypatch
+):
+    monkeypatch.setattr(torch, "accelerator", Accelerator(kind, count))
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    if " " in want:
+        with pytest.raises(evaluate.UsageError, match=want):
+            evaluate.choose_device(world)
+    else:
+        assert evaluate.choose_device(world) == torch.device(want)
+
+
+@pytest.mark.parametrize(
+    "kind,hardware,dtype,layout",
+    [
+        ("cuda", True, torch.bfloat16, torch.channels_last),
+        ("cuda", False, torch.float32, torch.channels_last),
+        ("mps", False, torch.float32, torch.contiguous_format),
+        ("cpu", True, torch.bfloat16, torch.channels_last),
+        ("cpu", False, torch.float32, torch.contiguous_format),
+    ],
+)
+def test_auto_is_bfloat16_where_the_hardware_has_it(kind, hardware, dtype, layout, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: hardware)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=hardware))
+    device = torch.device(kind)
+    assert evaluate.choose_dtype("auto", device) == dtype
+    assert evaluate.choose_dtype("float16", device) == torch.float16
+    assert evaluate.memory_format(device, dtype) == layout
+    assert evaluate.autocast(device, torch.float32).device == kind
+
+
+def test_where_it_must_batch_norm_sees_contiguous_maps_and_computes_the_same():
+    torch.manual_seed(0)
+    net, seen = build_model("toy_p8", "ln_mln", 6).train(), []
+    images, labels = torch.randn(2, 3, 64, 96), torch.randint(0, 6, (2, 64, 96))
+    net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
+    want, _ = net(images, labels)
+
+    evaluate.contiguous_batch_norm(net)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            note = lambda module, maps, _: seen.append(maps[0].is_contiguous())  # noqa: E731
+            module.register_forward_hook(note)
+    found, _ = net(images.contiguous(memory_format=torch.channels_last), labels)
+    torch.testing.assert_close(found, want)
+    assert len(seen) == 13 and all(seen)
+
+
 @pytest.fixture
 def small():
     """A model of six classes, and three pictures with labels of two classes, in memory."""
@@ -623,6 +698,113 @@ def test_of_a_work_directory_the_best_checkpoint_is_taken_of_many_the_newest(
 
     assert end.value.code == 2
     assert "a line of it is damaged" in capsys.readouterr().err
+
+
+PLAIN = ("a", "b", "c", "d", "e", "f")
+LEFT_CLASSES = "the names of its classes (no name and colour for each)"
+LEFT_ARGUMENTS = "the arguments of its training (none that train.py writes)"
+
+
+@pytest.mark.parametrize(
+    "key,value,left_out",
+    [
+        ("classes", 5, LEFT_CLASSES),
+        ("classes", ["a", "b"], LEFT_CLASSES),
+        ("classes", {"names": PLAIN}, LEFT_CLASSES),
+        ("classes", (PLAIN, [[0, 0, 0]] * 5, False), LEFT_CLASSES),
+        ("classes", (PLAIN, [[0, 0, 256]] * 6, False), LEFT_CLASSES),
+        ("classes", (PLAIN, [[0, 0, -1]] * 6, False), LEFT_CLASSES),
+        ("classes", (PLAIN, [[0, 0, 2**70]] * 6, False), LEFT_CLASSES),
+        ("classes", (PLAIN, [[0, 0]] * 6, False), LEFT_CLASSES),
+        ("classes", (PLAIN, ["red"] * 6, False), LEFT_CLASSES),
+        ("classes", (PLAIN, None, False), LEFT_CLASSES),
+        ("classes", (PLAIN, [[0, 0, 0]] * 6, torch.zeros(2)), LEFT_CLASSES),
+        ("classes", (PLAIN, [[0, 0, 0]] * 6, False, [[0, 0, 999]]), LEFT_CLASSES),
+        ("classes", (PLAIN[:5] + ("\x1b[2J",), [[0, 0, 0]] * 6, False), LEFT_CLASSES),
+        ("classes", (PLAIN[:5] + ("x" * 1000,), [[0, 0, 0]] * 6, False), LEFT_CLASSES),
+        ("classes", (PLAIN[:5] + (5,), [[0, 0, 0]] * 6, False), LEFT_CLASSES),
+        ("classes", (tuple(map(str, range(10000))), [[0, 0, 0]] * 10000, False), LEFT_CLASSES),
+        ("args", {"arch": "resnet50"}, LEFT_ARGUMENTS),
+        ("args", {"arch": ["toy_p8"]}, LEFT_ARGUMENTS),
+        ("args", {"arch": "toy_p8", "short_side": "64"}, LEFT_ARGUMENTS),
+        ("args", {"arch": "toy_p8", "short_side": -64}, LEFT_ARGUMENTS),
+        ("args", {"arch": "toy_p8", "data": ["set"]}, LEFT_ARGUMENTS),
+        ("args", ["toy_p8"], LEFT_ARGUMENTS),
+        ("meta", {"CLASSES": torch.zeros(6), "PALETTE": 5}, LEFT_CLASSES),
+        ("meta", {"classes": 5, "reduce_zero_label": torch.ones(2)}, LEFT_CLASSES),
+        ("meta", "deit", None),
+    ],
+)
+def test_pictures_are_labelled_whatever_a_checkpoint_says_beside_its_weights(
+    key, value, left_out, run, main, small, monkeypatch, capsys
+):
+    """Colours and names are then those of no data set; what cannot be used is said."""
+    monkeypatch.chdir(run.folder)
+    torch.save({"model": small[0].state_dict(), key: value}, "hostile.pt")
+    arguments = ("--image", "set/images/validation/p0.jpg", "--show", "out", "--short-side", 32)
+    main(evaluate, "--checkpoint", "hostile.pt", *arguments, "--workers", 0)
+    assert left_out is None or left_out in capsys.readouterr().out
+    assert os.listdir("out") == ["p0.png"]
+
+
+def test_an_architecture_that_a_file_claims_and_its_weights_are_not_is_refused(
+    run, main, small, monkeypatch, capsys
+):
+    monkeypatch.chdir(run.folder)
+    torch.save({"model": small[0].state_dict(), "args": {"arch": "deit_t16"}}, "claims.pt")
+    with pytest.raises(SystemExit) as end:
+        main(evaluate, "--checkpoint", "claims.pt")
+    assert end.value.code == 2 and "claims.pt: a ours file for deit_t16" in capsys.readouterr().err
+
+
+def test_more_classes_than_labels_can_hold_are_refused(run, main, monkeypatch, capsys):
+    monkeypatch.chdir(run.folder)
+    for n, words in ((255, "knows 255 classes (class 0"), (256, "labels of 8 bits hold 255")):
+        torch.save(build_model("toy_p8", "none", n).state_dict(), "many.pt")
+        with pytest.raises(SystemExit) as end:
+            main(evaluate, "--checkpoint", "many.pt")
+        assert end.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_nobody_waits_for_a_pipe(run, main, monkeypatch, capsys):
+    """To open one waits until somebody writes to it."""
+    monkeypatch.chdir(run.folder)
+    os.makedirs("own")
+    for path in ("own/p.jpg", "own.pt", "set/images/validation/q.jpg"):
+        os.mkfifo(path)
+    Image.fromarray(formulas.picture(40, 60)).save("own/good.jpg")
+    none = "it is a folder, a pipe or a device"
+    for arguments, words in (
+        (("--checkpoint", "own.pt"), f"own.pt: not a checkpoint, or a damaged one ({none})"),
+        (("--image", "own/p.jpg", "--show", "out"), f"p.jpg: cannot be read as a picture ({none})"),
+        ((), "q.jpg: its label file"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(evaluate, *arguments, "--workers", 0)
+        assert end.value.code == 2 and words in capsys.readouterr().err
+    main(evaluate, "--image", "own", "--save-labels", "labels", "--workers", 0)
+    assert os.listdir("labels") == ["good.png"]
+
+    shutil.copy("set/annotations/validation/p0.png", "set/annotations/validation/q.png")
+    with pytest.raises(SystemExit) as end:
+        main(evaluate, "--workers", 0)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and f"q.jpg: cannot be read as a picture ({none})" in error
+    os.mkfifo("set/classes.txt")
+    with pytest.raises(SystemExit) as end:
+        main(evaluate, "--workers", 0)
+    assert end.value.code == 2 and "set/classes.txt: is a folder, a pipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", ["5", "[]", '{"mIoU": 3}', '{"iteration": 5, "mIoU": "much"}', "\x80"]
+)
+def test_a_log_that_says_something_else_is_named(line, run, main, monkeypatch, capsys):
+    monkeypatch.chdir(run.folder)
+    (run.folder / "runs/a/log.jsonl").write_bytes(line.encode("latin-1") + b"\n")
+    with pytest.raises(SystemExit) as end:
+        main(evaluate, "--checkpoint", "runs/a", "--dry-run")
+    assert end.value.code == 2 and "log.jsonl: a line of it is damaged" in capsys.readouterr().err
 
 
 def test_damage_met_on_the_way_is_named_too(run):

@@ -1,15 +1,17 @@
 """model.py and upernet.py against the real mmsegmentation 0.17.0 (goldens) and against plain
 computations."""
 
+from contextlib import nullcontext
+
 import formulas
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import speed
-from conftest import write_mmseg
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import Watch, write_mmseg
 
+import ade20k
 import evaluate
 import model
 import upernet
@@ -233,43 +235,47 @@ def test_operations_are_counted_as_the_formula_does():
     assert speed.count_flops("deit_t16", "none", 64, 96) == 2 * (layers + patches + convs + pooled)
 
 
-class NoWaiting(TorchDispatchMode):
-    """Fails on what makes a GPU's program wait for its result, and counts the other operations."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        masks = [
-            i
-            for i in (args[1] if name in ("index", "index_put_") else ())
-            if i is not None and i.dtype in (torch.bool, torch.uint8)
-        ]
-        assert name not in self.WAITS and not masks, f"{name} would wait for the device"
-        self.operations.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-def test_neither_a_training_step_nor_a_prediction_waits_for_the_device():
+def test_neither_a_training_step_nor_a_prediction_waits_for_the_device_or_needs_float64_there():
     net = build_model("toy_p8", "ln_mln", 6)
     images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 6, (2, 64, 64))
-    with NoWaiting():
+    with Watch() as training:
         net(images, labels)[0].backward()
-    with NoWaiting():
+    with Watch() as prediction:
         evaluate.predict(net.eval(), formulas.picture(70, 95), (0.5, 1.0), flip=True, short=64)
-    with pytest.raises(AssertionError, match="would wait"), NoWaiting():
-        labels[labels != 255].sum()
+    with Watch() as windows:
+        evaluate.predict(net, formulas.picture(70, 95), short=64, slide=(48, 32))
+    for seen in (training, prediction, windows):
+        assert len(seen.operations) > 100 and not seen.waits and not seen.doubles
+
+    with Watch() as seen:
+        labels[labels != 255].double().to("meta").sum()
+        labels.sum().item()
+    assert seen.waits == ["index", "_to_copy", "_local_scalar_dense"] and "sum" in seen.doubles
+
+
+def test_nothing_but_pictures_comes_from_the_cpu(monkeypatch):
+    """The device meta, which knows shapes and no numbers, stands for a GPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **how: nullcontext())  # it has none
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: torch.zeros(self.shape))
+    with torch.device("meta"):
+        net = build_model("toy_p8", "ln_mln", 6)
+        images, labels = torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64).long()
+        sizes = torch.zeros(2, 2)
+    with Watch() as seen:
+        net(ade20k.normalise(images, sizes), labels)[0].backward()
+    assert "_to_copy" in seen.operations and not seen.waits
+
+    with Watch() as seen:
+        picture = formulas.picture(70, 95)
+        evaluate.predict(net.eval(), picture, (0.5, 1.0, 1.5), flip=True, short=64)
+    assert seen.waits == ["_to_copy"] * 3  # the picture at each scale
 
 
 def test_loss_without_gradient_computes_none():
     net, seen = build_model("toy_p8", "none", 6), []
     images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 6, (2, 64, 64))
     for wanted in (True, False):
-        with torch.set_grad_enabled(wanted), NoWaiting() as mode:
+        with torch.set_grad_enabled(wanted), Watch() as mode:
             net(images, labels)
         seen.append("scatter_add_" in mode.operations)
     assert seen == [True, False]

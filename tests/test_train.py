@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from conftest import ROOT, draw_set, write_mmseg
+from conftest import ROOT, Watch, draw_set, write_mmseg
 
 import evaluate
 import train
@@ -282,6 +281,14 @@ def test_a_frozen_backbone_keeps_no_activations():
     assert all(p.grad is not None for p in net.neck.parameters())
 
 
+@pytest.mark.parametrize("kind,pinned", [("cuda", True), ("mps", False), ("cpu", False)])
+def test_memory_is_pinned_for_cuda_alone(kind, pinned):
+    args = SimpleNamespace(iters=4, batch_size=2, workers=0)
+    run = SimpleNamespace(args=args, samples=[], start=0, rank=0, world=1)
+    run.device = torch.device(kind)
+    assert train.build_loader(run).pin_memory is pinned
+
+
 def test_where_there_are_no_locks_there_is_none(tmp_path, monkeypatch):
     fcntl = pytest.importorskip("fcntl")
 
@@ -475,6 +482,96 @@ def test_resume_of_nothing_in_particular_needs_something(main, tmp_path, monkeyp
     with pytest.raises(SystemExit) as end:
         main(train, "--resume")
     assert end.value.code == 2 and "runs: no checkpoint_" in capsys.readouterr().err
+
+
+NO_ARGUMENTS = "checkpoint_3.pt: does not hold arguments of train.py, argument --"
+NO_CHECKPOINT = "checkpoint_3.pt cannot be used (not a training checkpoint)"
+NO_STATE = "checkpoint_3.pt: the optimizer's state cannot be used ("
+OTHER_CLASSES = "set: its classes are not those that"
+
+
+@pytest.mark.parametrize(
+    "key,value,message",
+    [
+        ("args.arch", "resnet50", NO_ARGUMENTS + "arch: invalid choice: 'resnet50'"),
+        ("args.arch", ["toy_p8"], NO_ARGUMENTS + "arch: invalid choice"),
+        ("args.arch", {"toy_p8": 1}, NO_ARGUMENTS + "arch: invalid choice"),
+        ("args.arch", 5, NO_ARGUMENTS + "arch: invalid choice"),
+        ("args.arch", None, "checkpoint_3.pt: its arguments say otherwise"),
+        ("args.arch", "deit_t16", "does not fit (another architecture?)"),
+        ("args.neck", "fpn", NO_ARGUMENTS + "neck: invalid choice: 'fpn'"),
+        ("args.neck", "mln", "checkpoint_3.pt: its arguments say otherwise"),
+        ("args.lr", "fast", NO_ARGUMENTS + "lr: 'fast' is not a number"),
+        ("args.lr", -1, NO_ARGUMENTS + "lr: '-1' is not a number"),
+        ("args.iters", [6], NO_ARGUMENTS + "iters: '[6]' is not a whole number"),
+        ("args.crop_size", 0, NO_ARGUMENTS + "crop-size: '0' is not a whole number"),
+        ("args.micro_batch", 1.5, NO_ARGUMENTS + "micro-batch: '1.5' is not a whole number"),
+        ("args.freeze", "yes", NO_ARGUMENTS + "freeze: ignored explicit argument 'yes'"),
+        ("args.data", ["set"], "['set']/images/training: no such folder"),
+        ("args", ["--arch"], NO_CHECKPOINT),
+        ("iteration", "3", NO_CHECKPOINT),
+        ("iteration", -3, NO_CHECKPOINT),
+        ("window", ["a"] * 4, NO_CHECKPOINT),
+        ("window", [0.0], NO_CHECKPOINT),
+        ("best", {"mIoU": "much"}, NO_CHECKPOINT),
+        ("best", [], NO_CHECKPOINT),
+        ("names", 5, NO_CHECKPOINT),
+        ("classes", 5, NO_CHECKPOINT),
+        ("classes", {"names": []}, NO_CHECKPOINT),
+        ("classes", (None,) * 9, OTHER_CLASSES),
+        ("classes", (("wall",), torch.zeros(3), True, None), OTHER_CLASSES),
+        ("classes", (tuple("class %d" % k for k in range(10000)), [], True, None), OTHER_CLASSES),
+        ("model", {}, "checkpoint_3.pt: no known kind of checkpoint"),
+        ("model", [], NO_CHECKPOINT),
+        ("model", {"backbone.patch_embed.proj.weight": "x"}, "checkpoint_3.pt: no known kind"),
+        ("optimizer", {}, NO_STATE),
+        ("optimizer", {"state": 5, "param_groups": 5}, NO_STATE),
+        ("optimizer.state", {0: {"step": torch.zeros(()), "exp_avg": torch.zeros(7)}}, NO_STATE),
+        ("scaler", {"scale": "large"}, NO_STATE),
+    ],
+)
+def test_whatever_a_checkpoint_holds_resume_ends_with_one_sentence(
+    key, value, message, straight, folder, main, monkeypatch, capsys, tmp_path
+):
+    content = torch.load(straight[0] / "checkpoint_3.pt", weights_only=True)
+    *outer, last = key.split(".")
+    holder = content[outer[0]] if outer else content
+    holder[last] = value
+    torch.save(content, tmp_path / "checkpoint_3.pt")
+    monkeypatch.chdir(folder)
+
+    more = ("--dtype", "float16") if key == "scaler" else ()
+    with pytest.raises(SystemExit) as end:
+        main(train, "--resume", "--work-dir", tmp_path, "--workers", 0, *more)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error, error
+    assert error.count("error: ") == 1 and set(os.listdir(tmp_path)) == {"checkpoint_3.pt"}
+
+
+def test_files_that_are_none_of_a_runs_own_disturb_nothing(straight, folder):
+    """A copy of a checkpoint under another name, a folder, a pipe, lines of a log that say
+    something else."""
+    work = folder / "runs" / "crowded"
+    os.makedirs(work / "checkpoint_8.pt")
+    os.mkfifo(work / "checkpoint_9.pt")
+    for name in ("checkpoint_3.pt", "checkpoint_best.pt"):
+        shutil.copy(straight[0] / "checkpoint_3.pt", work / name)
+    os.utime(work / "checkpoint_best.pt", (1, 1))
+    for n, name in enumerate(("checkpoint_3.pt", "checkpoint_8.pt", "checkpoint_9.pt")):
+        os.utime(work / name, (2e9 + n, 2e9 + n))
+    with open(work / "log.jsonl", "w") as file:
+        file.write('5\n[]\n{"iteration": 1, "mIoU": "much"}\n{"iteration": 3, "mIoU": 1.5}\n')
+
+    done = run(folder, "--resume", "--work-dir", work, "--keep", 1)
+    assert done.returncode == 0, done.stderr
+    for n in (8, 9):
+        assert f"checkpoint_{n}.pt cannot be used" in done.stderr
+    for line in (1, 2, 3):
+        assert f"log.jsonl: line {line} is damaged, left out" in done.stderr
+    assert "iterations 3 to 6" in done.stdout
+    assert {"checkpoint_best.pt", "checkpoint_6.pt"} <= set(os.listdir(work))
+    want, got = weights(straight[0] / "checkpoint_6.pt"), weights(work / "checkpoint_6.pt")
+    assert all(torch.equal(got[k], v) for k, v in want.items())
 
 
 def test_without_validation_pictures_a_run_trains_and_says_so(folder):
@@ -713,25 +810,8 @@ def test_damaged_training_data_is_named(folder):
     assert "Traceback" not in done.stderr
 
 
-class Waits(TorchDispatchMode):
-    """Counts the operations for which the program would wait for a GPU: they bring a value, or the
-    size of a result, to the CPU."""
-
-    names = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
-
-    def __init__(self):
-        super().__init__()
-        self.found, self.operations = [], 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operations += 1
-        if function.__name__.split(".")[0] in self.names:
-            self.found.append(function.__name__)
-        return function(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_an_iteration_waits_for_the_device_where_the_losses_come_and_nowhere_else(
+def test_an_iteration_waits_for_the_device_where_the_losses_come_and_needs_no_float64_there(
     optimizer, folder, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(folder)
@@ -740,7 +820,7 @@ def test_an_iteration_waits_for_the_device_where_the_losses_come_and_nowhere_els
 
     def begin(run, batches):
         batch = next_batch(run, batches)
-        stretches.append(Waits())
+        stretches.append(Watch())
         stretches[-1].__enter__()
         return batch
 
@@ -749,7 +829,7 @@ def test_an_iteration_waits_for_the_device_where_the_losses_come_and_nowhere_els
         stretches[-1].__exit__(None, None, None)
         agreed.append(losses.shape)
         answer = agree(run, losses)
-        stretches.append(Waits())
+        stretches.append(Watch())
         stretches[-1].__enter__()
         return answer
 
@@ -762,7 +842,7 @@ def test_an_iteration_waits_for_the_device_where_the_losses_come_and_nowhere_els
     options = (*TINY, "--optimizer", optimizer, "--micro-batch", 2, "--workers", 0)
     train.train(*parse(*options, "--work-dir", tmp_path))
     assert len(stretches) == 12 and all(s.operations for s in stretches)
-    assert agreed == [(3,)] * 6 and not sum((s.found for s in stretches), [])
+    assert agreed == [(3,)] * 6 and not any(s.waits or s.doubles for s in stretches)
 
 
 def test_toy_has_defaults_of_its_own_and_what_is_given_wins():
