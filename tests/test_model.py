@@ -268,7 +268,7 @@ def test_nothing_but_pictures_comes_from_the_cpu(monkeypatch):
     with Watch() as seen:
         picture = formulas.picture(70, 95)
         evaluate.predict(net.eval(), picture, (0.5, 1.0, 1.5), flip=True, short=64)
-    assert seen.waits == ["_to_copy"] * 3  # the picture at each scale
+    assert len(seen.operations) > 100 and not seen.waits  # (torch.tensor, the picture, is not seen)
 
 
 def test_loss_without_gradient_computes_none():
