@@ -329,7 +329,7 @@ def test_a_changed_argument_is_named_and_a_used_folder_refused(straight, folder)
 
 
 def test_a_loss_that_stays_not_finite_ends_the_run_with_code_3(folder):
-    out, err = finish(start(folder, *OPTIONS, "--lr", 1e30, "--warmup", 0, "--work-dir", "wild"), 3)
+    out, err = finish(start(folder, *OPTIONS, "--lr", 1e18, "--warmup", 0, "--work-dir", "wild"), 3)
     assert out.count("the loss is not finite, the step is not taken") == train.PATIENCE
     assert "set/images/training/s" in out
     assert "5 times in a row" in err
