@@ -349,7 +349,7 @@ def main():
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"which ones (all): {', '.join(names)}")
     add("--list", action="store_true", help="print place, change, question and guess, run nothing")
-    add("--iters", type=int, default=150, help="of each run (%(default)s; the toy recipe has 800)")
+    add("--iters", type=int, default=400, help="of each run (%(default)s; the toy recipe has 800)")
     add("--seeds", type=int, default=3, help="runs of each, seeds 0, 1, ... (%(default)s)")
     add("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
     add("--out", default="runs/experiments", metavar="DIR", help="(%(default)s)")
