@@ -73,6 +73,16 @@ NECKS = {
 }
 
 
+def same_size(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes (h, w) are equal. While torch.export traces the model for pictures of any
+    size: whether they are for all of them, as the traced steps are to fit all."""
+    if torch.compiler.is_exporting():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return all(statically_known_true(a == b) for a, b in zip(one, other))
+    return tuple(one) == tuple(other)
+
+
 def resize_pos_embed(
     pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str = "bicubic"
 ) -> Tensor:
@@ -82,7 +92,7 @@ def resize_pos_embed(
     -> (1, 1 + new_h * new_w, D). As the reference does it: torch's bicubic (a = -0.75),
     align_corners=False, no antialiasing (ViT, section 3.2: "2D interpolation"). mode="bilinear" is
     Google's own way, which lays the corner patches on each other."""
-    if old == new:
+    if same_size(old, new):
         return pos_embed
 
     cls, patches = pos_embed[:, :1], pos_embed[:, 1:]
@@ -107,9 +117,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D, h, w)"""
-        H, W = images.shape[2:]
-        right, below = -W % self.patch, -H % self.patch  # what the last patches lack
-        images = F.pad(images, (0, right, 0, below))
+        most = self.patch - 1  # pixels that the last patches may lack; of those left over none is read
+        images = F.pad(images, (0, most, 0, most))
         return self.proj(images)
 
 

@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import ARCHS, NECKS, build_backbone
+from model import ARCHS, NECKS, build_backbone, same_size
 
 IGNORE_INDEX = 255  # the label of pixels that nobody labelled: no loss, no metric
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (PSPNet, section 5.2)
@@ -83,7 +83,7 @@ def pool_matrix(old: int, new: int, like: Tensor) -> Tensor:
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear, align_corners=False: (B, C, h, w) -> (B, C, *size). The same x at equal sizes."""
-    if x.shape[2:] == tuple(size):
+    if same_size(x.shape[2:], size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
@@ -104,7 +104,7 @@ def conv3x3_of_resized(maps: list[Tensor], weight: Tensor) -> Tensor:
     total = F.conv2d(maps.pop(0), own, padding=1)
     for share in shares:
         x = maps.pop(0)
-        if x.shape[2:] == size:
+        if same_size(x.shape[2:], size):
             total = total + F.conv2d(x, share, padding=1)
         else:
             total = add_upsampled_conv3x3(total, x, share)
@@ -144,7 +144,7 @@ def three_shifts(matrix: Tensor) -> Tensor:
     """(n, old) -> (3, n, old): the matrix whose row i is the one before i, the one at i, the one
     after it, for the three taps of a convolution along one axis. Beyond the edge lie zeros."""
     padded = F.pad(matrix, (0, 0, 1, 1))  # (n + 2, old)
-    n = len(matrix)
+    n = matrix.shape[0]
     return torch.stack([padded[:n], padded[1 : n + 1], padded[2:]])
 
 
@@ -184,6 +184,9 @@ class MultiLevelNeck(nn.Module):
                 # Halving goes by the factor: at an odd size (7 to 3) the points lie elsewhere than
                 # those of a resize to the size.
                 if scale < 1:
+                    h, w = x.shape[2:]
+                    if 1 in (h, w):  # a strip one patch thick, of which half would be nothing
+                        x = resize(x, (max(h, 2), max(w, 2)))
                     x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
                 x = conv(x)
             out.append(x)
