@@ -65,10 +65,11 @@ def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
 
 
 def source_rows(start: int, stop: int, old: int, new: int) -> tuple[int, int]:
-    """The old rows first..last (last excluded) that the rows start..stop of resize_matrix read."""
+    """-> (first, end): all that rows start to stop - 1 of resize_matrix read are the old rows first
+    to end - 1."""
     first = int((start + 0.5) * old / new - 0.5)
-    last = int((stop - 0.5) * old / new - 0.5) + 2
-    return max(first, 0), min(last, old)
+    end = int((stop - 0.5) * old / new - 0.5) + 2
+    return max(first, 0), min(end, old)
 
 
 def pool_matrix(old: int, new: int, like: Tensor) -> Tensor:
@@ -315,9 +316,9 @@ class UpsampledCrossEntropy(torch.autograd.Function):
         step = rows_at_once(logits.device, B * W * C)
         for start in range(0, H, step):
             stop = min(start + step, H)
-            first, last = source_rows(start, stop, h, H)
-            m = rows[start:stop, first:last]
-            large = m @ wide[:, first:last]  # (B, stop - start, W C)
+            first, end = source_rows(start, stop, h, H)
+            m = rows[start:stop, first:end]
+            large = m @ wide[:, first:end]  # (B, stop - start, W C)
             log_p = large.view(B, -1, W, C).log_softmax(3)
 
             label = labels[:, start:stop, :, None]
@@ -329,7 +330,7 @@ class UpsampledCrossEntropy(torch.autograd.Function):
                 p = log_p.exp_()
                 p.scatter_add_(3, label, -torch.ones_like(p[..., :1]))  # softmax - one_hot
                 p *= kept
-                grad[:, first:last] += m.mT @ p.view(B, -1, W * C)
+                grad[:, first:end] += m.mT @ p.view(B, -1, W * C)
         if wanted:
             grad = columns.mT @ grad.view(B, h, W, C)  # (B, h, w, C)
             ctx.save_for_backward(grad.permute(0, 3, 1, 2) / labels.numel())
