@@ -58,10 +58,14 @@ def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
     New pixel i has its centre at x = (i + 1/2) old / new - 1/2 of the old pixels, and mixes the two
     on either side by how near they are. On the device of `like`, in its dtype."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    x = (torch.arange(new, dtype=dtype, device=like.device) + 0.5) * (old / new) - 0.5
+    i = torch.arange(new, dtype=dtype, device=like.device)
+    k = torch.arange(old, dtype=dtype, device=like.device)
+
+    x = (i + 0.5) * (old / new) - 0.5
     x = x.clamp(0, old - 1)  # beyond the outermost centres the outermost pixel goes on
-    distance = x[:, None] - torch.arange(old, dtype=dtype, device=like.device)  # (new, old)
-    return (1 - distance.abs()).clamp(min=0).to(like.dtype)
+    distance = (x[:, None] - k).abs()  # (new, old)
+    matrix = (1 - distance).clamp(min=0)
+    return matrix.to(like.dtype)
 
 
 def source_rows(start: int, stop: int, old: int, new: int) -> tuple[int, int]:
@@ -76,9 +80,13 @@ def pool_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """The (new, old) matrix of adaptive average pooling along one axis.
 
     New cell i averages the old pixels from floor(i old / new) to ceil((i + 1) old / new)."""
-    i = torch.arange(new, device=like.device)[:, None]
+    i = torch.arange(new, device=like.device)
     k = torch.arange(old, device=like.device)
-    inside = (k >= i * old // new) & (k * new < (i + 1) * old)  # (new, old)
+
+    first = i * old // new
+    behind_first = k >= first[:, None]  # (new, old)
+    before_end = k * new < (i[:, None] + 1) * old
+    inside = behind_first & before_end
     return inside.to(like.dtype) / inside.sum(1, keepdim=True)
 
 
@@ -102,7 +110,8 @@ def conv3x3_of_resized(maps: list[Tensor], weight: Tensor) -> Tensor:
     size = maps[0].shape[2:]
     widths = [x.shape[1] for x in maps]
     own, *shares = weight.split(widths, dim=1)
-    total = F.conv2d(maps.pop(0), own, padding=1)
+
+    total = F.conv2d(maps.pop(0), own, padding=1)  # (B, O, h_1, w_1)
     for share in shares:
         x = maps.pop(0)
         if same_size(x.shape[2:], size):
@@ -126,27 +135,37 @@ def add_upsampled_conv3x3(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     _, O, H, W = total.shape  # noqa: E741
     rows = three_shifts(resize_matrix(h, H, x))  # (3, H, h)
     columns = three_shifts(resize_matrix(w, W, x))  # (3, W, w)
-    columns = columns.permute(1, 2, 0).reshape(W, w * 3)
-    weight = weight.permute(2, 1, 3, 0).reshape(3, C, 3 * O)  # for each ky from C to (kx, O)
+    columns = columns.permute(1, 2, 0)  # (W, w, 3)
+    columns = columns.reshape(W, w * 3)
+    weight = weight.permute(2, 1, 3, 0)  # (3, C, 3, O): for each ky from C to (kx, O)
+    weight = weight.reshape(3, C, 3 * O)
 
     # The channels come last from here on, so that each product reads and writes whole rows.
-    x = x.permute(0, 2, 3, 1).reshape(B, h * w, C)
-    total = total.permute(0, 2, 3, 1).reshape(B, H, W * O)
+    x = x.permute(0, 2, 3, 1)  # (B, h, w, C)
+    x = x.reshape(B, h * w, C)
+    total = total.permute(0, 2, 3, 1)  # (B, H, W, O)
+    total = total.reshape(B, H, W * O)
+
     for ky in range(3):  # one after the other, added in place: a third of the memory
         taps = x @ weight[ky]  # (B, h w, 3 O), laid out as (B, h, w, kx, O)
-        wide = columns @ taps.view(B, h, w * 3, O)  # (B, h, W, O): the three kx, added up
+        taps = taps.view(B, h, w * 3, O)
+        wide = columns @ taps  # (B, h, W, O): the three kx, added up
         wide = wide.view(B, h, W * O)
-        along_y = rows[ky].to(wide.dtype).expand(B, H, h)  # (no autocast in place)
-        total = total.baddbmm_(along_y, wide)  # total + along_y @ wide
-    return total.view(B, H, W, O).permute(0, 3, 1, 2)
+        along_y = rows[ky].to(wide.dtype)  # (H, h); autocast leaves alone what works in place
+        total = total.baddbmm_(along_y.expand(B, H, h), wide)  # total + along_y @ wide
+
+    total = total.view(B, H, W, O)
+    return total.permute(0, 3, 1, 2)
 
 
 def three_shifts(matrix: Tensor) -> Tensor:
     """(n, old) -> (3, n, old): the matrix whose row i is the one before i, the one at i, the one
     after it, for the three taps of a convolution along one axis. Beyond the edge lie zeros."""
-    padded = F.pad(matrix, (0, 0, 1, 1))  # (n + 2, old)
     n = matrix.shape[0]
-    return torch.stack([padded[:n], padded[1 : n + 1], padded[2:]])
+    padded = F.pad(matrix, (0, 0, 1, 1))  # (n + 2, old)
+    before = padded[:n]
+    after = padded[2:]
+    return torch.stack([before, matrix, after])
 
 
 # ---- The neck ------------------------------------------------------------------------------------
@@ -165,8 +184,12 @@ class MultiLevelNeck(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.lateral_convs = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in self.scales)
-        self.convs = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in self.scales)
+        self.lateral_convs = nn.ModuleList()
+        self.convs = nn.ModuleList()
+        for _ in self.scales:
+            self.lateral_convs.append(nn.Conv2d(width, width, 1))
+            self.convs.append(nn.Conv2d(width, width, 3, padding=1))
+
         for conv in (*self.lateral_convs, *self.convs):
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)
@@ -177,21 +200,30 @@ class MultiLevelNeck(nn.Module):
         for x, scale, lateral, conv in zip(maps, self.scales, self.lateral_convs, self.convs):
             x = lateral(x)
             if scale > 1:
-                B, D, h, w = x.shape
-                bias = conv.bias.to(x.dtype)[:, None, None].expand(B, D, scale * h, scale * w)
-                bias = bias.contiguous(memory_format=torch.channels_last)
-                x = add_upsampled_conv3x3(bias, x, conv.weight)
+                x = self.upsampled(x, scale, conv)
+            elif scale < 1:
+                x = conv(self.downsampled(x, scale))
             else:
-                # Halving goes by the factor: at an odd size (7 to 3) the points lie elsewhere than
-                # those of a resize to the size.
-                if scale < 1:
-                    h, w = x.shape[2:]
-                    if 1 in (h, w):  # a strip one patch thick, of which half would be nothing
-                        x = resize(x, (max(h, 2), max(w, 2)))
-                    x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
                 x = conv(x)
             out.append(x)
         return out
+
+    @staticmethod
+    def upsampled(x: Tensor, scale: int, conv: nn.Conv2d) -> Tensor:
+        """conv(resize(x, by scale)): its bias everywhere, and the rest added to that."""
+        B, D, h, w = x.shape
+        bias = conv.bias.to(x.dtype)
+        bias = bias[:, None, None].expand(B, D, scale * h, scale * w)
+        bias = bias.contiguous(memory_format=torch.channels_last)
+        return add_upsampled_conv3x3(bias, x, conv.weight)
+
+    @staticmethod
+    def downsampled(x: Tensor, scale: float) -> Tensor:
+        """Resize by the factor, not to the size: of 7 to 3 pixels the points lie elsewhere."""
+        h, w = x.shape[2:]
+        if h == 1 or w == 1:  # a strip one patch thick, of which half would be nothing
+            x = resize(x, (max(h, 2), max(w, 2)))
+        return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
 
 
 # ---- The heads -----------------------------------------------------------------------------------
@@ -207,11 +239,13 @@ class ConvBNReLU(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+        x = self.bn(self.conv(x))
+        return F.relu(x, inplace=True)
 
     def of_resized(self, maps: list[Tensor]) -> Tensor:
         """The same of maps that are resized to the first one's size and laid side by side."""
-        return F.relu(self.bn(conv3x3_of_resized(maps, self.conv.weight)), inplace=True)
+        x = self.bn(conv3x3_of_resized(maps, self.conv.weight))
+        return F.relu(x, inplace=True)
 
 
 def classifier(channels: int, num_classes: int) -> nn.Conv2d:
@@ -230,8 +264,9 @@ class UPerHead(nn.Module):
 
     def __init__(self, width: int, channels: int, num_classes: int):
         super().__init__()
-        self.ppm = nn.ModuleList(ConvBNReLU(width, channels, 1) for _ in self.pool_sizes)
-        self.bottleneck = ConvBNReLU(width + len(self.pool_sizes) * channels, channels, 3)
+        pooled = len(self.pool_sizes)
+        self.ppm = nn.ModuleList(ConvBNReLU(width, channels, 1) for _ in range(pooled))
+        self.bottleneck = ConvBNReLU(width + pooled * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvBNReLU(width, channels, 1) for _ in range(3))
         self.fpn_convs = nn.ModuleList(ConvBNReLU(channels, channels, 3) for _ in range(3))
         self.fpn_bottleneck = ConvBNReLU(4 * channels, channels, 3)
@@ -245,7 +280,9 @@ class UPerHead(nn.Module):
         h, w = top.shape[2:]
         pyramid = [top]
         for conv, n in zip(self.ppm, self.pool_sizes):
-            pooled = pool_matrix(h, n, top) @ top @ pool_matrix(w, n, top).mT  # (B, width, n, n)
+            along_y = pool_matrix(h, n, top)  # (n, h)
+            along_x = pool_matrix(w, n, top)  # (n, w)
+            pooled = along_y @ top @ along_x.mT  # (B, width, n, n)
             pyramid.append(conv(pooled))
         top = self.bottleneck.of_resized(pyramid)  # (B, channels, h_4, w_4)
 
@@ -255,7 +292,8 @@ class UPerHead(nn.Module):
 
         # Top-down: each level is told what the coarser one has understood.
         for i in (2, 1, 0):
-            levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[2:])
+            size = levels[i].shape[2:]
+            levels[i] = levels[i] + resize(levels[i + 1], size)
 
         # Smoothing: a 3x3 convolution for each level but the top, against what upsampling leaves.
         for i, conv in enumerate(self.fpn_convs):
@@ -279,7 +317,8 @@ class FCNHead(nn.Module):
         self.classifier = classifier(channels, num_classes)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        return self.classifier(self.dropout(self.conv(maps[-1])))
+        x = self.conv(maps[-1])  # (B, channels, h_4, w_4)
+        return self.classifier(self.dropout(x))
 
 
 # ---- The loss ------------------------------------------------------------------------------------
@@ -319,21 +358,28 @@ class UpsampledCrossEntropy(torch.autograd.Function):
             first, end = source_rows(start, stop, h, H)
             m = rows[start:stop, first:end]
             large = m @ wide[:, first:end]  # (B, stop - start, W C)
-            log_p = large.view(B, -1, W, C).log_softmax(3)
+            large = large.view(B, stop - start, W, C)
+            log_p = large.log_softmax(3)
 
             label = labels[:, start:stop, :, None]
             kept = label != IGNORE_INDEX
             label = label.where(kept, 0)  # of an ignored pixel any class will do: it counts nothing
-            loss -= (log_p.gather(3, label) * kept).sum()
+            of_label = log_p.gather(3, label)  # (B, stop - start, W, 1)
+            loss -= (of_label * kept).sum()
 
             if wanted:
                 p = log_p.exp_()
-                p.scatter_add_(3, label, -torch.ones_like(p[..., :1]))  # softmax - one_hot
+                minus_one = -torch.ones_like(of_label)
+                p.scatter_add_(3, label, minus_one)  # softmax - one_hot
                 p *= kept
-                grad[:, first:end] += m.mT @ p.view(B, -1, W * C)
+                p = p.view(B, stop - start, W * C)
+                grad[:, first:end] += m.mT @ p
+
         if wanted:
-            grad = columns.mT @ grad.view(B, h, W, C)  # (B, h, w, C)
-            ctx.save_for_backward(grad.permute(0, 3, 1, 2) / labels.numel())
+            grad = grad.view(B, h, W, C)
+            grad = columns.mT @ grad  # (B, h, w, C)
+            grad = grad.permute(0, 3, 1, 2)
+            ctx.save_for_backward(grad / labels.numel())
         return loss / labels.numel()
 
     @staticmethod
@@ -365,7 +411,8 @@ class Segmenter(nn.Module):
     def __init__(self, arch: str, neck: str, num_classes: int):
         super().__init__()
         self.backbone = build_backbone(arch, neck)  # refuses what it does not know
-        width, channels = ARCHS[arch]["width"], ARCHS[arch]["channels"]
+        width = ARCHS[arch]["width"]
+        channels = ARCHS[arch]["channels"]
         _, multi_level = NECKS[neck]
         self.neck = MultiLevelNeck(width) if multi_level else None
         self.decode_head = UPerHead(width, channels, num_classes)
@@ -374,7 +421,9 @@ class Segmenter(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> the four maps that the heads see."""
         maps = self.backbone(images)
-        return maps if self.neck is None else self.neck(maps)
+        if self.neck is not None:
+            maps = self.neck(maps)
+        return maps
 
     def forward(
         self, images: Tensor, labels: Tensor | None = None
@@ -386,10 +435,13 @@ class Segmenter(nn.Module):
         weight of 0.4."""
         maps = self.features(images)
         if labels is None:
-            return resize(self.decode_head(maps), images.shape[2:])
+            logits = self.decode_head(maps)  # (B, C, h_1, w_1)
+            return resize(logits, images.shape[2:])
+
         decode = cross_entropy(self.decode_head(maps), labels)
         aux = AUX_WEIGHT * cross_entropy(self.auxiliary_head(maps), labels)
-        return decode + aux, {"decode": decode.detach(), "aux": aux.detach()}
+        parts = {"decode": decode.detach(), "aux": aux.detach()}
+        return decode + aux, parts
 
 
 def build_model(arch: str, neck: str = "none", num_classes: int = 150) -> Segmenter:
