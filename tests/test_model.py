@@ -362,3 +362,25 @@ def test_toy_model_loads_from_a_file_of_their_names(tmp_path):
     net = build_model("toy_p8", "mln", num_classes=7)
     state_dict, facts = load_weights(write_mmseg(net.state_dict(), tmp_path / "x.pth"))
     assert (facts["arch"], facts["neck"], facts["num_classes"]) == ("toy_p8", "mln", 7)
+
+
+@pytest.mark.parametrize("neck", ["none", "ln", "mln", "ln_mln"])
+@pytest.mark.parametrize("height, width", [(1, 1), (8, 200), (200, 8)])
+def test_a_strip_one_patch_thick_passes_every_neck(neck, height, width):
+    torch.manual_seed(0)
+    net = build_model("toy_p8", neck, 5)
+    images = torch.randn(2, 3, height, width)
+    assert net.eval()(images).shape == (2, 5, height, width)
+
+    labels = torch.randint(0, 5, (2, height, width))
+    loss, _ = net.train()(images, labels)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_half_of_a_map_one_patch_thick_is_that_of_the_map_doubled():
+    torch.manual_seed(0)
+    neck = upernet.MultiLevelNeck(3)
+    x = torch.randn(2, 3, 1, 10)
+    doubled = torch.cat([x, x], dim=2)
+    torch.testing.assert_close(neck.downsampled(x, 0.5), neck.downsampled(doubled, 0.5))
