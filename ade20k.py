@@ -618,14 +618,6 @@ def positions(
         yield list(range(first, first + count))
 
 
-def load_pair(
-    pair: tuple[str, str | None], classes: Classes
-) -> tuple[str, ndarray, ndarray | None]:
-    """(image path, label path or None) -> image path, picture and label (or None) at their own
-    size."""
-    return pair[0], *load(*pair, classes)
-
-
 # ---- finding the files, and their faults ---------------------------------------------------------
 
 

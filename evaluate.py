@@ -44,7 +44,7 @@ from ade20k import (
     DataError,
     data_root,
     find_pairs,
-    load_pair,
+    load,
     normalise,
     progress,
     read_classes,
@@ -69,66 +69,7 @@ from upernet import (
     source_rows,
 )
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 Pairs = list[tuple[str, str | None]]  # paths of pictures, and of their label files where there are
-
-
-class UsageError(Exception):
-    """An option that cannot be met, in one sentence."""
-
-
-# ---- where and how to compute --------------------------------------------------------------------
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """--dtype; auto is bfloat16 where the hardware is known to compute in it, else float32. (Where
-    it is emulated it is the slower one. Apple's M1 and M2 do so, and torch cannot tell.)"""
-    if name != "auto":
-        return DTYPES[name]
-
-    fast = False
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        fast = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
-    return torch.bfloat16 if fast else torch.float32
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products and convolutions in dtype; in float32 stay the weights, the sum that runs
-    through the backbone with its LayerNorms, and the loss."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """How maps lie in memory: channels last, but for float32 on CPUs, where gradients of weights
-    then take thrice the time, and for Apple's GPUs, see contiguous_batch_norm."""
-    if device.type == "mps" or (device.type, dtype) == ("cpu", torch.float32):
-        return torch.contiguous_format
-    return torch.channels_last
-
-
-def prepare(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool
-) -> nn.Module:
-    """The model on the device, in its layout; compiled by parts and, since `H % patch` asks for it,
-    for each size of input."""
-    if compiled:
-        for part in model.children():
-            part.compile(dynamic=False)
-    if device.type == "mps":
-        contiguous_batch_norm(model)
-    return model.to(device, memory_format=memory_format(device, dtype))
-
-
-def contiguous_batch_norm(model: nn.Module) -> None:
-    """Have BatchNorm see contiguous maps, whatever comes: its gradients on Apple's GPUs are wrong
-    for others (pytorch issue 175189)."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_pre_hook(lambda module, maps: maps[0].contiguous())
 
 
 # ---- inference -----------------------------------------------------------------------------------
@@ -150,22 +91,23 @@ def predict(
     Each scale s resizes into (4 short, short) * s, keeping the aspect; flip adds the mirrored
     picture to every scale; slide: (window, stride), see slide_logits. The plain form:
 
-        for x in views:                                    # the picture at each scale, and mirrored
-            logits = resize(resize(head(x), x.shape[2:]), (H, W))  # mirrored back where x was
+        total = 0
+        for x in views:  # the picture at each scale, and mirrored
+            logits = head(x)  # mirrored back where x was
+            logits = resize(resize(logits, x.shape[2:]), (H, W))
             total = total + logits.softmax(dim=1)
         return total.argmax(dim=1)
 
-    The mean is over probabilities, not logits: a view that is sure of nothing should not outvote
-    one that is sure. Here the last three lines are done for some rows of the picture after the
-    other, so that no (C, H, W) is ever held."""
+    All but head() is done for some rows of the picture after the other, so that its logits
+    (C, H, W) are never held as a whole."""
     H, W = image.shape[:2]
     device = next(model.parameters()).device
 
     views = []
     for scale in sorted(scales, reverse=True):  # the largest leaves memory for the others
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
-        x = torch.tensor(resize_bilinear(image, h, w)[None], device=device)  # (1, 3, h, w)
-        x = normalise(x)
+        x = torch.tensor(resize_bilinear(image, h, w), device=device)
+        x = normalise(x[None])  # (1, 3, h, w)
         if flip:
             x = torch.cat([x, x.flip(3)])  # (2, 3, h, w)
 
@@ -177,16 +119,24 @@ def predict(
         views.append(resized_rows(logits[:1], (h, w), (H, W)))
         if flip:
             views.append(resized_rows(logits[1:].flip(3), (h, w), (H, W)))
+    return vote(views).cpu().numpy()
 
+
+def vote(views: list[Iterator]) -> Tensor:
+    """The label (H, W) uint8 of each pixel, from the logits that each view has of the same rows of
+    the picture, (rows, W, C), one block of rows after the other.
+
+    The sum is over probabilities, not logits: each view has one vote to share out among the
+    classes, and none outvotes the others by the size of its logits."""
     labels = []
     first, *others = views
-    for total in first:  # some rows, (rows, W, C)
+    for total in first:  # (rows, W, C)
         if others:  # (of one view alone the largest stays the largest)
             total = total.softmax(2)
-        for view in others:  # the same rows as the others see them
+        for view in others:
             total += next(view).softmax(2)
         labels.append(total.argmax(2).to(torch.uint8))  # (rows, W)
-    return torch.cat(labels).cpu().numpy()
+    return torch.cat(labels)
 
 
 def resized_rows(logits: Tensor, between: tuple[int, int], size: tuple[int, int]) -> Iterator:
@@ -363,7 +313,7 @@ def load_or_fault(numbered: tuple[int, tuple], classes: Classes) -> tuple:
     or its label cannot be used."""
     i, pair = numbered
     try:
-        return i, *load_pair(pair, classes)
+        return i, pair[0], *load(*pair, classes)
     except DataError as fault:
         return i, pair[0], fault, None
 
@@ -685,13 +635,13 @@ def label_and_report(args: Namespace) -> None:
     for _, path, image, label, prediction in labelled:
         write(args, model, classes, path, image, label, prediction)
 
-    everyones = [faults] * world
+    all_faults = [faults] * world  # of each process
     if world > 1:
-        dist.all_gather_object(everyones, faults)
+        dist.all_gather_object(all_faults, faults)
     leave_processes(world)
 
     if rank == 0:
-        report(args, classes, matrix, len(pairs), sum(everyones, []), started)
+        report(args, classes, matrix, len(pairs), sum(all_faults, []), started)
 
 
 def open_outputs(args: Namespace, rank: int) -> None:
@@ -886,6 +836,10 @@ COUNT = number(int, "a whole number of 0 or more", 0)
 REAL = number(float, "a number of 0 or more", 0)
 FACTOR = number(float, "a number from 0 to 1", 0, math.nextafter(1, 2))
 RATE = number(float, "a number of 0 or more and below 1", 0, 1)
+
+
+class UsageError(Exception):
+    """An option that cannot be met, in one sentence."""
 
 
 @contextmanager
@@ -1133,6 +1087,61 @@ def look_inside(
     panels = stack([stack(left, 0), stack(map_rows(model, seen, size), 0)], 1)
     below = legend([prediction], classes, panels.shape[1])
     return Image.fromarray(stack([panels, below], 0))
+
+
+# ---- where and how to compute --------------------------------------------------------------------
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """--dtype; auto is bfloat16 where the hardware is known to compute in it, else float32. (Where
+    it is emulated it is the slower one. Apple's M1 and M2 do so, and torch cannot tell.)"""
+    if name != "auto":
+        return DTYPES[name]
+
+    fast = False
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        fast = bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Matrix products and convolutions in dtype; in float32 stay the weights, the sum that runs
+    through the backbone with its LayerNorms, and the loss."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """How maps lie in memory: channels last, but for float32 on CPUs, where gradients of weights
+    then take thrice the time, and for Apple's GPUs, see contiguous_batch_norm."""
+    if device.type == "mps" or (device.type, dtype) == ("cpu", torch.float32):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def prepare(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> nn.Module:
+    """The model on the device, in its layout; compiled by parts and, since `H % patch` asks for it,
+    for each size of input."""
+    if compiled:
+        for part in model.children():
+            part.compile(dynamic=False)
+    if device.type == "mps":
+        contiguous_batch_norm(model)
+    return model.to(device, memory_format=memory_format(device, dtype))
+
+
+def contiguous_batch_norm(model: nn.Module) -> None:
+    """Have BatchNorm see contiguous maps, whatever comes: its gradients on Apple's GPUs are wrong
+    for others (pytorch issue 175189)."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda module, maps: maps[0].contiguous())
 
 
 # ---- processes -----------------------------------------------------------------------------------
