@@ -434,8 +434,8 @@ def resize_bilinear(
     x = source_places(x0, x1, W, w)
 
     # Take the rows that the target needs, mix their columns, mix the rows.
-    first, last = int(y[0]), int(y[-1]) + 1
-    rows = image[first : last + 1]  # (n, W, 3)
+    first, end = int(y[0]), int(y[-1]) + 2
+    rows = image[first:end]  # (n, W, 3)
     image = rows.transpose(2, 0, 1).astype(np.float32, order="C")
     image = interpolate(image, x, axis=2)  # (3, n, x1 - x0)
     image = interpolate(image, y - first, axis=1)  # (3, y1 - y0, x1 - x0)
@@ -443,10 +443,10 @@ def resize_bilinear(
     return image.astype(np.uint8)
 
 
-def source_places(first: int, last: int, old: int, new: int) -> ndarray:
+def source_places(first: int, end: int, old: int, new: int) -> ndarray:
     """Of an axis resized from old to new pixels: the places in the source that the centres of the
-    target pixels first..last - 1 come from."""
-    return (np.arange(first, last) + 0.5) * old / new - 0.5
+    target pixels first to end - 1 come from."""
+    return (np.arange(first, end) + 0.5) * old / new - 0.5
 
 
 def interpolate(x: ndarray, place: ndarray, axis: int) -> ndarray:
@@ -768,20 +768,25 @@ def class_warnings(counts: ndarray, classes: Classes, total: int) -> list[str]:
     seen, count = len(counts), len(classes.names)
     pixels = counts.sum(axis=0)
     missing = [name for name, n in zip(classes.names, pixels) if n == 0]
-    named = ", ".join(missing[:20])
-    if len(missing) > 20:
-        named += f", and {len(missing) - 20} more"
     warnings = []
 
     # Rare classes may well be absent from a part of a large set; many of them is another matter.
     if missing and (seen == total or len(missing) > count / 3):
         warnings.append(
             f"{len(missing)} of {count} classes are in none of the training labels "
-            f"({seen} of {total} files were looked at): {named}"
+            f"({seen} of {total} files were looked at): {listed(missing)}"
         )
     if len(missing) > count - 2:
         warnings.append("with fewer than two classes in the labels there is nothing to learn")
     return warnings
+
+
+def listed(texts: list[str], separator: str = ", ") -> str:
+    """All of them, or the first twenty and how many more there are."""
+    shown = texts[:20]
+    if len(texts) > 20:
+        shown.append(f"and {len(texts) - 20} more")
+    return separator.join(shown)
 
 
 # ---- the toy data set ----------------------------------------------------------------------------

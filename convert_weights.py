@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade20k import fetch
+from ade20k import fetch, listed
 from model import ARCHS, NECKS, resize_pos_embed
 from upernet import build_model
 
@@ -327,7 +327,8 @@ def unwrap(content: dict, choice: str, path: str) -> tuple[str, Tensors, list[st
         elif first not in ("meta", "args", "classes", *beside):
             beside.append(first)
 
-    return kind, weights, [f"{listed(beside)} (beside the weights)"] if beside else []
+    left_out = [f"the file's other entries ({listed(beside)})"] if beside else []
+    return kind, weights, left_out
 
 
 def flatten(content: dict) -> dict:
@@ -362,14 +363,6 @@ def find_models(entries: dict) -> dict:
                 break
 
     return models
-
-
-def listed(texts: list[str], separator: str = ", ") -> str:
-    """All of them, or the first twenty and how many more there are."""
-    shown = texts[:20]
-    if len(texts) > 20:
-        shown.append(f"and {len(texts) - 20} more")
-    return separator.join(shown)
 
 
 # ---- Translate -----------------------------------------------------------------------------------

@@ -214,13 +214,13 @@ def train(args: Namespace, checkpoint: dict) -> None:
         # mean over all pixels, labelled or not, so the mean over equal parts is that of the batch.
         losses = torch.zeros(3, device=device)  # loss, decode, aux
         for first in range(0, len(images), run.micro):
-            last = first + run.micro
-            model.require_backward_grad_sync = last == len(images)  # processes talk once (no_sync)
+            end = first + run.micro
+            model.require_backward_grad_sync = end == len(images)  # processes talk once (no_sync)
 
-            x = normalise(images[first:last], sizes[first:last])  # (micro, 3, S, S) float32
+            x = normalise(images[first:end], sizes[first:end])  # (micro, 3, S, S) float32
             x = x.contiguous(memory_format=memory_format(device, run.dtype))
             with autocast(device, run.dtype):
-                loss, parts = model(x, labels[first:last].long())
+                loss, parts = model(x, labels[first:end].long())
             scaler.scale(loss / run.accumulated).backward()
             losses += torch.stack([loss.detach(), parts["decode"], parts["aux"]]) / run.accumulated
 
@@ -284,10 +284,7 @@ class Run:
 
         # Model. DistributedDataParallel gives all processes the weights of rank 0.
         self.model = self.parallel = start_model(self, checkpoint)
-        # Every crop has one size, so cuDNN may try its kernels once and take the fastest.
-        torch.backends.cudnn.benchmark = not args.deterministic
-        if args.deterministic:
-            fix_order(self.device, self.model, args.crop_size)
+        choose_kernels(args, self.device, self.model)
         if self.world > 1 and not args.dry_run:
             self.parallel = DistributedDataParallel(self.model)
 
@@ -340,12 +337,17 @@ class Run:
         os.replace(path + ".part", path)
 
 
-def fix_order(device: torch.device, model: Segmenter, crop: int) -> None:
-    """--deterministic: kernels that add in the same order every time. On CUDA attention has one in
-    the strict mode alone, in which torch refuses the gradient of resized positions, that has none;
+def choose_kernels(args: Namespace, device: torch.device, model: Segmenter) -> None:
+    """Every crop has one size, so cuDNN may try its kernels once and take the fastest. Or, with
+    --deterministic, those that add in the same order every time. On CUDA attention has one in the
+    strict mode alone, in which torch refuses the gradient of resized positions, that has none;
     where they are needed torch warns of both instead."""
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if not args.deterministic:
+        return
+
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    side = math.ceil(crop / model.backbone.patch_embed.patch)
+    side = math.ceil(args.crop_size / model.backbone.patch_embed.patch)
     strict = device.type == "cuda" and model.backbone.grid == (side, side)
     torch.use_deterministic_algorithms(True, warn_only=not strict)
 
@@ -489,7 +491,6 @@ def plan(run: Run) -> str:
     if run.training:
         facts["pictures"] = f"{len(run.training)} training pictures"
     return text.format(**facts)
-
 
 
 # ---- log and validation --------------------------------------------------------------------------

@@ -289,7 +289,7 @@ def test_distilled_mae_and_classifier_tensors_are_left_out_and_said(tmp_path):
         assert np.array_equal(state_dict["backbone." + name], value)
 
     said = " ".join(facts["left_out"])
-    for left in ("dist_token", "head_dist.bias", "head.weight", "epoch, optimizer (beside"):
+    for left in ("dist_token", "head_dist.bias", "head.weight", "other entries (epoch, optimizer)"):
         assert left in said
 
     decoder = {
@@ -887,7 +887,7 @@ def test_objects_of_any_class_are_skipped_and_their_modules_never_imported(tmp_p
 
     assert_equal(state_dict, weights)
 
-    said = next(x for x in facts["left_out"] if x.endswith("(beside the weights)"))
+    said = next(x for x in facts["left_out"] if x.startswith("the file's other entries ("))
     for key in beside:
         assert key in said
     assert audited("x.pt", cwd=tmp_path)["x.pt"] == ("loaded", [])
