@@ -669,8 +669,8 @@ def scan(root: str, split: str) -> tuple[list[Pair], list[str]]:
                 faults.append(f"{image}: its label file {wanted}.png is missing")
             case [], [label]:
                 faults.append(f"{label}: its picture in {image_folder} is missing")
-            case several:
-                first, twin, *_ = max(several, key=len)
+            case both:  # of which one holds two files or more
+                first, twin, *_ = max(both, key=len)
                 faults.append(f"{twin}: has the name of {first}, remove or rename one of them")
     return pairs, faults
 
@@ -695,14 +695,14 @@ def read_all(read: Callable, pairs: list[Pair], title: str = "") -> tuple[list, 
     results, faults = [], []
     started = time.monotonic()
 
-    def attempt(pair: Pair) -> object:
+    def read_or_fault(pair: Pair) -> object:
         try:
             return read(*pair)
         except DataError as fault:
             return fault
 
     with ThreadPool(16) as threads:
-        for n, result in enumerate(threads.imap(attempt, pairs), start=1):
+        for n, result in enumerate(threads.imap(read_or_fault, pairs), start=1):
             if isinstance(result, DataError):
                 faults.append(str(result))
             else:

@@ -582,10 +582,10 @@ def fit_positions(tensors: Tensors, facts: dict, bicubic: bool) -> None:
 # ---- Compare -------------------------------------------------------------------------------------
 
 
-def compare(tensors: Tensors, model: nn.Module, facts: dict, but: list[str] = ()) -> None:
+def compare(tensors: Tensors, model: nn.Module, facts: dict, left_out: list[str] = ()) -> None:
     """WeightsError that lists the tensors that are missing, left over or of another shape, and the
     likely cause. A file must set the model's tensors in those parts that it has itself, and in the
-    neck if it is a whole model, but none with a name in `but`."""
+    neck if it is a whole model, except for those that are left_out."""
     must = parts(tensors)
     if facts["neck"] is not None:
         must.add("neck")
@@ -594,7 +594,7 @@ def compare(tensors: Tensors, model: nn.Module, facts: dict, but: list[str] = ()
     ours = {
         name: tuple(value.shape)
         for name, value in model.state_dict().items()
-        if name.split(".")[0] in must and name not in but
+        if name.split(".")[0] in must and name not in left_out
     }
 
     h, w = facts["grid"]  # which the model will have

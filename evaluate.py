@@ -280,7 +280,8 @@ def evaluate(
         mine, batch_size=None, collate_fn=partial(load_or_fault, classes=classes),
         num_workers=workers, worker_init_fn=start_worker,
     )
-    started, was_training = monotonic(), model.training
+    started = monotonic()
+    was_training = model.training
     model.eval()
 
     try:
@@ -331,7 +332,8 @@ def sheet(
     the prediction alone, at the picture's own size up to 4000. Colours lie over the picture with an
     opacity of 0 to 1."""
     columns = {"picture": [], "truth": [], "prediction": []}
-    labels, colours = [], palette(classes)
+    labels = []
+    colours = palette(classes)
 
     for image, truth, prediction in rows:
         step = math.ceil(image.shape[1] / (4000 if truth is None else 400))
@@ -485,7 +487,9 @@ def checkpoints(folder: str) -> list[str]:
 def choose_checkpoint(folder: str) -> tuple[str, str]:
     """-> (path, why). Of a work directory the checkpoint with the best validation, as its log says;
     where there was none, and of a folder of work directories, the newest."""
-    found, log, scored = checkpoints(folder), join(folder, "log.jsonl"), {}
+    found = checkpoints(folder)
+    log = join(folder, "log.jsonl")
+    scored = {}  # the mIoU of each that was validated
     try:
         with open(log) as file:
             for line in file:
@@ -524,12 +528,13 @@ def load_model(path: str) -> tuple[Segmenter, dict]:
 
 def known_classes(facts: dict) -> Classes:
     """What a checkpoint was trained on: as it says itself, or ADE20K, or numbers for names."""
-    n, ade = facts["num_classes"], Classes()
     if "classes" in facts:
         return Classes(*facts["classes"])
+
+    n = facts["num_classes"]
+    ade = Classes()
     if n == len(ade.names):
         return ade
-
     return Classes(tuple(f"class {k}" for k in range(n)), (ade.palette * 2)[:n])
 
 
@@ -608,10 +613,10 @@ def label_and_report(args: Namespace) -> None:
             print(words, flush=True)
 
     checkpoint, _ = split_choice(args.checkpoint)
-    needed = (checkpoint, args.image or args.data or "toy")
-    for path in needed:
-        if args.dry_run and path != "toy" and not exists(path):  # (toy is drawn where it is not)
-            return say(f"{path}: not there yet, the rest of the command is in order")
+    if args.dry_run:
+        for path in (checkpoint, args.image or args.data or "toy"):
+            if path != "toy" and not exists(path):  # (toy is drawn where it is not)
+                return say(f"{path}: not there yet, the rest of the command is in order")
 
     if rank == 0:
         local_path(checkpoint)  # one process fetches what lies behind a URL
@@ -628,10 +633,11 @@ def label_and_report(args: Namespace) -> None:
     slide = args.slide and (args.slide, args.stride)
     how = dict(scales=args.scales, flip=args.flip, short=args.short_side, dtype=dtype, slide=slide)
     matrix = np.zeros([len(classes.names)] * 2, np.int64)
-    faults, started = [], monotonic()
-    named = faults if isdir(args.image or "") else None  # one bad picture ends no folder
+    started = monotonic()
 
-    labelled = evaluate(model, pairs, classes, matrix, rank, world, args.workers, named, **how)
+    faults = []
+    kept = faults if isdir(args.image or "") else None  # in a folder one bad picture ends nothing
+    labelled = evaluate(model, pairs, classes, matrix, rank, world, args.workers, kept, **how)
     for _, path, image, label, prediction in labelled:
         write(args, model, classes, path, image, label, prediction)
 
@@ -934,7 +940,7 @@ def heat(values: Tensor) -> ndarray:
 def watch(model: Segmenter, x: Tensor, dtype: torch.dtype) -> dict:
     """Label a normalised picture (1, 3, H, W) -> {module: (input, output)} of those worth a look.
     (What leaves a BatchNorm has passed the ReLU too, which works in place.)"""
-    backbone, head, seen = model.backbone, model.decode_head, {}
+    backbone, head = model.backbone, model.decode_head
     modules = [
         backbone,
         backbone.blocks[-1].attn.qkv,
@@ -944,6 +950,8 @@ def watch(model: Segmenter, x: Tensor, dtype: torch.dtype) -> dict:
         *head.fpn_convs,
         head.classifier,
     ]
+
+    seen = {}
 
     def note(module, inputs, output):
         seen[module] = inputs[0], output
@@ -1196,7 +1204,8 @@ def choose_device(world: int) -> torch.device:
     if device is None or (device.type == "mps" and world > 1):
         return torch.device("cpu")
 
-    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.accelerator.device_count()
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    count = torch.accelerator.device_count()
     if index >= count:
         raise UsageError(
             f"there is no GPU for process {index + 1} of this machine, it has {count}: start one "

@@ -23,6 +23,7 @@ import sys
 import zipfile
 import zlib
 from argparse import ArgumentParser, Namespace
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -130,19 +131,19 @@ def build_optimizer(
         weight_decay = WEIGHT_DECAY[name]
 
     depth = len(model.backbone.blocks)
-    groups = {}
+    weights = defaultdict(list)
     for key, weight in model.named_parameters():
         # Neither tokens nor positions multiply anything: pulling them to 0 regularises
         # nothing. (The published SGD pulls them all the same.)
         exempt = name == "adamw" and key.endswith(("cls_token", "pos_embed", "reg_token"))
         scale = layer_decay ** (depth + 1 - layer_of(key, depth))
         if weight.requires_grad:
-            decay = 0.0 if exempt else weight_decay
-            group = dict(params=[], weight_decay=decay, scale=scale)
-            groups.setdefault((exempt, scale), group)["params"].append(weight)
+            weights[exempt, scale].append(weight)
 
-    # In one order: checkpoints hold the optimizer's state by position.
-    groups = [groups[key] for key in sorted(groups)]
+    groups = []
+    for exempt, scale in sorted(weights):  # checkpoints hold the optimizer's state by position
+        decay = 0.0 if exempt else weight_decay
+        groups.append(dict(params=weights[exempt, scale], weight_decay=decay, scale=scale))
 
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
@@ -534,7 +535,8 @@ def log(run: Run, n: int, losses: list[float], finite: bool) -> None:
 def validate(run: Run, n: int) -> None:
     """Scores on the validation pictures, if there are any; rank 0 logs them, and draws four of its
     own pictures and the curves. Ends early when a signal comes."""
-    before, count = monotonic(), len(run.validation)
+    before = monotonic()
+    count = len(run.validation)
     if not count:
         return
 
@@ -545,7 +547,8 @@ def validate(run: Run, n: int) -> None:
 
     # Four that are spread over the set, rounded down to multiples of world: those are rank 0's.
     shown = {count * k // 4 // run.world * run.world for k in range(4)}
-    rows, matrix = [], np.zeros([len(run.classes.names)] * 2, np.int64)
+    rows = []
+    matrix = np.zeros([len(run.classes.names)] * 2, np.int64)
     pictures = evaluate(
         run.model, run.validation, run.classes, matrix, run.rank, run.world, run.args.workers,
         short=run.args.short_side, dtype=run.dtype,
@@ -992,7 +995,8 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
 
     The command line is read twice. The first reading finds what decides about the defaults: the
     optimizer, the toy data, or a checkpoint, whose own arguments go on to hold."""
-    parser, checkpoint = options(), {}
+    parser = options()
+    checkpoint = {}
     given, _ = parser.parse_known_args(argv)
     schedule = OPTIMIZERS[given.optimizer]
     parser.set_defaults(lr=schedule["lr"], warmup=schedule["warmup"])
@@ -1003,14 +1007,14 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
         warn(f"{given.work_dir}: holds no checkpoint yet, a run starts anew")
     elif given.resume:
         checkpoint = usable_checkpoint(given.work_dir or "runs")
-        known = saved_arguments(checkpoint, {k: parser.get_default(k) for k in vars(given)})
-        parser.set_defaults(**known)
+        saved = saved_arguments(checkpoint, {k: parser.get_default(k) for k in vars(given)})
+        parser.set_defaults(**saved)
 
     parser.add_argument("-h", "--help", action="help", help="show this and stop")
     args = parser.parse_args(argv)
 
     if checkpoint:
-        name_changes(args, known, checkpoint["path"])
+        name_changes(args, saved, checkpoint["path"])
         args.work_dir = dirname(checkpoint["path"])
 
     args.interval = args.interval or max(1, args.iters // 10)
@@ -1031,7 +1035,8 @@ def saved_arguments(checkpoint: dict, defaults: dict) -> dict:
     What it does not name is as in defaults."""
     argv = []
     for key in defaults:
-        value, option = checkpoint["args"].get(key), f"--{key.replace('_', '-')}"
+        value = checkpoint["args"].get(key)
+        option = f"--{key.replace('_', '-')}"
         if value is True:
             argv.append(option)
         elif value is not None and value is not False:
@@ -1045,10 +1050,10 @@ def saved_arguments(checkpoint: dict, defaults: dict) -> dict:
     return vars(parser.parse_args(argv, Namespace(**defaults)))
 
 
-def name_changes(args: Namespace, known: dict, path: str) -> None:
+def name_changes(args: Namespace, saved: dict, path: str) -> None:
     """A checkpoint's own architecture wins, and its optimizer is the one that goes on; other
     arguments may change on --resume, but none of them unnoticed."""
-    for key, old in known.items():
+    for key, old in saved.items():
         new = getattr(args, key)
         if new == old or key in NO_EFFECT:
             continue
@@ -1072,7 +1077,8 @@ def new_work_dir(args: Namespace) -> str:
     data = basename(normpath(args.data))
     base = f"runs/{args.arch}_{args.neck}_{data}_{args.iters}"
 
-    name, taken, count = base, base, 1
+    name = taken = base
+    count = 1
     while exists(name):
         taken = name
         count += 1
