@@ -9,7 +9,10 @@ The metric is that of FCN (Long et al. 2015, arXiv:1411.4038, section 5): inters
 from one confusion matrix of the whole data set (not a mean over pictures). A class that is neither
 there nor predicted has no IoU (0 / 0) and is left out of the mean. The protocol is the reference's:
 two bilinear steps (to the resized picture, then to its own size), the mean of the softmax outputs
-rather than of the logits."""
+rather than of the logits.
+
+First inference, the metric and the pictures, then the program and the sheet that looks inside the
+network; number formats, devices and processes come last."""
 
 import atexit
 import ctypes
