@@ -117,7 +117,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D, h, w)"""
-        most = self.patch - 1  # pixels that the last patches may lack; of those left over none is read
+        most = self.patch - 1  # pixels that the last patches may lack; no patch reads the others
         images = F.pad(images, (0, most, 0, most))
         return self.proj(images)
 
