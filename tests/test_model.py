@@ -284,20 +284,27 @@ def test_operations_are_counted_as_the_formula_does():
 
 def test_neither_a_training_step_nor_a_prediction_waits_for_the_device_or_needs_float64_there():
     net = build_model("toy_p8", "ln_mln", 6)
-    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 6, (2, 64, 64))
-    with Watch() as training:
-        net(images, labels)[0].backward()
-    with Watch() as prediction:
-        evaluate.predict(net.eval(), formulas.picture(70, 95), (0.5, 1.0), flip=True, short=64)
-    with Watch() as windows:
-        evaluate.predict(net, formulas.picture(70, 95), short=64, slide=(48, 32))
-    for seen in (training, prediction, windows):
-        assert len(seen.operations) > 100 and not seen.waits and not seen.doubles
+    images = torch.randn(2, 3, 64, 64)
+    labels = torch.randint(0, 6, (2, 64, 64))
+    picture = formulas.picture(70, 95)
 
-    with Watch() as seen:
+    with Watch() as training:
+        loss, _ = net(images, labels)
+        loss.backward()
+    with Watch() as prediction:
+        evaluate.predict(net.eval(), picture, (0.5, 1.0), flip=True, short=64)
+    with Watch() as windows:
+        evaluate.predict(net, picture, short=64, slide=(48, 32))
+    for seen in (training, prediction, windows):
+        assert len(seen.operations) > 100
+        assert not seen.waits
+        assert not seen.doubles
+
+    with Watch() as seen:  # what would be seen
         labels[labels != 255].double().to("meta").sum()
         labels.sum().item()
-    assert seen.waits == ["index", "_to_copy", "_local_scalar_dense"] and "sum" in seen.doubles
+    assert seen.waits == ["index", "_to_copy", "_local_scalar_dense"]
+    assert "sum" in seen.doubles
 
 
 def test_nothing_but_pictures_comes_from_the_cpu(monkeypatch):
@@ -364,14 +371,13 @@ def test_compiles_without_a_graph_break_and_exports():
     torch.manual_seed(0)
     net = build_model("toy_p8", "ln_mln").eval()
     x = torch.randn(2, 3, 75, 130)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+
     with torch.no_grad():
         want = net(x)
-        torch.testing.assert_close(
-            torch.compile(net, fullgraph=True, backend="aot_eager")(x), want, rtol=1e-4, atol=1e-5
-        )
-        torch.testing.assert_close(
-            torch.export.export(net, (x,)).module()(x), want, rtol=1e-4, atol=1e-5
-        )
+        exported = torch.export.export(net, (x,)).module()
+        torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(exported(x), want, rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_names_are_refused():
@@ -383,33 +389,35 @@ def test_unknown_names_are_refused():
 
 def test_timm_backbone_gives_the_features_of_the_references_own_converter(tmp_path, golden):
     gold = golden("backbone")
-    shapes = {
-        name: tuple(map(int, dims)) for name, *dims in (line.split() for line in gold["shapes"])
-    }
-    weights = {k: torch.from_numpy(formulas.weight(k, s)) for k, s in shapes.items()}
+    weights = {}
+    for line in gold["shapes"]:
+        name, *dims = line.split()
+        shape = tuple(int(dim) for dim in dims)
+        weights[name] = torch.from_numpy(formulas.weight(name, shape))
     torch.save({"model": weights}, tmp_path / "deit.pth")  # as DeiT wraps it
+
     state_dict, facts = load_weights(str(tmp_path / "deit.pth"))
-    assert (
-        facts["arch"] == "deit_s16" and facts["kind"] == "timm" and facts["resolution"] == "224x224"
-    )
+    assert facts["arch"] == "deit_s16"
+    assert facts["kind"] == "timm"
+    assert facts["resolution"] == "224x224"
     assert [x.split()[0] for x in facts["left_out"]] == ["head.bias", "head.weight"]
-    np.testing.assert_allclose(
-        formulas.samples(state_dict["backbone.pos_embed"]), gold["pos_embed"], atol=1e-6
-    )
+    positions = formulas.samples(state_dict["backbone.pos_embed"])
+    np.testing.assert_allclose(positions, gold["pos_embed"], atol=1e-6)
+
     net = build_model("deit_s16", "ln").eval()
     load_into(net, state_dict, facts)
     with torch.inference_mode():
         maps = net.backbone(torch.from_numpy(formulas.image(300, 401)))
     for got, want in zip(maps, gold["maps"]):
         np.testing.assert_allclose(formulas.samples(got), want, atol=1e-4 * np.abs(want).max())
+
     # The same weights as the reference's converter names them are the same backbone.
     theirs = {k.removeprefix("backbone."): v for k, v in to_mmseg(state_dict).items()}
     assert set(theirs) == set(gold["keys"])
     torch.save(theirs, tmp_path / "mmseg_backbone.pth")
     again, facts = load_weights(str(tmp_path / "mmseg_backbone.pth"))
-    assert facts["kind"] == "mmsegmentation backbone" and all(
-        torch.equal(again[k], v) for k, v in state_dict.items()
-    )
+    assert facts["kind"] == "mmsegmentation backbone"
+    assert all(torch.equal(again[k], v) for k, v in state_dict.items())
 
 
 def test_toy_model_loads_from_a_file_of_their_names(tmp_path):
