@@ -21,9 +21,8 @@ import toy  # noqa: E402
 import upernet  # noqa: E402
 from convert_weights import load_into, load_weights, to_mmseg  # noqa: E402
 
-model.ARCHS["small"] = (
-    formulas.SMALL
-)  # in this process only: the goldens of whole evaluations were made at this size
+# In this process only: the goldens of whole evaluations were made at this size.
+model.ARCHS["small"] = formulas.SMALL
 
 
 @pytest.fixture

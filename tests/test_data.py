@@ -184,8 +184,10 @@ def test_crop_is_redrawn_while_one_class_fills_it():
 
 def test_padding_is_zero_after_normalisation_and_pixels_follow_the_formula():
     images = torch.randint(0, 256, (2, 3, 6, 8), dtype=torch.uint8)
-    x = ade20k.normalise(images, torch.tensor([[6, 8], [4, 5]]))
-    assert (x[1, :, 4:] == 0).all() and (x[1, :, :, 5:] == 0).all()
+    sizes = torch.tensor([[6, 8], [4, 5]])
+    x = ade20k.normalise(images, sizes)
+    assert (x[1, :, 4:] == 0).all()
+    assert (x[1, :, :, 5:] == 0).all()
 
     want = (images[0, 1].double() - 116.28) / 57.12
     torch.testing.assert_close(x[0, 1].double(), want, rtol=1e-5, atol=1e-6)
@@ -816,19 +818,25 @@ def test_every_seed_gives_samples_of_its_own(seed, small_set):
 def test_pictures_of_any_size_are_read_and_cut(height, width, tmp_path):
     repeats = (height // 3 + 1, width // 5 + 1, 1)
     rgb = np.tile(formulas.picture(3, 5), repeats)[:height, :width]
-    pair = str(tmp_path / "x.png"), str(tmp_path / "y.png")
-    save(pair[0], rgb)
-    save(pair[1], np.ones((height, width)))
-    ade20k.check_headers(*pair)
-    image, label = ade20k.load(*pair)
-    assert (image == rgb).all() and label.shape == (height, width)
+    image_path = str(tmp_path / "x.png")
+    label_path = str(tmp_path / "y.png")
+    save(image_path, rgb)
+    save(label_path, np.ones((height, width)))
+
+    ade20k.check_headers(image_path, label_path)
+    image, label = ade20k.load(image_path, label_path)
+    assert (image == rgb).all()
+    assert label.shape == (height, width)
 
     for seed in range(6):
         rng = np.random.default_rng(seed)
         x, y, (h, w) = ade20k.train_transform(image, label, rng, crop=64, short=64)
-        assert x.shape == (3, 64, 64) and y.shape == (64, 64)
-        assert 1 <= h <= 64 and 1 <= w <= 64
-        assert (y[:h, :w] == 0).all() and (y == 0).sum() == h * w
+        assert x.shape == (3, 64, 64)
+        assert y.shape == (64, 64)
+        assert 1 <= h <= 64
+        assert 1 <= w <= 64
+        assert (y[:h, :w] == 0).all()
+        assert (y == 0).sum() == h * w
 
 
 # ---- the toy data set ----

@@ -19,51 +19,67 @@ from convert_weights import MMSEG, load_into, load_weights, rename, to_mmseg
 from upernet import build_model
 
 
-@pytest.mark.parametrize("arch,neck", formulas.PAIRS)
-def test_logits_loss_and_gradients_equal_the_reference(arch, neck, golden, filled):
-    gold = golden(f"{arch}_{neck}")
-    if (
-        arch == "deit_b16" and neck != "none"
-    ):  # but for drop path, ViT-B again: for the reference, and so for us
-        twin = golden(f"vit_b16_{neck}")
-        assert all(np.array_equal(gold[k], twin[k]) for k in gold.files if k != "drop_path")
-        ours, theirs = (
-            {k: v for k, v in model.ARCHS[a].items() if "drop_path" not in k}
-            for a in (arch, "vit_b16")
-        )
-        assert ours == theirs
-        return
-    net = filled(arch, neck)
-    assert sum(p.numel() for p in net.parameters()) == gold["parameters"]
-    net.eval()
+def check_logits(net, gold):
     for h, w in formulas.SIZES:
         with torch.inference_mode():
             logits = net(torch.from_numpy(formulas.image(h, w)))
         assert logits.shape == (1, 150, h, w)
+
         error = np.abs(formulas.samples(logits) - gold[f"logits_{h}x{w}"]).max()
         assert error <= 1e-4 * gold[f"max_{h}x{w}"], (h, w, error)
-    net.train()
+
+
+def check_loss(net, gold):
+    images = torch.from_numpy(formulas.image(97, 131, 4))
+    labels = torch.from_numpy(formulas.labels(97, 131, 4))
     with torch.no_grad():
-        loss, parts = net(
-            torch.from_numpy(formulas.image(97, 131, 4)),
-            torch.from_numpy(formulas.labels(97, 131, 4)),
-        )
-    np.testing.assert_allclose(
-        [loss.item(), parts["decode"], parts["aux"]], gold["loss"], rtol=1e-5
-    )
-    # Gradients in float64 on both sides: in float32 an activation within rounding of 0 is on either
-    # side of its ReLU by chance. (BatchNorm's running averages, which the line above moved, take no
-    # part in training mode.)
+        loss, parts = net(images, labels)
+
+    got = [loss.item(), parts["decode"], parts["aux"]]
+    np.testing.assert_allclose(got, gold["loss"], rtol=1e-5)
+
+
+def check_gradients(net, gold):
+    """In float64 on both sides: in float32 an activation within rounding of 0 is on either side of
+    its ReLU by chance."""
     images = torch.from_numpy(formulas.image(97, 131, 2)).double()
-    net.double()(images, torch.from_numpy(formulas.labels(97, 131, 2)))[0].backward()
+    labels = torch.from_numpy(formulas.labels(97, 131, 2))
+    loss, _ = net.double()(images, labels)
+    loss.backward()
+
     theirs = {ours: name for name, ours in MMSEG.items()}
     grads = {rename(name, theirs): p.grad for name, p in net.named_parameters()}
     assert set(grads) == set(gold["grad_names"])
+
     largest = gold["grad_max"].max()
     for name, values, scale in zip(gold["grad_names"], gold["grads"], gold["grad_max"]):
         if scale > 1e-12 * largest:  # a bias in front of a BatchNorm has an exact gradient of 0
             error = np.abs(formulas.samples(grads[name], len(values)) - values).max()
             assert error <= 1e-3 * scale, (name, error, scale)
+
+
+def without_drop_path(arch):
+    return {key: value for key, value in model.ARCHS[arch].items() if "drop_path" not in key}
+
+
+@pytest.mark.parametrize("arch,neck", formulas.PAIRS)
+def test_logits_loss_and_gradients_equal_the_reference(arch, neck, golden, filled):
+    gold = golden(f"{arch}_{neck}")
+
+    # But for drop path, DeiT-B with a neck is ViT-B again: for the reference, and so for us.
+    if arch == "deit_b16" and neck != "none":
+        twin = golden(f"vit_b16_{neck}")
+        assert all(np.array_equal(gold[k], twin[k]) for k in gold.files if k != "drop_path")
+        assert without_drop_path(arch) == without_drop_path("vit_b16")
+        return
+
+    net = filled(arch, neck)
+    assert sum(p.numel() for p in net.parameters()) == gold["parameters"]
+    check_logits(net.eval(), gold)
+
+    net.train()
+    check_loss(net, gold)
+    check_gradients(net, gold)  # the running averages, which have moved, take no part in training
 
 
 @pytest.mark.parametrize("arch,neck", formulas.PAIRS)
@@ -84,58 +100,71 @@ def test_state_dict_in_their_names_has_exactly_their_keys(golden):
 
 def test_deit_t16_is_192_wide_with_3_heads():
     with torch.device("meta"):
-        net = build_model("deit_t16", "mln")
-    assert net.backbone.cls_token.shape == (1, 1, 192) and net.backbone.blocks[0].attn.heads == 3
-    assert len(net.backbone.blocks) == 12 and net.backbone.pos_embed.shape == (1, 1025, 192)
+        backbone = build_model("deit_t16", "mln").backbone
+    assert backbone.cls_token.shape == (1, 1, 192)
+    assert backbone.pos_embed.shape == (1, 1025, 192)
+    assert len(backbone.blocks) == 12
+    assert backbone.blocks[0].attn.heads == 3
+
+
+def cubic_kernel(t, a=-0.75):
+    """The cubic kernel of torch."""
+    t = abs(t)
+    if t <= 1:
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1
+    if t < 2:
+        return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+    return 0
 
 
 def test_pos_embed_is_resized_whenever_the_grid_differs_not_the_number_of_tokens():
     pos = torch.randn(1, 1 + 32 * 32, 8)
     resized = model.resize_pos_embed(pos, (32, 32), (16, 64))  # 1024 tokens too
-    assert resized.shape == pos.shape and not torch.equal(resized, pos)
+    assert resized.shape == pos.shape
+    assert not torch.equal(resized, pos)
     assert torch.equal(resized[:, :1], pos[:, :1])
-    # The cubic kernel of torch (a = -0.75) by hand, along one axis of a 4 x 1 grid doubled.
-    column = torch.randn(4, dtype=torch.float64)
-    got = model.resize_pos_embed(
-        torch.cat([torch.zeros(1), column])[None, :, None].double(), (4, 1), (8, 1)
-    )[0, 1:, 0]
 
-    def cubic(t, a=-0.75):
-        t = abs(t)
-        return (
-            (a + 2) * t**3 - (a + 3) * t**2 + 1
-            if t <= 1
-            else a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0
-        )
+    # By hand, along one axis of a 4 x 1 grid doubled.
+    column = torch.randn(4, dtype=torch.float64)
+    table = torch.cat([torch.zeros(1).double(), column])[None, :, None]
+    got = model.resize_pos_embed(table, (4, 1), (8, 1))[0, 1:, 0]
 
     for i in range(8):
         place = (i + 0.5) / 2 - 0.5
-        near = [int(np.floor(place)) + k for k in (-1, 0, 1, 2)]
-        want = sum(column[min(max(n, 0), 3)] * cubic(place - n) for n in near)
+        before = int(np.floor(place))
+        want = 0
+        for near in range(before - 1, before + 3):
+            inside = min(max(near, 0), 3)
+            want += column[inside] * cubic_kernel(place - near)
         assert abs(got[i] - want) < 1e-12
 
 
 def test_drop_path_zeroes_whole_pictures_and_keeps_the_mean():
     torch.manual_seed(0)
-    drop, x = model.DropPath(0.3), torch.ones(20000, 2, 3)
+    drop = model.DropPath(0.3)
+    x = torch.ones(20000, 2, 3)
     y = drop(x)
+
     assert sorted(y.unique().tolist()) == pytest.approx([0, 1 / 0.7])
-    assert (y == y[:, :1, :1]).all() and abs(y.mean() - 1) < 0.02
+    assert (y == y[:, :1, :1]).all()
+    assert abs(y.mean() - 1) < 0.02
     assert drop.eval()(x) is x
 
 
 def test_attention_is_the_plain_formula():
     torch.manual_seed(0)
-    layer, x = model.Attention(12, 3).double(), torch.randn(2, 5, 12, dtype=torch.float64)
+    layer = model.Attention(12, 3).double()
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
     q, k, v = F.linear(x, layer.qkv.weight, layer.qkv.bias).chunk(3, dim=-1)
+
     heads = []
     for i in range(3):
         part = slice(4 * i, 4 * i + 4)
-        weights = (q[..., part] @ k[..., part].transpose(1, 2) / 4**0.5).softmax(-1)
-        heads.append(weights @ v[..., part])
-    torch.testing.assert_close(
-        layer(x), F.linear(torch.cat(heads, -1), layer.proj.weight, layer.proj.bias)
-    )
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / 4**0.5
+        heads.append(scores.softmax(-1) @ v[..., part])
+
+    want = F.linear(torch.cat(heads, -1), layer.proj.weight, layer.proj.bias)
+    torch.testing.assert_close(layer(x), want)
 
 
 # ---- Resizing is two small matrices ----
@@ -156,9 +185,12 @@ RESIZED = [
 @pytest.mark.parametrize("old,new", RESIZED)
 def test_resize_matrices_are_bilinear_resizing(old, new):
     x = torch.randn(2, 3, *old, dtype=torch.float64)
-    rows, columns = (upernet.resize_matrix(a, b, x) for a, b in zip(old, new))
+    rows = upernet.resize_matrix(old[0], new[0], x)
+    columns = upernet.resize_matrix(old[1], new[1], x)
+    got = rows @ x @ columns.mT
+
     want = F.interpolate(x, new, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(rows @ x @ columns.mT, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert (rows.count_nonzero(1) <= 2).all()
     torch.testing.assert_close(rows.sum(1), torch.ones(new[0], dtype=torch.float64))
 
@@ -166,8 +198,12 @@ def test_resize_matrices_are_bilinear_resizing(old, new):
 @pytest.mark.parametrize("old,new", [(32, 6), (7, 3), (5, 6), (1, 2), (40, 1), (13, 6), (6, 6)])
 def test_pool_matrix_is_adaptive_average_pooling_also_where_sizes_do_not_divide(old, new):
     x = torch.randn(2, 3, old, 4, dtype=torch.float64)
-    got = upernet.pool_matrix(old, new, x) @ x @ upernet.pool_matrix(4, 3, x).mT
-    torch.testing.assert_close(got, F.adaptive_avg_pool2d(x, (new, 3)), rtol=1e-12, atol=1e-12)
+    rows = upernet.pool_matrix(old, new, x)
+    columns = upernet.pool_matrix(4, 3, x)
+    got = rows @ x @ columns.mT
+
+    want = F.adaptive_avg_pool2d(x, (new, 3))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("old,new", RESIZED)
@@ -176,19 +212,27 @@ def test_convolution_of_the_small_map_equals_the_one_of_the_resized_and_passes_g
     x = torch.randn(2, 3, *old, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     total = torch.randn(2, 4, *new, dtype=torch.float64, requires_grad=True)
-    want = total + F.conv2d(F.interpolate(x, new, mode="bilinear"), weight, padding=1)
-    parts = (total * 1, x, weight)  # (what it adds to is written over, so no leaf)
-    torch.testing.assert_close(upernet.add_upsampled_conv3x3(*parts), want, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(
-        lambda total, *rest: upernet.add_upsampled_conv3x3(total * 1, *rest), (total, x, weight)
-    )
+
+    def convolve(total, x, weight):
+        no_leaf = total * 1  # what it adds to is written over
+        return upernet.add_upsampled_conv3x3(no_leaf, x, weight)
+
+    resized = F.interpolate(x, new, mode="bilinear")
+    want = total + F.conv2d(resized, weight, padding=1)
+    got = convolve(total, x, weight)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(convolve, (total, x, weight))
 
 
 def test_convolution_over_maps_of_many_sizes_equals_the_one_of_all_resized_side_by_side():
     torch.manual_seed(0)
-    sizes, widths = ((9, 13), (5, 7), (9, 13), (3, 1), (1, 1)), (2, 3, 1, 4, 2)
-    maps = [torch.randn(2, c, *size, dtype=torch.float64) for c, size in zip(widths, sizes)]
+    sizes = [(9, 13), (5, 7), (9, 13), (3, 1), (1, 1)]
+    widths = [2, 3, 1, 4, 2]
+    maps = []
+    for c, (h, w) in zip(widths, sizes):
+        maps.append(torch.randn(2, c, h, w, dtype=torch.float64))
     weight = torch.randn(5, sum(widths), 3, 3, dtype=torch.float64)
+
     resized = [F.interpolate(x, (9, 13), mode="bilinear", align_corners=False) for x in maps]
     want = F.conv2d(torch.cat(resized, 1), weight, padding=1)
     got = upernet.conv3x3_of_resized(maps, weight)
@@ -201,8 +245,11 @@ def test_source_rows_are_all_the_rows_that_are_read_and_hardly_more(old, new):
     for start in range(0, new, 3):
         stop = min(start + 3, new)
         first, last = upernet.source_rows(start, stop, old, new)
-        read = matrix[start:stop].any(0).nonzero().flatten().tolist()
-        assert 0 <= first <= read[0] <= first + 1 and last - 2 <= read[-1] < last <= old
+
+        used = matrix[start:stop].any(0)
+        read = used.nonzero().flatten().tolist()
+        assert 0 <= first <= read[0] <= first + 1
+        assert last - 2 <= read[-1] < last <= old
 
 
 @pytest.mark.parametrize(
@@ -237,20 +284,27 @@ def test_operations_are_counted_as_the_formula_does():
 
 def test_neither_a_training_step_nor_a_prediction_waits_for_the_device_or_needs_float64_there():
     net = build_model("toy_p8", "ln_mln", 6)
-    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 6, (2, 64, 64))
-    with Watch() as training:
-        net(images, labels)[0].backward()
-    with Watch() as prediction:
-        evaluate.predict(net.eval(), formulas.picture(70, 95), (0.5, 1.0), flip=True, short=64)
-    with Watch() as windows:
-        evaluate.predict(net, formulas.picture(70, 95), short=64, slide=(48, 32))
-    for seen in (training, prediction, windows):
-        assert len(seen.operations) > 100 and not seen.waits and not seen.doubles
+    images = torch.randn(2, 3, 64, 64)
+    labels = torch.randint(0, 6, (2, 64, 64))
+    picture = formulas.picture(70, 95)
 
-    with Watch() as seen:
+    with Watch() as training:
+        loss, _ = net(images, labels)
+        loss.backward()
+    with Watch() as prediction:
+        evaluate.predict(net.eval(), picture, (0.5, 1.0), flip=True, short=64)
+    with Watch() as windows:
+        evaluate.predict(net, picture, short=64, slide=(48, 32))
+    for seen in (training, prediction, windows):
+        assert len(seen.operations) > 100
+        assert not seen.waits
+        assert not seen.doubles
+
+    with Watch() as seen:  # what would be seen
         labels[labels != 255].double().to("meta").sum()
         labels.sum().item()
-    assert seen.waits == ["index", "_to_copy", "_local_scalar_dense"] and "sum" in seen.doubles
+    assert seen.waits == ["index", "_to_copy", "_local_scalar_dense"]
+    assert "sum" in seen.doubles
 
 
 def test_nothing_but_pictures_comes_from_the_cpu(monkeypatch):
@@ -272,8 +326,11 @@ def test_nothing_but_pictures_comes_from_the_cpu(monkeypatch):
 
 
 def test_loss_without_gradient_computes_none():
-    net, seen = build_model("toy_p8", "none", 6), []
-    images, labels = torch.randn(2, 3, 64, 64), torch.randint(0, 6, (2, 64, 64))
+    net = build_model("toy_p8", "none", 6)
+    images = torch.randn(2, 3, 64, 64)
+    labels = torch.randint(0, 6, (2, 64, 64))
+
+    seen = []
     for wanted in (True, False):
         with torch.set_grad_enabled(wanted), Watch() as mode:
             net(images, labels)
@@ -288,36 +345,39 @@ def test_loss_in_blocks_equals_the_whole_and_passes_gradcheck(size, monkeypatch)
     labels = torch.randint(0, 5, (3, *size))
     labels[0, 0] = 255
     labels[1] = 255
-    whole = F.cross_entropy(
-        F.interpolate(logits, size, mode="bilinear"), labels, ignore_index=255, reduction="none"
-    ).mean()
+
+    resized = F.interpolate(logits, size, mode="bilinear")
+    whole = F.cross_entropy(resized, labels, ignore_index=255, reduction="none").mean()
     (want,) = torch.autograd.grad(whole, logits)
+
     for block in (1, 2**20):  # row by row, and all rows at once
         monkeypatch.setattr(upernet, "rows_at_once", lambda _, n, block=block: max(1, block // n))
         loss = upernet.cross_entropy(logits, labels)
         (got,) = torch.autograd.grad(loss, logits)
+
         torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
         assert torch.autograd.gradcheck(upernet.cross_entropy, (logits, labels))
 
 
 def test_ignored_pixels_count_in_the_divisor():
-    logits, labels = torch.zeros(1, 4, 2, 2), torch.tensor([[[0, 255], [255, 255]]])
-    assert upernet.cross_entropy(logits, labels).item() == pytest.approx(np.log(4) / 4)
+    logits = torch.zeros(1, 4, 2, 2)
+    labels = torch.tensor([[[0, 255], [255, 255]]])
+    loss = upernet.cross_entropy(logits, labels)
+    assert loss.item() == pytest.approx(np.log(4) / 4)
 
 
 def test_compiles_without_a_graph_break_and_exports():
     torch.manual_seed(0)
     net = build_model("toy_p8", "ln_mln").eval()
     x = torch.randn(2, 3, 75, 130)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+
     with torch.no_grad():
         want = net(x)
-        torch.testing.assert_close(
-            torch.compile(net, fullgraph=True, backend="aot_eager")(x), want, rtol=1e-4, atol=1e-5
-        )
-        torch.testing.assert_close(
-            torch.export.export(net, (x,)).module()(x), want, rtol=1e-4, atol=1e-5
-        )
+        exported = torch.export.export(net, (x,)).module()
+        torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(exported(x), want, rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_names_are_refused():
@@ -329,33 +389,35 @@ def test_unknown_names_are_refused():
 
 def test_timm_backbone_gives_the_features_of_the_references_own_converter(tmp_path, golden):
     gold = golden("backbone")
-    shapes = {
-        name: tuple(map(int, dims)) for name, *dims in (line.split() for line in gold["shapes"])
-    }
-    weights = {k: torch.from_numpy(formulas.weight(k, s)) for k, s in shapes.items()}
+    weights = {}
+    for line in gold["shapes"]:
+        name, *dims = line.split()
+        shape = tuple(int(dim) for dim in dims)
+        weights[name] = torch.from_numpy(formulas.weight(name, shape))
     torch.save({"model": weights}, tmp_path / "deit.pth")  # as DeiT wraps it
+
     state_dict, facts = load_weights(str(tmp_path / "deit.pth"))
-    assert (
-        facts["arch"] == "deit_s16" and facts["kind"] == "timm" and facts["resolution"] == "224x224"
-    )
+    assert facts["arch"] == "deit_s16"
+    assert facts["kind"] == "timm"
+    assert facts["resolution"] == "224x224"
     assert [x.split()[0] for x in facts["left_out"]] == ["head.bias", "head.weight"]
-    np.testing.assert_allclose(
-        formulas.samples(state_dict["backbone.pos_embed"]), gold["pos_embed"], atol=1e-6
-    )
+    positions = formulas.samples(state_dict["backbone.pos_embed"])
+    np.testing.assert_allclose(positions, gold["pos_embed"], atol=1e-6)
+
     net = build_model("deit_s16", "ln").eval()
     load_into(net, state_dict, facts)
     with torch.inference_mode():
         maps = net.backbone(torch.from_numpy(formulas.image(300, 401)))
     for got, want in zip(maps, gold["maps"]):
         np.testing.assert_allclose(formulas.samples(got), want, atol=1e-4 * np.abs(want).max())
+
     # The same weights as the reference's converter names them are the same backbone.
     theirs = {k.removeprefix("backbone."): v for k, v in to_mmseg(state_dict).items()}
     assert set(theirs) == set(gold["keys"])
     torch.save(theirs, tmp_path / "mmseg_backbone.pth")
     again, facts = load_weights(str(tmp_path / "mmseg_backbone.pth"))
-    assert facts["kind"] == "mmsegmentation backbone" and all(
-        torch.equal(again[k], v) for k, v in state_dict.items()
-    )
+    assert facts["kind"] == "mmsegmentation backbone"
+    assert all(torch.equal(again[k], v) for k, v in state_dict.items())
 
 
 def test_toy_model_loads_from_a_file_of_their_names(tmp_path):
