@@ -882,6 +882,12 @@ def fetch_rest(url: str, part: str, timeout: float) -> None:
         raise OSError(f"the server broke off after {have} of {total} bytes")
 
 
+def one_line(text: str) -> str:
+    """A text from elsewhere, as a terminal may print it: names in files may hold line breaks, and
+    codes that clear the screen."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def progress(text: str, started: float, done: bool = False) -> None:
     """On a terminal one line that whatever comes next is written over, and that an empty text
     clears; elsewhere only its last state."""
@@ -937,7 +943,7 @@ def check(root: str) -> int:
         if samples:
             print_contents(samples, split, classes)
         for fault in faults:
-            print(f"  FAULT {fault}")
+            print(f"  FAULT {one_line(fault)}")
         total += len(faults)
 
     return total
@@ -994,7 +1000,7 @@ def main() -> None:
         make = download if args.action == "download" else make_toy
         print(make(args.dir))
     except (DataError, OSError, ValueError, zipfile.BadZipFile) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

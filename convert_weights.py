@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade20k import fetch, listed
+from ade20k import fetch, listed, one_line
 from model import ARCHS, NECKS, resize_pos_embed
 from upernet import build_model
 
@@ -255,7 +255,7 @@ def describe(facts: dict) -> str:
         text += "; added: " + "; ".join(facts["added"])
     if facts["left_out"]:
         text += "; left out: " + "; ".join(facts["left_out"])
-    return text
+    return one_line(text)
 
 
 class WeightsError(Exception):
@@ -302,7 +302,7 @@ def unwrap(content: dict, choice: str, path: str) -> tuple[str, Tensors, list[st
     entries = flatten(content)
     models = find_models(entries)
     if not models:
-        first = ", ".join(where + name for where, name in list(entries)[:3]) or "nothing"
+        first = ", ".join((where + name)[:100] for where, name in list(entries)[:3]) or "nothing"
         raise WeightsError(
             f"no known kind of checkpoint, its {len(entries)} entries start with {first}"
         )
@@ -335,12 +335,14 @@ def flatten(content: dict) -> dict:
     """The entries of nested dictionaries, each by the path to its dictionary and its name in it:
     {"state": {"model": {"module.cls_token": x}}} -> {("state.model.", "module.cls_token"): x}. A
     dictionary that stands in several places, or in itself, comes once."""
-    entries, seen, todo = {}, [], [("", content)]
+    entries, seen, todo = {}, set(), [("", content)]
 
     for where, holder in todo:  # which grows meanwhile
+        if len(where) > 10000:
+            raise WeightsError(f"holds dictionaries in dictionaries too deep, {where[:20]}...")
         if id(holder) in seen:
             continue
-        seen.append(id(holder))
+        seen.add(id(holder))
 
         for key, value in holder.items():
             if isinstance(value, dict) and value:
@@ -368,6 +370,9 @@ def find_models(entries: dict) -> dict:
 # ---- Translate -----------------------------------------------------------------------------------
 
 
+MOST = 1 << 26  # numbers of one tensor: a small file may repeat one of them without end
+
+
 def translate(weights: Tensors, kind: str) -> tuple[Tensors, list[str]]:
     """-> (the tensors in our names and shapes, what is left out on purpose)."""
     _, prefix, table = KINDS[kind]
@@ -380,6 +385,8 @@ def translate(weights: Tensors, kind: str) -> tuple[Tensors, list[str]]:
             left_out.append(f"{name} ({reasons[0]})")
             continue
 
+        if value.numel() > MOST:
+            raise WeightsError(f"{name} has {value.numel()} numbers, no layer here is so large")
         ours = rename(prefix + name, table)
         if ours in tensors:
             raise WeightsError(f"two of its tensors are {ours}")
@@ -495,7 +502,8 @@ def are_arguments(args: object) -> bool:
     if not isinstance(args, dict) or str(args.get("arch")) not in ARCHS:
         return False
     data, short_side = args.get("data", ""), args.get("short_side", 1)
-    return isinstance(data, str) and isinstance(short_side, int) and short_side > 0
+    path = isinstance(data, str) and data.isprintable()
+    return path and isinstance(short_side, int) and 0 < short_side <= 8192
 
 
 def classes_said(content: dict) -> tuple | None:
@@ -934,7 +942,7 @@ def main() -> None:
     try:
         convert(args.src, args.dst, args.to, args.bicubic)
     except (WeightsError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 

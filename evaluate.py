@@ -30,7 +30,7 @@ from datetime import timedelta
 from functools import partial
 from glob import glob
 from multiprocessing import active_children, get_start_method, parent_process
-from os.path import basename, dirname, exists, isdir, join, normcase, realpath, splitext
+from os.path import basename, dirname, exists, isdir, isfile, join, normcase, realpath, splitext
 from time import monotonic
 
 import numpy as np
@@ -49,6 +49,7 @@ from ade20k import (
     find_pairs,
     load,
     normalise,
+    one_line,
     progress,
     read_classes,
     resize_bilinear,
@@ -558,7 +559,7 @@ def find_pictures(path: str) -> Pairs:
         return [(path, None)]
 
     with os.scandir(path) as entries:
-        files = sorted(e.path for e in entries if e.is_file() and not e.name.startswith("."))
+        files = sorted(e.path for e in entries if isfile(e) and not e.name.startswith("."))
 
     if not files:
         raise DataError(f"{path}: holds no files")
@@ -657,6 +658,8 @@ def open_outputs(args: Namespace, rank: int) -> None:
     """Make the folders and try to write the scores: an error comes now, not after an hour."""
     for folder in args.folders:
         os.makedirs(folder, exist_ok=True)
+    if args.json and exists(args.json) and not isfile(args.json):  # one would wait for a pipe
+        raise UsageError(f"{args.json}: is a folder, a pipe or a device, name a file")
     if args.json and rank == 0:
         os.makedirs(dirname(args.json) or ".", exist_ok=True)
         open(args.json, "a").close()  # what is in it stays until there is more to write
@@ -713,7 +716,7 @@ def report(
             write_json(result, args.json)
 
     for fault in faults:
-        print(f"not labelled: {fault}", file=sys.stderr)
+        print(f"not labelled: {one_line(fault)}", file=sys.stderr)
     if faults:
         sys.exit(1)
 
@@ -775,15 +778,15 @@ def options() -> ArgumentParser:
     add("--scales", type=parse_scales, default=(1.0,), metavar="S,S,...",
         help="sizes relative to (2048, 512); 0.5,...,1.75 means steps of 0.25 (default: 1)")
     add("--flip", action="store_true", help="add the mirrored picture at every scale")
-    add("--short-side", type=POSITIVE, metavar="PIXELS",
+    add("--short-side", type=SIZE, metavar="PIXELS",
         help="of pictures at scale 1 (default: as trained, else 512)")
-    add("--slide", type=POSITIVE, metavar="PIXELS",
+    add("--slide", type=SIZE, metavar="PIXELS",
         help="label square windows of this side instead of whole pictures, e.g. 512")
-    add("--stride", type=POSITIVE, metavar="PIXELS",
+    add("--stride", type=SIZE, metavar="PIXELS",
         help="from one window to the next, e.g. 341")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="auto (default): bfloat16 if in hardware, else float32")
-    add("--workers", type=COUNT, default=2,
+    add("--workers", type=WORKERS, default=2,
         help="processes that read pictures (default: 2)")
     add("--compile", action="store_true",
         help="torch.compile the model: a minute at each new size of pictures, then faster")
@@ -840,7 +843,9 @@ def number(kind: type, words: str, low: float, high: float = 2**63) -> Callable[
     return read
 
 
-POSITIVE = number(int, "a whole number above 0", 1)
+POSITIVE = number(int, "a whole number above 0, and at most 10^9", 1, 10**9 + 1)
+SIZE = number(int, "a whole number above 0, and at most 8192", 1, 8193)  # of pictures, batches
+WORKERS = number(int, "a whole number of 0 or more, and at most 1024", 0, 1025)
 COUNT = number(int, "a whole number of 0 or more", 0)
 REAL = number(float, "a number of 0 or more", 0)
 FACTOR = number(float, "a number from 0 to 1", 0, math.nextafter(1, 2))
@@ -867,7 +872,7 @@ def errors_in_one_sentence() -> Iterator[None]:
             )
         elif isinstance(error, RuntimeError):
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {one_line(sentence)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -47,6 +47,7 @@ from ade20k import (
     find_pairs,
     label_warnings,
     normalise,
+    one_line,
     positions,
     progress,
     read_classes,
@@ -69,6 +70,8 @@ from evaluate import (
     RATE,
     REAL,
     SIGNALS,
+    SIZE,
+    WORKERS,
     UsageError,
     autocast,
     checkpoints,
@@ -209,7 +212,10 @@ def train(args: Namespace, checkpoint: dict) -> None:
 
         batch = next_batch(run, batches)  # this process's part, as uint8: few bytes travel
         images, labels, sizes = (t.to(device, non_blocking=True) for t in batch)
-        statistics = [b.clone() for b in run.model.buffers()]  # BatchNorm's, a few small vectors
+
+        # BatchNorm's: 39 vectors, 50 KB, copied on the device. What is infinite afterwards could
+        # not be computed back, and which iteration will be so is known too late.
+        statistics = [b.clone() for b in run.model.buffers()]
 
         # Forward and backward, `micro` pictures at a time: their gradients add up. The loss is a
         # mean over all pixels, labelled or not, so the mean over equal parts is that of the batch.
@@ -458,12 +464,19 @@ def adapt(model: Segmenter, drop_path: float | None, freeze: bool) -> None:
 
 
 def restore(run: Run, checkpoint: dict) -> None:
-    """Give optimizer and scaler the state they had. UsageError if it is none of theirs."""
+    """Give optimizer and scaler the state they had. UsageError if it is none of theirs. Their
+    settings follow from the arguments, whatever the file says."""
+    groups = [dict(group) for group in run.optimizer.param_groups]
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         for weight, state in run.optimizer.state.items():
-            if any(value.shape not in ((), weight.shape) for value in state.values()):
+            shape = weight.shape
+            wanted = dict(adamw=dict(step=(), exp_avg=shape, exp_avg_sq=shape))
+            wanted |= dict(sgd=dict(momentum_buffer=shape))
+            if {name: value.shape for name, value in state.items()} != wanted[run.args.optimizer]:
                 raise ValueError("of another model")
+        if not all(0 <= value < 2**63 for value in checkpoint["scaler"].values()):
+            raise ValueError("a scale that is none")
         if checkpoint["scaler"]:  # a disabled one has no state
             run.scaler.load_state_dict(checkpoint["scaler"])
     except Exception as error:  # there may stand anything
@@ -472,8 +485,8 @@ def restore(run: Run, checkpoint: dict) -> None:
             f"start anew with --pretrained {checkpoint['path']}"
         ) from error
 
-    for group in run.optimizer.param_groups:
-        group.setdefault("scale", 1.0)  # older checkpoints have none
+    for group, ours in zip(run.optimizer.param_groups, groups):
+        group.update(ours)
 
 
 def plan(run: Run) -> str:
@@ -588,7 +601,7 @@ def report(run: Run, n: int, matrix: np.ndarray) -> None:
 
 def warn(words: str) -> None:
     """A sentence beside the run's own output."""
-    print(words, file=sys.stderr)
+    print(one_line(words), file=sys.stderr)
 
 
 def leave(words: str, code: int) -> None:
@@ -736,7 +749,7 @@ def read_log(path: str, last: int) -> list[dict]:
                 float(entry.get("mIoU") or 0)
                 if entry["iteration"] <= last:
                     entries.append(entry)
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 warn(f"warning: {path}: line {number} is damaged, left out")
     return entries
 
@@ -746,7 +759,8 @@ def doubts(run: Run) -> list[str]:
     args = run.args
     found = label_warnings(run.training, run.classes)
 
-    peak = max(learning_rate(i, args.iters, **run.schedule) for i in range(args.iters))
+    some = range(0, args.iters, max(1, args.iters // 1000))
+    peak = max(learning_rate(i, args.iters, **run.schedule) for i in some)
     if peak < args.lr / 2:
         found.append(
             f"with --warmup {args.warmup} of {args.iters} iterations the learning rate rises to "
@@ -877,9 +891,10 @@ def is_whole(content: dict) -> bool:
     if not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
         return False
 
-    numbers = [*content["window"], content["best"].get("mIoU") or 0]
-    plain = len(numbers) == 5 and all(isinstance(x, (int, float)) for x in numbers)
-    return plain and content["iteration"] >= 0
+    window, best = content["window"], content["best"]
+    numbers = [content["iteration"], *window, *(x or 0 for x in best.values())]
+    plain = all(isinstance(x, (int, float)) and abs(x) < 2**63 for x in numbers)
+    return plain and len(window) == 4 and content["iteration"] >= 0
 
 
 # ---- python train.py -----------------------------------------------------------------------------
@@ -926,7 +941,7 @@ def options() -> ArgumentParser:
     add = parser.add_argument_group("speed").add_argument
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="auto: bfloat16 where the hardware has it, else float32 (%(default)s)")
-    add("--workers", type=COUNT, default=2,
+    add("--workers", type=WORKERS, default=2,
         help="processes that read and augment, for each training process (%(default)s)")
     add("--compile", action="store_true",
         help="torch.compile the model: minutes at the start, then faster")
@@ -953,11 +968,11 @@ def recipe_options(add: Callable) -> None:
     add("--drop-path", type=RATE, help="of the last layer (as in the recipe of --arch and --neck)")
     add("--freeze", action="store_true", help="train neck and heads alone")
 
-    add("--batch-size", type=POSITIVE, default=16,
+    add("--batch-size", type=SIZE, default=16,
         help="pictures a step over all processes (%(default)s)")
-    add("--crop-size", type=POSITIVE, default=512, metavar="PIXELS",
+    add("--crop-size", type=SIZE, default=512, metavar="PIXELS",
         help="side of the training crops (%(default)s)")
-    add("--short-side", type=POSITIVE, default=512, metavar="PIXELS",
+    add("--short-side", type=SIZE, default=512, metavar="PIXELS",
         help="of pictures at scale 1 (%(default)s)")
 
     add("--pretrained", default="auto", metavar="auto|none|FILE|URL",
@@ -984,7 +999,7 @@ def run_options(add: Callable) -> None:
     add("--timeout", type=POSITIVE, default=1800, metavar="SECONDS",
         help="how long processes wait for one that hangs (%(default)s)")
 
-    add("--micro-batch", type=POSITIVE,
+    add("--micro-batch", type=SIZE,
         help="pictures at once on each process, the rest of its share is accumulated (all)")
     add("--dry-run", action="store_true",
         help="build everything, print the plan and stop; data and weights may be missing")
@@ -1033,17 +1048,20 @@ def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
 def saved_arguments(checkpoint: dict, defaults: dict) -> dict:
     """The arguments in a checkpoint, as the command line would read them: there may stand anything.
     What it does not name is as in defaults."""
+
+    def refuse(message):
+        raise UsageError(f"{checkpoint['path']}: does not hold arguments of train.py, {message}")
+
     argv = []
     for key in defaults:
         value = checkpoint["args"].get(key)
         option = f"--{key.replace('_', '-')}"
+        if not str(value).isprintable():
+            refuse(f"{option} is {value!r}")
         if value is True:
             argv.append(option)
         elif value is not None and value is not False:
             argv.append(f"{option}={value}")
-
-    def refuse(message):
-        raise UsageError(f"{checkpoint['path']}: does not hold arguments of train.py, {message}")
 
     parser = options()
     parser.error = refuse

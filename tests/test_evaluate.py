@@ -483,7 +483,13 @@ def test_results_that_cannot_be_written_are_refused_before_the_first_picture(
     monkeypatch.chdir(run.folder)
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **how: pytest.fail("it was evaluated"))
     (run.folder / "file").touch()
-    for arguments in (("--json", "set"), ("--json", "file/out.json"), ("--show", "file")):
+    os.mkfifo("pipe")
+    for arguments in (
+        ("--json", "pipe"),
+        ("--json", "set"),
+        ("--json", "file/out.json"),
+        ("--show", "file"),
+    ):
         with pytest.raises(SystemExit) as end:
             main(evaluate, *arguments)
         assert end.value.code == 2
@@ -728,6 +734,8 @@ LEFT_ARGUMENTS = "the arguments of its training (none that train.py writes)"
         ("args", {"arch": ["toy_p8"]}, LEFT_ARGUMENTS),
         ("args", {"arch": "toy_p8", "short_side": "64"}, LEFT_ARGUMENTS),
         ("args", {"arch": "toy_p8", "short_side": -64}, LEFT_ARGUMENTS),
+        ("args", {"arch": "toy_p8", "short_side": 10**7}, LEFT_ARGUMENTS),
+        ("args", {"arch": "toy_p8", "data": "a\0b"}, LEFT_ARGUMENTS),
         ("args", {"arch": "toy_p8", "data": ["set"]}, LEFT_ARGUMENTS),
         ("args", ["toy_p8"], LEFT_ARGUMENTS),
         ("meta", {"CLASSES": torch.zeros(6), "PALETTE": 5}, LEFT_CLASSES),
@@ -770,6 +778,7 @@ def test_nobody_waits_for_a_pipe(run, main, monkeypatch, capsys):
     """To open one waits until somebody writes to it."""
     monkeypatch.chdir(run.folder)
     os.makedirs("own")
+    os.symlink("loop.jpg", "own/loop.jpg")
     for path in ("own/p.jpg", "own.pt", "set/images/validation/q.jpg"):
         os.mkfifo(path)
     Image.fromarray(formulas.picture(40, 60)).save("own/good.jpg")

@@ -487,6 +487,8 @@ def test_resume_of_nothing_in_particular_needs_something(main, tmp_path, monkeyp
 NO_ARGUMENTS = "checkpoint_3.pt: does not hold arguments of train.py, argument --"
 NO_CHECKPOINT = "checkpoint_3.pt cannot be used (not a training checkpoint)"
 NO_STATE = "checkpoint_3.pt: the optimizer's state cannot be used ("
+SCALER = {"scale": 1.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
+SCALER["_growth_tracker"] = 0
 OTHER_CLASSES = "set: its classes are not those that"
 
 
@@ -502,6 +504,12 @@ OTHER_CLASSES = "set: its classes are not those that"
         ("args.neck", "fpn", NO_ARGUMENTS + "neck: invalid choice: 'fpn'"),
         ("args.neck", "mln", "checkpoint_3.pt: its arguments say otherwise"),
         ("args.lr", "fast", NO_ARGUMENTS + "lr: 'fast' is not a number"),
+        ("args.iters", 10**18, NO_ARGUMENTS + "iters: '1000000000000000000' is not a whole"),
+        ("args.batch_size", 10**12, NO_ARGUMENTS + "batch-size: '1000000000000' is not"),
+        ("args.crop_size", 10**7, NO_ARGUMENTS + "crop-size: '10000000' is not a whole number"),
+        ("args.workers", 10**7, NO_ARGUMENTS + "workers: '10000000' is not a whole number"),
+        ("args.data", "a\x1b[2J", "train.py, --data is 'a\\x1b[2J'"),
+        ("args.data", "a\0b", "train.py, --data is 'a\\x00b'"),
         ("args.lr", -1, NO_ARGUMENTS + "lr: '-1' is not a number"),
         ("args.iters", [6], NO_ARGUMENTS + "iters: '[6]' is not a whole number"),
         ("args.crop_size", 0, NO_ARGUMENTS + "crop-size: '0' is not a whole number"),
@@ -513,6 +521,9 @@ OTHER_CLASSES = "set: its classes are not those that"
         ("iteration", -3, NO_CHECKPOINT),
         ("window", ["a"] * 4, NO_CHECKPOINT),
         ("window", [0.0], NO_CHECKPOINT),
+        ("window", [10**400] * 4, NO_CHECKPOINT),
+        ("window", [float("nan")] * 4, NO_CHECKPOINT),
+        ("best", {"mIoU": 1.0, "iteration": [[3]]}, NO_CHECKPOINT),
         ("best", {"mIoU": "much"}, NO_CHECKPOINT),
         ("best", [], NO_CHECKPOINT),
         ("names", 5, NO_CHECKPOINT),
@@ -527,7 +538,10 @@ OTHER_CLASSES = "set: its classes are not those that"
         ("optimizer", {}, NO_STATE),
         ("optimizer", {"state": 5, "param_groups": 5}, NO_STATE),
         ("optimizer.state", {0: {"step": torch.zeros(()), "exp_avg": torch.zeros(7)}}, NO_STATE),
+        ("optimizer.state", {0: {"step": torch.zeros(())}}, NO_STATE),
         ("scaler", {"scale": "large"}, NO_STATE),
+        ("scaler", SCALER | {"scale": float("nan")}, NO_STATE),
+        ("scaler", SCALER | {"growth_factor": "x"}, NO_STATE),
     ],
 )
 def test_whatever_a_checkpoint_holds_resume_ends_with_one_sentence(
@@ -546,6 +560,18 @@ def test_whatever_a_checkpoint_holds_resume_ends_with_one_sentence(
     error = capsys.readouterr().err
     assert end.value.code == 2 and message in error, error
     assert error.count("error: ") == 1 and set(os.listdir(tmp_path)) == {"checkpoint_3.pt"}
+
+
+def test_the_optimizers_settings_follow_from_the_arguments_whatever_the_file_says(straight, folder):
+    work = folder / "runs" / "settings"
+    os.makedirs(work)
+    content = content_of(straight[0] / "checkpoint_3.pt")
+    hostile = dict(betas="ab", eps=None, weight_decay="x", amsgrad=True, maximize=True, scale="x")
+    for group in content["optimizer"]["param_groups"]:
+        group |= hostile
+    torch.save(content, work / "checkpoint_3.pt")
+    run(folder, "--resume", "--work-dir", work)
+    assert_same_weights(work / "checkpoint_6.pt", straight[0] / "checkpoint_6.pt")
 
 
 def test_files_that_are_none_of_a_runs_own_disturb_nothing(straight, folder):

@@ -713,6 +713,24 @@ def test_one_model_is_found_wherever_it_stands(wrap, tmp_path):
     assert_same(state_dict, weights)
 
 
+def test_dictionaries_in_dictionaries_end_in_one_short_sentence():
+    """(Their paths together would fill any memory.)"""
+    content = {}
+    for _ in range(100_000):
+        content = {"a": content}
+    with pytest.raises(WeightsError, match="holds dictionaries in dictionaries too deep, a.a.a"):
+        convert_weights.unwrap(content, "", "deep.pt")
+
+
+def test_a_number_repeated_without_end_and_names_that_clear_the_screen_are_refused(tmp_path):
+    weights = timm_weights()
+    weights = {k: torch.from_numpy(v) for k, v in timm_weights().items()}
+    torch.save(weights | {"norm.bias": torch.zeros(1).expand(1 << 40)}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="norm.bias has 1099511627776 numbers, no layer"):
+        load_weights(str(tmp_path / "x.pth"))
+    assert convert_weights.one_line("a\n\x1b[2J é") == r"a\n\x1b[2J é"
+
+
 def test_a_dictionary_that_holds_itself_is_read(tmp_path):
     content = {"net": ours()}
     content["self"] = content
