@@ -146,12 +146,13 @@ def add_upsampled_conv3x3(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     total = total.permute(0, 2, 3, 1)  # (B, H, W, O)
     total = total.reshape(B, H, W * O)
 
-    for ky in range(3):  # one after the other, added in place: a third of the memory
-        taps = x @ weight[ky]  # (B, h w, 3 O), laid out as (B, h, w, kx, O)
+    # The three ky one after the other, added in place: a third of the memory.
+    for along_y, of_row in zip(rows, weight):  # (H, h) and (C, 3 O)
+        taps = x @ of_row  # (B, h w, 3 O), laid out as (B, h, w, kx, O)
         taps = taps.view(B, h, w * 3, O)
         wide = columns @ taps  # (B, h, W, O): the three kx, added up
         wide = wide.view(B, h, W * O)
-        along_y = rows[ky].to(wide.dtype)  # (H, h); autocast leaves alone what works in place
+        along_y = along_y.to(wide.dtype)  # autocast leaves alone what works in place
         total = total.baddbmm_(along_y.expand(B, H, h), wide)  # total + along_y @ wide
 
     total = total.view(B, H, W, O)
