@@ -49,7 +49,8 @@ def test_attention_weights_equal_a_plain_loop_and_make_the_layers_own_output():
 
     weights = evaluate.attention_weights(qkv, 3, queries)
     assert weights.shape == (3, 3, 7)
-    assert torch.allclose(weights.sum(2), torch.ones(3, 3), atol=1e-6)
+    sums = weights.sum(2)
+    assert torch.allclose(sums, torch.ones(3, 3), atol=1e-6)
 
     q, k, values = qkv.chunk(3, dim=1)
     out = torch.zeros(3, 12)
@@ -65,8 +66,9 @@ def test_attention_weights_equal_a_plain_loop_and_make_the_layers_own_output():
             assert torch.allclose(weights[n, head], plain, atol=1e-6)
 
             out[n, part] = weights[n, head] @ values[:, part]
+    got = layer.proj(out)
     want = layer(x)[0, queries]
-    assert torch.allclose(layer.proj(out), want, atol=1e-6)
+    assert torch.allclose(got, want, atol=1e-6)
 
 
 def assert_shows_attention(panels, q, k):
@@ -74,12 +76,15 @@ def assert_shows_attention(panels, q, k):
     patches, the last of the tokens."""
     for head, (text, colours) in enumerate(panels.items()):
         part = slice(32 * head, 32 * head + 32)
-        scores = k[:, part] @ q[part] / 32**0.5
-        weights = scores.softmax(0)[5:]
+        scores = k[:, part] @ q[part]
+        scores = scores / 32**0.5
+        weights = scores.softmax(0)
+        weights = weights[5:]
 
         brightness = (weights / weights.max()).sqrt()
         want = evaluate.heat(brightness.view(4, 6))
-        assert np.abs(colours.astype(int) - want).max() <= 1
+        error = np.abs(colours.astype(int) - want)
+        assert error.max() <= 1
         assert text == f"head {head + 1}: {weights.sum():.0%} on patches"
 
 
@@ -107,24 +112,25 @@ def test_attention_is_that_of_the_class_token_and_of_the_patch_at_the_place(net,
 @pytest.mark.parametrize("h,w", [(3, 5), (16, 16), (1, 9)])
 def test_position_similarity_is_the_cosine_of_49_places_with_all(h, w):
     table = torch.randn(1, 1 + h * w, 8)
-    positions = table[0, 1:]  # (h w, 8), without the class token's
+    positions = table[0, 1:].view(h, w, 8)  # without the class token's
+    rows = [(2 * i + 1) * h // 14 for i in range(7)]
+    columns = [(2 * i + 1) * w // 14 for i in range(7)]
 
     drawn = evaluate.position_similarity(table, (h, w))
     assert drawn.shape == (7 * (h + 1), 7 * (w + 1))
+    tiles = drawn.reshape(7, h + 1, 7, w + 1)
 
-    for i in range(7):
-        for j in range(7):
-            row = (2 * i + 1) * h // 14
-            column = (2 * j + 1) * w // 14
-            place = positions[row * w + column]
-            cosines = F.cosine_similarity(place[None], positions)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            place = positions[row, column]
+            cosines = F.cosine_similarity(place.view(1, 1, 8), positions, dim=2)
+            tile = tiles[i, :, j]
+            assert torch.allclose(tile[:h, :w], cosines, atol=1e-6)
 
-            top = i * (h + 1)
-            left = j * (w + 1)
-            part = drawn[top : top + h + 1, left : left + w + 1]
-            assert torch.allclose(part[:h, :w], cosines.view(h, w), atol=1e-6)
-            assert (part[h] == 1).all(), "a line below"
-            assert (part[:, w] == 1).all(), "a line on the right"
+            below = tile[h]
+            right = tile[:, w]
+            assert (below == 1).all(), "white between the places"
+            assert (right == 1).all(), "white between the places"
 
 
 def in_grey(component, sign):
@@ -135,16 +141,22 @@ def in_grey(component, sign):
 
 @pytest.mark.parametrize("D,h,w", [(8, 5, 7), (20, 2, 3)])
 def test_principal_colours_are_numpys_svd_up_to_sign(D, h, w):
+    rng = np.random.default_rng(0)
     scale = np.arange(1, D + 1).reshape(D, 1, 1)
-    features = np.random.default_rng(0).normal(size=(D, h, w)) * scale
+    features = rng.normal(size=(D, h, w)) * scale
+
     x = features.reshape(D, -1).T
-    u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    x = x - x.mean(0)
+    u, s, _ = np.linalg.svd(x, full_matrices=False)
+    components = u * s  # (h w, D)
 
     colours = evaluate.principal_colours(torch.from_numpy(features))
     for channel in range(3):
-        component = u[:, channel] * s[channel]
         got = colours[..., channel].ravel()
-        error = [np.abs(got - in_grey(component, sign)).max() for sign in (1, -1)]
+        error = []
+        for sign in (1, -1):
+            want = in_grey(components[:, channel], sign)
+            error.append(np.abs(got - want).max())
         assert min(error) <= 1
         assert max(error) > 50, "the signs can be told apart"
 
@@ -155,12 +167,15 @@ def test_principal_colours_do_not_depend_on_where_an_axis_points():
     colours = evaluate.principal_colours(features).astype(int)
 
     order = [3, 0, 4, 1, 2]  # of the columns
-    again = evaluate.principal_colours(features[:, :, order] * 3 + 1).astype(int)
-    assert np.abs(again - colours[:, order]).max() <= 1
+    changed = features[:, :, order] * 3 + 1
+    again = evaluate.principal_colours(changed).astype(int)
+    error = np.abs(again - colours[:, order])
+    assert error.max() <= 1
     assert np.abs(again - colours).max() > 50, "the columns can be told apart"
 
     inverse = evaluate.principal_colours(-features).astype(int)
-    assert np.abs(inverse - (255 - colours)).max() <= 1
+    error = np.abs(inverse - (255 - colours))
+    assert error.max() <= 1
 
 
 def test_a_map_without_differences_is_grey():
@@ -171,17 +186,19 @@ def test_a_map_without_differences_is_grey():
 
 
 def test_confidence_is_one_minus_entropy_by_its_largest_value():
+    def of(logits):
+        return evaluate.confidence(logits.view(3, 1, 1)).item()
+
     sure = torch.tensor([0.0, 200.0, 0.0])
-    assert evaluate.confidence(sure.view(3, 1, 1)).item() == pytest.approx(1)
-    unsure = torch.full((3, 1, 1), 7.0)
-    assert evaluate.confidence(unsure).item() == pytest.approx(0, abs=1e-6)
+    assert of(sure) == pytest.approx(1)
+    unsure = torch.full((3,), 7.0)
+    assert of(unsure) == pytest.approx(0, abs=1e-6)
 
     p = np.array([0.5, 0.25, 0.25])
     log_p = np.log(p)
-    logits = torch.from_numpy(log_p).view(3, 1, 1)
     entropy = -(p * log_p).sum()
     want = 1 - entropy / np.log(3)
-    assert evaluate.confidence(logits).item() == pytest.approx(want)
+    assert of(torch.from_numpy(log_p)) == pytest.approx(want)
 
     of_one_class = torch.zeros(1, 2, 2)
     assert evaluate.confidence(of_one_class).tolist() == [[1, 1], [1, 1]]
@@ -190,10 +207,11 @@ def test_confidence_is_one_minus_entropy_by_its_largest_value():
 def test_heat_grows_brighter_from_black_to_white():
     values = torch.linspace(-0.5, 1.5, 41)  # 0 is the tenth of them, 1 the thirtieth
     colours = evaluate.heat(values[None])[0]
-
     light = colours @ [0.3, 0.59, 0.11]
+
     assert light[:11].max() == 0
-    assert (np.diff(light[10:31]) > 0).all()
+    steps = np.diff(light[10:31])
+    assert (steps > 0).all()
     assert light[30:].min() == light.max() > 250
 
 
@@ -206,23 +224,29 @@ def test_what_is_watched_is_what_the_network_computes(compiled, net):
 
     seen = evaluate.watch(net, x, torch.float32)
     assert not any(module._forward_hooks for module in net.modules())  # nothing stays behind
-    inputs = {module: pair[0] for module, pair in seen.items()}
-    outputs = {module: pair[1] for module, pair in seen.items()}
+    inputs = {}
+    outputs = {}
+    for module, (given, made) in seen.items():
+        inputs[module] = given
+        outputs[module] = made
 
     with torch.compiler.set_stance("force_eager"):
-        assert torch.equal(outputs[head], head(net.features(x)))
         maps = net.backbone(x)
+        logits = head(net.features(x))
+    assert torch.equal(outputs[head], logits)
     for got, want in zip(outputs[net.backbone], maps, strict=True):
         assert torch.equal(got, want)
 
     top = outputs[head.bottleneck.bn]
     assert (top >= 0).all()  # behind the ReLU
-    size = inputs[head][2].shape[2:]
-    want = outputs[head.lateral_convs[2]] + resize(top, size)
+    finer = inputs[head][2]
+    lateral = outputs[head.lateral_convs[2]]
+    want = lateral + resize(top, finer.shape[2:])
     assert torch.equal(inputs[head.fpn_convs[2]], want)
 
     fused = inputs[head.classifier]
-    assert torch.equal(head.classifier(fused), outputs[head])
+    logits = head.classifier(fused)
+    assert torch.equal(logits, outputs[head])
 
 
 @pytest.mark.parametrize("height,width", [(1, 1), (1, 10000), (10000, 1), (7, 300), (37, 41)])
@@ -230,9 +254,11 @@ def test_the_sheet_of_any_strip_has_all_panels(height, width, net):
     image = np.full((height, width, 3), 99, np.uint8)
     label = np.zeros((height, width), np.uint8)
 
-    corner = (0.99, 0.0)
-    drawn = evaluate.look_inside(net(), image, label, CLASSES, corner, short=32)
-    assert 1300 < drawn.width + drawn.height < 3200
+    place = (0.99, 0.0)
+    net = net()
+    drawn = evaluate.look_inside(net, image, label, CLASSES, place, short=32)
+    around = drawn.width + drawn.height
+    assert 1300 < around < 3200
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
