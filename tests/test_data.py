@@ -355,9 +355,14 @@ def grey_png(bits, rows):
     content = b""
     for row in rows:
         digits = "".join(f"{value:0{bits}b}" for value in row)
-        digits += "0" * (-len(digits) % 8)
-        content += b"\0" + int(digits, 2).to_bytes(len(digits) // 8, "big")
-    return png_file(len(rows[0]), len(rows), bits, 0, content)
+        while len(digits) % 8 > 0:
+            digits += "0"
+        size = len(digits) // 8
+        content += b"\0" + int(digits, 2).to_bytes(size, "big")
+
+    height = len(rows)
+    width = len(rows[0])
+    return png_file(width, height, bits, 0, content)
 
 
 def test_labels_shift_once_and_zero_becomes_ignored(tmp_path):
@@ -616,8 +621,10 @@ def test_classes_and_palette_are_the_official_ones(sample):
         rows = list(csv.DictReader(file))
     assert len(set(ade20k.CLASSES)) == len(rows) == 150
     for name, row in zip(ade20k.CLASSES, rows):
-        words = row["Name"].replace(";", " ").split()
-        assert name.split()[0] in words, (name, row["Name"])
+        first = name.split()[0]
+        theirs = row["Name"]
+        words = theirs.replace(";", " ").split()
+        assert first in words, (name, theirs)
 
 
 # ---- finding the files, and their faults ----
@@ -676,15 +683,16 @@ def test_pictures_of_every_format_and_any_case_of_suffix_are_found(small_set):
     names = ["a.tif", "b.WEBP", "c.bmp", "d.JPG", "e.Jpeg", "f.PNG", "g.ppm", "h.jfif"]
     for name in names:
         save(images + name, formulas.picture(8, 9))
-    for stem, suffix in zip("abcdefgh", [".png", ".PNG", ".tif", ".bmp"] * 2):
-        save(labels + stem + suffix, np.ones((8, 9)))
+    for name in ("a.png", "b.PNG", "c.tif", "d.bmp", "e.png", "f.PNG", "g.tif", "h.bmp"):
+        save(labels + name, np.ones((8, 9)))
     for name in ("notes.txt", "Thumbs.db", "a.json"):
         write(images + name, b"no picture")
 
     pairs = ade20k.find_pairs(small_set, "validation")
     assert [os.path.basename(image) for image, _ in pairs] == names
     for pair in pairs:
-        assert ade20k.load(*pair)[0].shape == (8, 9, 3)
+        image, _ = ade20k.load(*pair)
+        assert image.shape == (8, 9, 3)
 
 
 @pytest.mark.parametrize(
@@ -713,12 +721,13 @@ def test_two_files_of_one_name_are_a_fault_by_name(folder, twin, first, small_se
 
 def test_two_spellings_of_an_accent_and_two_cases_are_one_name(small_set):
     for image, label in (("caf\u00e9", "cafe\u0301"), ("IMG_1", "img_1")):
-        save(f"{small_set}/images/validation/{image}.jpg", formulas.picture(8, 9))
-        save(f"{small_set}/annotations/validation/{label}.png", np.ones((8, 9)))
+        image_path = f"{small_set}/images/validation/{image}.jpg"
+        label_path = f"{small_set}/annotations/validation/{label}.png"
+        save(image_path, formulas.picture(8, 9))
+        save(label_path, np.ones((8, 9)))
 
         pairs = ade20k.find_pairs(small_set, "validation")
-        found = [pair for pair in pairs if image in pair[0] and label in pair[1]]
-        assert len(found) == 1, image
+        assert pairs.count((image_path, label_path)) == 1, image
 
 
 def test_a_set_without_validation_is_legal_where_that_is_asked_for(small_set, capsys):
@@ -750,7 +759,8 @@ def test_labels_that_teach_nothing_are_warned_of(small_set, capsys):
         "with fewer than two classes in the labels there is nothing to learn",
     ]
     missing, few = warnings(255, 255)
-    assert "2 of 2 classes are in none" in missing and "nothing to learn" in few
+    assert "2 of 2 classes are in none" in missing
+    assert "nothing to learn" in few
     refused("p0.png: label 7 is above the 2 classes", warnings, 7, 1)
 
     warnings(255, 255)
@@ -770,10 +780,13 @@ def test_many_labels_are_looked_at_evenly_and_rare_classes_are_not_missed(monkey
 
     monkeypatch.setattr(ade20k, "load_label", read)
     assert ade20k.label_warnings(pairs, classes, most=90) == []  # h alone is not there
-    assert len(seen) == 90 and max(seen) >= 970
-    assert max(np.diff(sorted(seen))) <= 12
+    assert len(seen) == 90
+    assert max(seen) >= 970
+    gaps = np.diff(sorted(seen))
+    assert gaps.max() <= 12
 
-    monkeypatch.setattr(ade20k, "load_label", lambda path, classes: np.arange(3, dtype=np.uint8))
+    three = np.arange(3, dtype=np.uint8)
+    monkeypatch.setattr(ade20k, "load_label", lambda path, classes: three)
     assert ade20k.label_warnings(pairs, classes, most=90) == [
         "5 of 8 classes are in none of the training labels (90 of 1000 files were looked at): "
         "d, e, f, g, h"
@@ -783,8 +796,10 @@ def test_many_labels_are_looked_at_evenly_and_rare_classes_are_not_missed(monkey
 def test_a_warning_names_twenty_missing_classes_and_counts_the_others(small_set):
     pairs = ade20k.find_pairs(small_set, "training")  # whose labels hold 1 and 2
     (warning,) = ade20k.label_warnings(pairs, Classes())
+
     missing = ", ".join(ade20k.CLASSES[2:22])
-    assert warning.endswith(f"(2 of 2 files were looked at): {missing}, and 128 more")
+    end = f"(2 of 2 files were looked at): {missing}, and 128 more"
+    assert warning.endswith(end)
 
 
 def test_check_reports_every_fault_by_file_in_one_pass(small_set):
@@ -799,8 +814,11 @@ def test_check_reports_every_fault_by_file_in_one_pass(small_set):
     faults = [line for line in done.stdout.splitlines() if "FAULT" in line]
     assert len(faults) == 3
     for name in ("bad.jpg", "p0.png", "alone.png"):
-        assert any(name in fault for fault in faults), name
-    assert "1 good pictures, 3 faults" in done.stdout and "building" in done.stdout
+        named = [fault for fault in faults if name in fault]
+        assert named, name
+
+    assert "1 good pictures, 3 faults" in done.stdout
+    assert "building" in done.stdout
 
 
 def test_an_interrupted_check_ends_at_once_and_quietly(small_set):
@@ -828,7 +846,8 @@ def test_an_interrupted_check_ends_at_once_and_quietly(small_set):
     """
     command = [sys.executable, "-c", code, "check", small_set]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 130 and done.stderr == ""
+    assert done.returncode == 130
+    assert done.stderr == ""
     assert int(done.stdout) < 1000
 
 
@@ -845,10 +864,12 @@ def test_samples_depend_on_seed_and_position_alone(small_set):
         order = list(ade20k.positions(start, 2, 6, rank, world))
         assert len(order) == 2 - start
         loader = torch.utils.data.DataLoader(data, batch_sampler=iter(order), num_workers=workers)
+
         share = 6 // world
         for i, batch in enumerate(loader, start=start):
+            first = 6 * i + rank * share
             for j in range(share):
-                want = direct[6 * i + rank * share + j]
+                want = direct[first + j]
                 for got, expected in zip(batch, want, strict=True):
                     assert torch.equal(got[j], expected)
 
@@ -858,7 +879,11 @@ def test_samples_depend_on_seed_and_position_alone(small_set):
             compare(1, rank, world, workers)
 
     other = ade20k.TrainSet(pairs, seed=4, crop=32, short=48)
-    assert not all(torch.equal(other[p][0], direct[p][0]) for p in range(4))
+    equal = []
+    for position in range(4):
+        image = other[position][0]
+        equal.append(torch.equal(image, direct[position][0]))
+    assert not all(equal)
 
 
 def test_every_pass_over_the_data_sees_every_picture_once():
@@ -866,8 +891,9 @@ def test_every_pass_over_the_data_sees_every_picture_once():
     data = ade20k.TrainSet([(name, "") for name in names], seed=0)
     passes = []
     for start in (0, 7, 14):
-        passes.append([data.paths(start + i)[0] for i in range(7)])
-        assert sorted(passes[-1]) == names
+        seen = [data.paths(start + i)[0] for i in range(7)]
+        assert sorted(seen) == names
+        passes.append(seen)
     assert passes[0] != passes[1]
 
 
@@ -877,16 +903,22 @@ def test_every_seed_gives_samples_of_its_own(seed, small_set):
 
     def images(seed):
         data = ade20k.TrainSet(pairs, seed, crop=32, short=48)
-        return torch.stack([data[0][0], data[10**9][0]])
+        first = data[0][0]
+        far = data[10**9][0]
+        return torch.stack([first, far])
 
-    assert torch.equal(images(seed), images(seed))
-    assert not torch.equal(images(seed), images((seed + 1) % 2**63))
+    drawn = images(seed)
+    assert torch.equal(drawn, images(seed))
+    next_seed = (seed + 1) % 2**63
+    assert not torch.equal(drawn, images(next_seed))
 
 
 @pytest.mark.parametrize("height,width", [(1, 1), (1, 10000), (10000, 1), (2, 2600), (3, 5)])
 def test_pictures_of_any_size_are_read_and_cut(height, width, tmp_path):
-    repeats = (height // 3 + 1, width // 5 + 1, 1)
-    rgb = np.tile(formulas.picture(3, 5), repeats)[:height, :width]
+    down = height // 3 + 1
+    across = width // 5 + 1
+    rgb = np.tile(formulas.picture(3, 5), (down, across, 1))
+    rgb = rgb[:height, :width]
     image_path = str(tmp_path / "x.png")
     label_path = str(tmp_path / "y.png")
     save(image_path, rgb)
@@ -899,13 +931,17 @@ def test_pictures_of_any_size_are_read_and_cut(height, width, tmp_path):
 
     for seed in range(6):
         rng = np.random.default_rng(seed)
-        x, y, (h, w) = ade20k.train_transform(image, label, rng, crop=64, short=64)
+        x, y, size = ade20k.train_transform(image, label, rng, crop=64, short=64)
         assert x.shape == (3, 64, 64)
         assert y.shape == (64, 64)
+
+        h, w = size
         assert 1 <= h <= 64
         assert 1 <= w <= 64
-        assert (y[:h, :w] == 0).all()
-        assert (y == 0).sum() == h * w
+        inside = np.zeros((64, 64), bool)
+        inside[:h, :w] = True
+        labelled = y == 0
+        assert (labelled == inside).all()
 
 
 # ---- the toy data set ----
@@ -923,14 +959,18 @@ def drawn(tmp_path_factory):
 
     command = [sys.executable, str(copy / "ade20k.py"), "toy", "toy"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "toy", done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "toy"
     return folder, command
 
 
 def test_toy_set_is_deterministic_and_as_described(drawn):
     folder, _ = drawn
     root = str(folder / "toy")
-    seen, unlabelled = set(), []
+    assert os.listdir(folder) == ["toy"]  # nothing half-made is left beside it
+
+    seen = set()
+    unlabelled = []
     for s, (split, count) in enumerate((("training", 96), ("validation", 24))):
         pairs = ade20k.find_pairs(root, split)
         assert len(pairs) == count
@@ -940,15 +980,24 @@ def test_toy_set_is_deterministic_and_as_described(drawn):
             seen |= set(np.unique(label))
             unlabelled.append((label == 255).mean())
             if i < 4:  # drawn again: the same
-                again, labels = toy.draw_scene(np.random.default_rng([s, i]))
-                assert (np.where(labels == 0, 255, labels - 1) == label).all()
-                assert np.abs(again.astype(int) - image).mean() < 6  # jpeg
+                rng = np.random.default_rng([s, i])
+                again, values = toy.draw_scene(rng)
+                shifted = np.where(values == 0, 255, values - 1)
+                assert (shifted == label).all()
+                error = np.abs(again.astype(int) - image)
+                assert error.mean() < 6  # jpeg
 
     assert len(seen - {255}) >= 12
     assert 0.003 < np.mean(unlabelled) < 0.05
-    assert os.listdir(folder) == ["toy"]  # nothing half-made is left beside it
+
+
+def test_a_toy_set_that_is_there_is_left_as_it_is(drawn):
+    folder, _ = drawn
+    root = str(folder / "toy")
     before = os.stat(root).st_mtime_ns
-    assert ade20k.make_toy(root) == root and os.stat(root).st_mtime_ns == before
+
+    assert ade20k.make_toy(root) == root
+    assert os.stat(root).st_mtime_ns == before
 
 
 def test_the_toy_scenes_are_the_ones_that_numbers_were_measured_on():
@@ -961,30 +1010,36 @@ def test_the_toy_scenes_are_the_ones_that_numbers_were_measured_on():
         ([143.71, 158.49, 156.24], {3: 18340, 27: 11038, 47: 9091, 17: 2937}),
     ]
     for i, (means, counts) in enumerate(scenes):
-        image, label = toy.draw_scene(np.random.default_rng([0, i]))
-        np.testing.assert_allclose(image.reshape(-1, 3).mean(axis=0), means, atol=0.02)
+        rng = np.random.default_rng([0, i])
+        image, label = toy.draw_scene(rng)
+        colour = image.mean(axis=(0, 1))
+        np.testing.assert_allclose(colour, means, atol=0.02)
+
         for value, count in counts.items():
-            assert abs((label == value).sum() - count) <= 3, value
+            pixels = (label == value).sum()
+            assert abs(pixels - count) <= 3, value
 
 
 def test_a_copy_without_the_scenes_says_what_is_missing(drawn, tmp_path):
     _, command = drawn
     shutil.rmtree(os.path.join(os.path.dirname(command[1]), "tests"))
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and os.listdir(tmp_path) == []
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.returncode == 2
+    assert os.listdir(tmp_path) == []
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
     assert "toy.py: is missing, it draws the toy data set: copy the folder tests too" in done.stderr
 
 
 # ---- fetching ----
 
 
-def serve(server, size=200_000, **how):
-    """Let the server offer so many random bytes at /a. -> the url, the bytes"""
-    content = np.random.RandomState(0).bytes(size)
+def serve(server, faults=(), ranges=True):
+    """Let the server offer 200,000 random bytes at /a. -> the url, the bytes"""
+    content = np.random.RandomState(0).bytes(200_000)
     server.files["/a"] = content
-    server.faults[:] = how.get("faults", [])
-    server.ranges = how.get("ranges", True)
+    server.faults[:] = faults
+    server.ranges = ranges
     return server.url + "/a", content
 
 
@@ -1001,13 +1056,17 @@ def test_fetch_resumes_checks_and_moves_into_place(server, tmp_path):
     url, content = serve(server, faults=[100_000, 50_000])
     path = tmp_path / "sub" / "a.bin"
     ade20k.fetch(url, str(path), sha1(content))
-    assert path.read_bytes() == content and os.listdir(tmp_path / "sub") == ["a.bin"]
+    assert path.read_bytes() == content
+    assert os.listdir(tmp_path / "sub") == ["a.bin"]
     assert server.starts == [0, 100_000, 150_000], "each try went on where the one before broke off"
 
     start = hashlib.sha256(content).hexdigest()[:8]
     ade20k.fetch(url, str(tmp_path / "b"), start)
-    fetch_fails(ValueError, "hash is .* not 00000000", url, str(tmp_path / "c"), "00000000")
-    fetch_fails(OSError, "404", server.url + "/none", str(tmp_path / "d"))
+    wrong = "00000000"
+    message = "hash is .* not 00000000"
+    fetch_fails(ValueError, message, url, str(tmp_path / "c"), wrong)
+    nowhere = server.url + "/none"
+    fetch_fails(OSError, "404", nowhere, str(tmp_path / "d"))
 
     server.faults[:] = [1000]
     message = "broke off after 1000 of 200000 bytes"
@@ -1018,14 +1077,16 @@ def test_fetch_resumes_checks_and_moves_into_place(server, tmp_path):
 def test_fetch_begins_anew_where_a_server_knows_no_ranges(server, tmp_path):
     url, content = serve(server, faults=[50_000], ranges=False)
     ade20k.fetch(url, str(tmp_path / "a"), sha1(content))
-    assert (tmp_path / "a").read_bytes() == content and server.starts == [0, 0]
+    assert (tmp_path / "a").read_bytes() == content
+    assert server.starts == [0, 0]
 
 
 def test_fetch_deletes_a_part_that_is_not_of_this_file_and_begins_anew(server, tmp_path):
     url, content = serve(server)
     write(tmp_path / "a.part", content + b"more")  # the server answers 416
     ade20k.fetch(url, str(tmp_path / "a"))
-    assert (tmp_path / "a").read_bytes() == content and server.starts == [200_004, 0]
+    assert (tmp_path / "a").read_bytes() == content
+    assert server.starts == [200_004, 0]
 
     write(tmp_path / "b.part", b"of another version")
     message = "hash is .*b.part is deleted"
@@ -1043,7 +1104,8 @@ def test_fetch_survives_a_server_that_stalls_and_sees_one_that_lies_about_the_le
 ):
     url, content = serve(server, faults=[-50_000])
     ade20k.fetch(url, str(tmp_path / "a"), timeout=0.5)
-    assert (tmp_path / "a").read_bytes() == content and server.starts == [0, 50_000]
+    assert (tmp_path / "a").read_bytes() == content
+    assert server.starts == [0, 50_000]
 
     server.length = 300_000
     message = "broke off after 200000 of"
@@ -1082,13 +1144,15 @@ def test_download_resumes_unpacks_once_and_asks_nobody_again(server, official):
     folder = official(PICTURE, "ADEChallengeData2016/sceneCategories.txt")
     server.faults[:] = [100, 50]
     root = ade20k.download(str(folder))
-    assert (folder / PICTURE).exists() and server.starts == [0, 100, 150]
+    assert (folder / PICTURE).exists()
+    assert server.starts == [0, 100, 150]
 
     server.files.clear()
     assert ade20k.download(str(folder)) == root
     shutil.rmtree(root)  # stopped between fetching and unpacking: the zip is there, and is enough
     os.makedirs(folder / "unpacked.part" / "ADEChallengeData2016" / "images")
-    assert ade20k.download(str(folder)) == root and (folder / PICTURE).exists()
+    assert ade20k.download(str(folder)) == root
+    assert (folder / PICTURE).exists()
     assert sorted(os.listdir(folder)) == ["ADEChallengeData2016", "ade.zip"]
 
 
@@ -1096,8 +1160,10 @@ def test_the_readmes_download_puts_the_data_where_training_looks_for_it(
     official, tmp_path, main, monkeypatch, capsys
 ):
     with open(os.path.join(ROOT, "README.md")) as file:
-        lines = [line.split() for line in file]
-    arguments = next(line[2:] for line in lines if line[:3] == ["python", "ade20k.py", "download"])
+        lines = [line.strip() for line in file]
+    start = "python ade20k.py "
+    commands = [line for line in lines if line.startswith(start + "download")]
+    arguments = commands[0].removeprefix(start).split()
 
     official(PICTURE)
     monkeypatch.chdir(tmp_path)
