@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from conftest import ROOT, Watch, draw_set, write_mmseg
+from conftest import ROOT, Watch, assert_equal, draw_set, write_mmseg
 
 import evaluate
 import train
@@ -361,8 +361,7 @@ def weights(path):
 
 
 def assert_same_weights(path, other):
-    want, got = weights(other), weights(path)
-    assert all(torch.equal(got[k], v) for k, v in want.items())
+    assert_equal(weights(path), weights(other))
 
 
 @pytest.fixture(scope="module")
