@@ -19,6 +19,19 @@ from convert_weights import MMSEG, load_into, load_weights, rename, to_mmseg
 from upernet import build_model
 
 
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def bilinear(x, size):
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def assert_exact(got, want):
+    """But for the rounding of float64."""
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 def check_logits(net, gold):
     for h, w in formulas.SIZES:
         with torch.inference_mode():
@@ -124,13 +137,14 @@ def cubic_kernel(t, a=-0.75):
 
 def test_pos_embed_is_resized_whenever_the_grid_differs_not_the_number_of_tokens():
     pos = torch.randn(1, 1 + 32 * 32, 8)
+
     resized = model.resize_pos_embed(pos, (32, 32), (16, 64))  # 1024 tokens too
     assert resized.shape == pos.shape
     assert not torch.equal(resized, pos)
     assert torch.equal(resized[:, :1], pos[:, :1])
 
     # By hand, along one axis of a 4 x 1 grid doubled.
-    column = torch.randn(4, dtype=torch.float64)
+    column = normal(4)
     class_token = torch.zeros(1, dtype=torch.float64)
     table = torch.cat([class_token, column]).view(1, 5, 1)
     got = model.resize_pos_embed(table, (4, 1), (8, 1))[0, 1:, 0]
@@ -142,7 +156,8 @@ def test_pos_embed_is_resized_whenever_the_grid_differs_not_the_number_of_tokens
         want = 0
         for near in range(before - 1, before + 3):
             inside = min(max(near, 0), 3)
-            want += column[inside] * cubic_kernel(place - near)
+            weight = cubic_kernel(place - near)
+            want += weight * column[inside]
         assert abs(got[i] - want) < 1e-12
 
 
@@ -152,8 +167,10 @@ def test_drop_path_zeroes_whole_pictures_and_keeps_the_mean():
     x = torch.ones(20000, 2, 3)
     y = drop(x)
 
-    assert sorted(y.unique().tolist()) == pytest.approx([0, 1 / 0.7])
-    assert (y == y[:, :1, :1]).all()
+    values = y.unique().tolist()
+    assert sorted(values) == pytest.approx([0, 1 / 0.7])
+    of_a_picture = y[:, :1, :1]
+    assert (y == of_a_picture).all()
     assert abs(y.mean() - 1) < 0.02
     assert drop.eval()(x) is x
 
@@ -161,14 +178,15 @@ def test_drop_path_zeroes_whole_pictures_and_keeps_the_mean():
 def test_attention_is_the_plain_formula():
     torch.manual_seed(0)
     layer = model.Attention(12, 3).double()
-    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    x = normal(2, 5, 12)
     qkv = F.linear(x, layer.qkv.weight, layer.qkv.bias)
 
     heads = []
     for i in range(3):
         part = slice(4 * i, 4 * i + 4)
         q, k, v = (y[..., part] for y in qkv.chunk(3, dim=-1))
-        scores = q @ k.transpose(1, 2) / 4**0.5
+        scores = q @ k.transpose(1, 2)
+        scores = scores / 4**0.5
         weights = scores.softmax(-1)
         heads.append(weights @ v)
 
@@ -194,13 +212,13 @@ RESIZED = [
 
 @pytest.mark.parametrize("old,new", RESIZED)
 def test_resize_matrices_are_bilinear_resizing(old, new):
-    x = torch.randn(2, 3, *old, dtype=torch.float64)
+    x = normal(2, 3, *old)
     rows = upernet.resize_matrix(old[0], new[0], x)
     columns = upernet.resize_matrix(old[1], new[1], x)
     got = rows @ x @ columns.mT
 
-    want = F.interpolate(x, new, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    want = bilinear(x, new)
+    assert_exact(got, want)
     assert rows.count_nonzero(1).max() <= 2
     ones = torch.ones(new[0], dtype=torch.float64)
     torch.testing.assert_close(rows.sum(1), ones)
@@ -208,30 +226,30 @@ def test_resize_matrices_are_bilinear_resizing(old, new):
 
 @pytest.mark.parametrize("old,new", [(32, 6), (7, 3), (5, 6), (1, 2), (40, 1), (13, 6), (6, 6)])
 def test_pool_matrix_is_adaptive_average_pooling_also_where_sizes_do_not_divide(old, new):
-    x = torch.randn(2, 3, old, 4, dtype=torch.float64)
+    x = normal(2, 3, old, 4)
     rows = upernet.pool_matrix(old, new, x)
     columns = upernet.pool_matrix(4, 3, x)
     got = rows @ x @ columns.mT
 
     want = F.adaptive_avg_pool2d(x, (new, 3))
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert_exact(got, want)
 
 
 @pytest.mark.parametrize("old,new", RESIZED)
 def test_convolution_of_the_small_map_equals_the_one_of_the_resized_and_passes_gradcheck(old, new):
     torch.manual_seed(0)
-    x = torch.randn(2, 3, *old, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
-    total = torch.randn(2, 4, *new, dtype=torch.float64, requires_grad=True)
+    x = normal(2, 3, *old).requires_grad_()
+    weight = normal(4, 3, 3, 3).requires_grad_()
+    total = normal(2, 4, *new).requires_grad_()
 
     def convolve(total, x, weight):
         no_leaf = total * 1  # what it adds to is written over
         return upernet.add_upsampled_conv3x3(no_leaf, x, weight)
 
-    resized = F.interpolate(x, new, mode="bilinear")
+    resized = bilinear(x, new)
     want = total + F.conv2d(resized, weight, padding=1)
     got = convolve(total, x, weight)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert_exact(got, want)
     assert torch.autograd.gradcheck(convolve, (total, x, weight))
 
 
@@ -240,14 +258,14 @@ def test_convolution_over_maps_of_many_sizes_equals_the_one_of_all_resized_side_
     sizes = [(9, 13), (5, 7), (9, 13), (3, 1), (1, 1)]
     widths = [2, 3, 1, 4, 2]
     maps = []
-    for c, (h, w) in zip(widths, sizes):
-        maps.append(torch.randn(2, c, h, w, dtype=torch.float64))
-    weight = torch.randn(5, sum(widths), 3, 3, dtype=torch.float64)
+    for width, size in zip(widths, sizes, strict=True):
+        maps.append(normal(2, width, *size))
+    weight = normal(5, sum(widths), 3, 3)
 
-    resized = [F.interpolate(x, (9, 13), mode="bilinear", align_corners=False) for x in maps]
+    resized = [bilinear(x, (9, 13)) for x in maps]
     want = F.conv2d(torch.cat(resized, 1), weight, padding=1)
     got = upernet.conv3x3_of_resized(maps, weight)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert_exact(got, want)
 
 
 @pytest.mark.parametrize("old,new", [(4, 11), (32, 512), (7, 3), (1, 9), (9, 9), (128, 683)])
@@ -257,11 +275,15 @@ def test_source_rows_are_all_the_rows_that_are_read_and_hardly_more(old, new):
     for start in range(0, new, 3):
         stop = min(start + 3, new)
         first, last = upernet.source_rows(start, stop, old, new)
+        assert 0 <= first
+        assert last <= old
 
         used = matrix[start:stop].any(0)
         read = used.nonzero().flatten().tolist()
-        assert 0 <= first <= read[0] <= first + 1
-        assert last - 2 <= read[-1] < last <= old
+        top = read[0]
+        bottom = read[-1]
+        assert first <= top <= first + 1
+        assert last - 2 <= bottom < last
 
 
 MOST_OPERATIONS = [
@@ -368,12 +390,12 @@ def test_loss_without_gradient_computes_none():
 @pytest.mark.parametrize("size", [(11, 13), (3, 5), (4, 6)])
 def test_loss_in_blocks_equals_the_whole_and_passes_gradcheck(size, monkeypatch):
     torch.manual_seed(0)
-    logits = torch.randn(3, 5, 4, 6, dtype=torch.float64, requires_grad=True)
+    logits = normal(3, 5, 4, 6).requires_grad_()
     labels = torch.randint(0, 5, (3, *size))
     labels[0, 0] = 255
     labels[1] = 255
 
-    resized = F.interpolate(logits, size, mode="bilinear")
+    resized = bilinear(logits, size)
     losses = F.cross_entropy(resized, labels, ignore_index=255, reduction="none")
     whole = losses.mean()
     (want,) = torch.autograd.grad(whole, logits)
@@ -383,14 +405,16 @@ def test_loss_in_blocks_equals_the_whole_and_passes_gradcheck(size, monkeypatch)
         loss = upernet.cross_entropy(logits, labels)
         (got,) = torch.autograd.grad(loss, logits)
 
-        torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        assert_exact(loss, whole)
+        assert_exact(got, want)
         assert torch.autograd.gradcheck(upernet.cross_entropy, (logits, labels))
 
 
 def test_ignored_pixels_count_in_the_divisor():
     logits = torch.zeros(1, 4, 2, 2)
-    labels = torch.tensor([[[0, 255], [255, 255]]])
+    labels = torch.full((1, 2, 2), 255)
+    labels[0, 0, 0] = 0
+
     loss = upernet.cross_entropy(logits, labels)
     assert loss.item() == pytest.approx(np.log(4) / 4)
 
