@@ -39,6 +39,11 @@ def golden():
     return lambda name: np.load(os.path.join(ROOT, "tests", "goldens", name + ".npz"))
 
 
+def largest_error(got, want):
+    """Between two arrays of numbers, whatever their types."""
+    return np.abs(got.astype(float) - want).max()
+
+
 def tensors(arrays):
     """{name: numpy array} -> {name: tensor}"""
     return {name: torch.from_numpy(np.asarray(value)) for name, value in arrays.items()}

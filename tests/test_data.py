@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import toy
 import torch
-from conftest import ROOT, ReplayedRng
+from conftest import ROOT, ReplayedRng, largest_error
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from scipy.io import loadmat
@@ -38,11 +38,6 @@ def write(path, content):
 
 def name_of(path):
     return os.path.splitext(os.path.basename(path))[0]
-
-
-def largest_error(got, want):
-    """Between two arrays of numbers, whatever their types."""
-    return np.abs(got.astype(float) - want).max()
 
 
 def plain_classes(names, zero_ignored=False):
