@@ -88,8 +88,10 @@ def test_training_geometry_replays_the_references_random_stream(sample, golden, 
             assert largest_error(some, gold[key + "_image"]) <= 1, key
             assert rng.random() == gold[key + "_next"], "as many random numbers were drawn"
 
-            assert (y[h:] == 255).all()
-            assert (y[:, w:] == 255).all()
+            below = y[h:]
+            right = y[:, w:]
+            assert (below == 255).all()
+            assert (right == 255).all()
 
 
 def test_distortion_replays_the_reference_within_one_level(golden):
@@ -212,15 +214,19 @@ def test_padding_is_zero_after_normalisation_and_pixels_follow_the_formula():
     images = torch.randint(0, 256, (2, 3, 6, 8), dtype=torch.uint8)
     sizes = torch.tensor([[6, 8], [4, 5]])
     first, second = ade20k.normalise(images, sizes)
-    assert (second[:, 4:] == 0).all()
-    assert (second[:, :, 5:] == 0).all()
+    below = second[:, 4:]
+    right = second[:, :, 5:]
+    assert not below.any()
+    assert not right.any()
 
     green = images[0, 1].double()
     want = (green - 116.28) / 57.12
     torch.testing.assert_close(first[1].double(), want, rtol=1e-5, atol=1e-6)
 
     _, unpadded = ade20k.normalise(images)
-    torch.testing.assert_close(second[:, :4, :5], unpadded[:, :4, :5])
+    got = second[:, :4, :5]
+    want = unpadded[:, :4, :5]
+    torch.testing.assert_close(got, want)
 
 
 # ---- reading pictures ----
@@ -375,6 +381,7 @@ def test_labels_of_every_depth_are_read_by_their_values(tmp_path):
         rows = [[0, 1, 2], [2, 1, 0]]
         if bits == 1:
             rows = [[0, 1, 1], [1, 0, 0]]
+
         write(path, grey_png(bits, rows))
 
         got = ade20k.load_label(path, classes)
@@ -394,7 +401,8 @@ def test_labels_of_every_depth_are_read_by_their_values(tmp_path):
             refused(f"x.png: label {value} is above the", ade20k.load_label, path, each)
 
     write(path, grey_png(16, [[255, 2]]))
-    assert ade20k.load_label(path, classes).tolist() == [[255, 2]]
+    label = ade20k.load_label(path, classes)
+    assert label.tolist() == [[255, 2]]
 
 
 def test_labels_in_a_format_that_loses_are_refused_by_what_the_file_is(small_set):
@@ -684,7 +692,8 @@ def test_pictures_of_every_format_and_any_case_of_suffix_are_found(small_set):
         write(images + name, b"no picture")
 
     pairs = ade20k.find_pairs(small_set, "validation")
-    assert [os.path.basename(image) for image, _ in pairs] == names
+    found = [os.path.basename(image) for image, _ in pairs]
+    assert found == names
     for pair in pairs:
         image, _ = ade20k.load(*pair)
         assert image.shape == (8, 9, 3)
@@ -1042,36 +1051,40 @@ def sha1(content):
     return hashlib.sha1(content).hexdigest()
 
 
+def fetch(url, path, *args, **how):
+    ade20k.fetch(url, str(path), *args, **how)
+
+
 def fetch_fails(error, message, *args, **how):
     with pytest.raises(error, match=message):
-        ade20k.fetch(*args, **how)
+        fetch(*args, **how)
 
 
 def test_fetch_resumes_checks_and_moves_into_place(server, tmp_path):
     url, content = serve(server, faults=[100_000, 50_000])
     path = tmp_path / "sub" / "a.bin"
-    ade20k.fetch(url, str(path), sha1(content))
+    fetch(url, path, sha1(content))
     assert path.read_bytes() == content
     assert os.listdir(tmp_path / "sub") == ["a.bin"]
     assert server.starts == [0, 100_000, 150_000], "each try went on where the one before broke off"
 
     start = hashlib.sha256(content).hexdigest()[:8]
-    ade20k.fetch(url, str(tmp_path / "b"), start)
+    fetch(url, tmp_path / "b", start)
     wrong = "00000000"
     message = "hash is .* not 00000000"
-    fetch_fails(ValueError, message, url, str(tmp_path / "c"), wrong)
+    fetch_fails(ValueError, message, url, tmp_path / "c", wrong)
     nowhere = server.url + "/none"
-    fetch_fails(OSError, "404", nowhere, str(tmp_path / "d"))
+    fetch_fails(OSError, "404", nowhere, tmp_path / "d")
 
     server.faults[:] = [1000]
     message = "broke off after 1000 of 200000 bytes"
-    fetch_fails(OSError, message, url, str(tmp_path / "e"), attempts=1)
+    fetch_fails(OSError, message, url, tmp_path / "e", attempts=1)
     assert sorted(os.listdir(tmp_path)) == ["b", "e.part", "sub"]
 
 
 def test_fetch_begins_anew_where_a_server_knows_no_ranges(server, tmp_path):
     url, content = serve(server, faults=[50_000], ranges=False)
-    ade20k.fetch(url, str(tmp_path / "a"), sha1(content))
+    fetch(url, tmp_path / "a", sha1(content))
     assert (tmp_path / "a").read_bytes() == content
     assert server.starts == [0, 0]
 
@@ -1079,18 +1092,18 @@ def test_fetch_begins_anew_where_a_server_knows_no_ranges(server, tmp_path):
 def test_fetch_deletes_a_part_that_is_not_of_this_file_and_begins_anew(server, tmp_path):
     url, content = serve(server)
     write(tmp_path / "a.part", content + b"more")  # the server answers 416
-    ade20k.fetch(url, str(tmp_path / "a"))
+    fetch(url, tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == content
     assert server.starts == [200_004, 0]
 
     write(tmp_path / "b.part", b"of another version")
     message = "hash is .*b.part is deleted"
-    fetch_fails(ValueError, message, url, str(tmp_path / "b"), sha1(content))
+    fetch_fails(ValueError, message, url, tmp_path / "b", sha1(content))
     assert os.listdir(tmp_path) == ["a"]
 
     write(tmp_path / "b.part", content + b"more")
     message = "nothing after the 200004 bytes of .*b.part, .* is deleted"
-    fetch_fails(OSError, message, url, str(tmp_path / "b"), attempts=1)
+    fetch_fails(OSError, message, url, tmp_path / "b", attempts=1)
     assert os.listdir(tmp_path) == ["a"]
 
 
@@ -1098,15 +1111,15 @@ def test_fetch_survives_a_server_that_stalls_and_sees_one_that_lies_about_the_le
     server, tmp_path
 ):
     url, content = serve(server, faults=[-50_000])
-    ade20k.fetch(url, str(tmp_path / "a"), timeout=0.5)
+    fetch(url, tmp_path / "a", timeout=0.5)
     assert (tmp_path / "a").read_bytes() == content
     assert server.starts == [0, 50_000]
 
     server.length = 300_000
     message = "broke off after 200000 of"
-    fetch_fails(OSError, message, url, str(tmp_path / "b"), attempts=1, timeout=0.5)
+    fetch_fails(OSError, message, url, tmp_path / "b", attempts=1, timeout=0.5)
     server.length = 100
-    fetch_fails(ValueError, "hash", url, str(tmp_path / "c"), sha1(content))
+    fetch_fails(ValueError, "hash", url, tmp_path / "c", sha1(content))
 
 
 def make_zip(path, names):
