@@ -39,14 +39,39 @@ def golden():
     return lambda name: np.load(os.path.join(ROOT, "tests", "goldens", name + ".npz"))
 
 
+def largest_error(got, want):
+    """Between two arrays of numbers, whatever their types."""
+    return np.abs(got.astype(float) - want).max()
+
+
+def tensors(arrays):
+    """{name: numpy array} -> {name: tensor}"""
+    return {name: torch.from_numpy(np.asarray(value)) for name, value in arrays.items()}
+
+
+def write(content, path):
+    """Write with torch.save. -> the path as text"""
+    torch.save(content, path)
+    return str(path)
+
+
+def load(content, path):
+    """Write with torch.save, and read as load_weights does."""
+    return load_weights(write(content, path))
+
+
+def assert_equal(got, want):
+    """The same bits, in all names of `want`."""
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
 def write_mmseg(state_dict, path, **more):
     """A checkpoint as mmsegmentation 0.17 writes it, with its names and the values that formulas.py
     gives those names."""
-    content = {
-        k: torch.from_numpy(np.asarray(v)) for k, v in formulas.fill(to_mmseg(state_dict)).items()
-    }
-    torch.save({"meta": {"mmseg_version": "0.17.0"}, "state_dict": content, **more}, path)
-    return str(path)
+    weights = tensors(formulas.fill(to_mmseg(state_dict)))
+    content = {"meta": {"mmseg_version": "0.17.0"}, "state_dict": weights, **more}
+    return write(content, path)
 
 
 @pytest.fixture
@@ -58,13 +83,16 @@ def filled(tmp_path):
         with torch.device("meta"):  # no initialisation: the file sets every value
             net = upernet.build_model(arch, neck)
         net.to_empty(device="cpu")
-        load_into(net, *load_weights(write_mmseg(net.state_dict(), tmp_path / "mmseg.pth")))
+        path = write_mmseg(net.state_dict(), tmp_path / "mmseg.pth")
+        state_dict, facts = load_weights(path)
+        load_into(net, state_dict, facts)
+        os.remove(path)
+
         for module in net.modules():
             if isinstance(module, model.DropPath):
                 module.rate = 0.0
             if isinstance(module, torch.nn.Dropout2d):
                 module.p = 0.0
-        os.remove(tmp_path / "mmseg.pth")
         return net
 
     return build
@@ -92,7 +120,9 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.operations, self.waits, self.doubles = [], [], []
+        self.operations = []
+        self.waits = []
+        self.doubles = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__.split(".")[0]
@@ -117,19 +147,25 @@ class ReplayedRng:
 
     def __init__(self, seed):
         state = np.random.RandomState(seed)
-        self.random, self.integers, self.uniform = state.random_sample, state.randint, state.uniform
+        self.random = state.random_sample
+        self.integers = state.randint
+        self.uniform = state.uniform
 
 
 def draw_set(root, training, validation):
     """A data set of so many small scenes of the toy kind, in ADE20K's layout, in the folder
     root."""
     for split, count in (("training", training), ("validation", validation)):
-        for kind in ("images", "annotations"):
-            os.makedirs(root / kind / split)
+        images = root / "images" / split
+        labels = root / "annotations" / split
+        os.makedirs(images)
+        os.makedirs(labels)
+
         for i in range(count):
-            image, label = toy.draw_scene(np.random.default_rng([7, i]))
-            Image.fromarray(image).save(root / f"images/{split}/s{i}.jpg")
-            Image.fromarray(label).save(root / f"annotations/{split}/s{i}.png")
+            rng = np.random.default_rng([7, i])
+            image, label = toy.draw_scene(rng)
+            Image.fromarray(image).save(images / f"s{i}.jpg")
+            Image.fromarray(label).save(labels / f"s{i}.png")
 
 
 @pytest.fixture

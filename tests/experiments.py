@@ -225,24 +225,31 @@ def patched(experiment, folder=PROJECT):
     name, file, old, new = experiment[:4]
     with open(os.path.join(folder, file), encoding="utf-8") as source:
         text = source.read()
+
     count = text.count(old)
     if count != 1:
         sys.exit(
             f"error: {name}: {file} holds {old!r} {count} times, it must be once: "
             "the line has changed, so must the experiment in tests/experiments.py"
         )
-    return text.replace(old, new), text[: text.index(old)].count("\n") + 1
+
+    before = text[: text.index(old)]
+    line = before.count("\n") + 1
+    return text.replace(old, new), line
 
 
 def copy_project(experiment, folder):
     """The six files and what draws the toy set, with the change made."""
-    os.makedirs(os.path.join(folder, "tests"))
+    tests = os.path.join(folder, "tests")
+    os.makedirs(tests)
     for path in glob(os.path.join(PROJECT, "*.py")):
         shutil.copy(path, folder)
-    shutil.copy(os.path.join(PROJECT, "tests", "toy.py"), os.path.join(folder, "tests"))
+    shutil.copy(os.path.join(PROJECT, "tests", "toy.py"), tests)
+
     if experiment.old:
         text, _ = patched(experiment)
-        with open(os.path.join(folder, experiment.file), "w", encoding="utf-8") as file:
+        changed = os.path.join(folder, experiment.file)
+        with open(changed, "w", encoding="utf-8") as file:
             file.write(text)
 
 
@@ -250,7 +257,8 @@ def copy_project(experiment, folder):
 
 
 def run_folder(args, experiment, seed):
-    return os.path.abspath(os.path.join(args.out, f"{args.iters}_{experiment.name}_{seed}"))
+    name = f"{args.iters}_{experiment.name}_{seed}"
+    return os.path.abspath(os.path.join(args.out, name))
 
 
 def score(args, experiment, seed):
@@ -260,7 +268,9 @@ def score(args, experiment, seed):
         return None
     with open(path) as file:
         entries = [json.loads(line) for line in file]
-    found = [e["mIoU"] for e in entries if "mIoU" in e and e["iteration"] == args.iters]
+
+    validations = [entry for entry in entries if "mIoU" in entry]
+    found = [entry["mIoU"] for entry in validations if entry["iteration"] == args.iters]
     return found[-1] if found else None
 
 
@@ -271,9 +281,11 @@ def train_one(args, experiment, seed):
     folder = run_folder(args, experiment, seed)
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(args.out, exist_ok=True)
+
     with tempfile.TemporaryDirectory() as temporary:
         copy = os.path.join(temporary, "copy")
         copy_project(experiment, copy)
+
         command = [sys.executable, os.path.join(copy, "train.py"), "--data", "toy"]
         command += ["--iters", str(args.iters), "--interval", str(args.iters)]
         command += ["--seed", str(seed), "--dtype", "float32", "--workers", "0"]
@@ -281,8 +293,11 @@ def train_one(args, experiment, seed):
         environment = dict(os.environ, OMP_NUM_THREADS="1")
         with open(f"{folder}.txt", "w") as file:  # in PROJECT lies data/toy, drawn once for all
             done = subprocess.run(command, cwd=PROJECT, env=environment, stdout=file, stderr=file)
+
     result = score(args, experiment, seed)
-    words = f"mIoU {result:.2f}" if result is not None else f"code {done.returncode}, {file.name}"
+    words = f"code {done.returncode}, {file.name}"
+    if result is not None:
+        words = f"mIoU {result:.2f}"
     print(f"{experiment.name}, seed {seed}: {words}", file=sys.stderr, flush=True)
 
 
@@ -303,13 +318,15 @@ def spread(values):
 
 def standard_error(first, second):
     """Of the difference between the means of two groups of runs."""
-    return math.sqrt(sum(spread(x) ** 2 / len(x) for x in (first, second)))
+    variances = [spread(values) ** 2 / len(values) for values in (first, second)]
+    return math.sqrt(sum(variances))
 
 
 def table(args, chosen):
     """mIoU of every change and its difference from the unchanged code."""
     print("| change | mIoU | difference |")
     print("| --- | --- | --- |")
+
     base = None
     for experiment in chosen:
         values = [score(args, experiment, seed) for seed in range(args.seeds)]
@@ -320,11 +337,13 @@ def table(args, chosen):
         if not values:
             print(f"| {label} | | |")
             continue
+
         base = base or values  # the unchanged code comes first
         difference = f"{mean(values) - mean(base):+.1f} ± {standard_error(values, base):.1f}"
         if experiment == UNCHANGED:
             difference = ""
         print(f"| {label} | {mean(values):.1f} ± {spread(values):.1f} | {difference} |")
+
     print(
         f"\n(toy recipe, {args.iters} iterations, {args.seeds} seeds; behind mIoU the standard "
         "deviation of one run, behind the difference its standard error)"
@@ -335,6 +354,7 @@ def catalogue(chosen):
     """Place, change, question and guess of each, to read before looking at the table."""
     print("| name | place | becomes | question | guess |")
     print("| --- | --- | --- | --- | --- |")
+
     for e in chosen:
         _, line = patched(e)
         place = f"{e.file}:{line} `{e.old}`"
@@ -358,9 +378,11 @@ def main():
     unknown = sorted(set(args.names) - set(names))
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(names)}")
-    chosen = [e for e in EXPERIMENTS if e.name in (args.names or names)]
+    asked = args.names or names
+    chosen = [experiment for experiment in EXPERIMENTS if experiment.name in asked]
     for experiment in chosen:
         patched(experiment)  # all of them, before the first run
+
     if args.list:
         return catalogue(chosen)
 

@@ -55,7 +55,10 @@ def weight(name, shape):
 
 def fill(state_dict):
     """{name: tensor or shape holder} -> {name: numpy array}, every entry by formula."""
-    return {name: weight(name, tuple(value.shape)) for name, value in state_dict.items()}
+    arrays = {}
+    for name, value in state_dict.items():
+        arrays[name] = weight(name, tuple(value.shape))
+    return arrays
 
 
 def image(height, width, batch=1, seed=0):
@@ -67,10 +70,12 @@ def image(height, width, batch=1, seed=0):
     for b in range(batch):
         for c in range(3):
             fy, fx, phase = r.uniform(0.3, 2, 3)
+
             down = np.sin(fy * y + phase)
             across = np.cos(fx * x * (1 + b))
             noise = r.standard_normal((height, width))
             out[b, c] = down + across + 0.3 * noise
+
     return out.astype(np.float32)
 
 
@@ -81,10 +86,11 @@ def labels(height, width, batch=1, seed=0):
     columns = math.ceil(width / 24)
 
     blocks = r.randint(0, 150, (batch, rows, columns))
-    ignored = r.random_sample(blocks.shape) < 1 / 9
-    blocks[ignored] = 255
+    chance = r.random_sample(blocks.shape)
+    blocks[chance < 1 / 9] = 255
 
-    pixels = blocks.repeat(24, 1).repeat(24, 2)
+    pixels = blocks.repeat(24, axis=1)
+    pixels = pixels.repeat(24, axis=2)
     return pixels[:, :height, :width]
 
 
@@ -101,8 +107,8 @@ def picture(height=90, width=128, seed=0):
     blue = (x + y) * 255 // (height + width - 2)
     smooth = np.stack([red, green, blue], axis=2)
 
-    left = x < width // 2
-    mixed = np.where(left[:, :, None], noise, smooth)
+    in_noise = x < width // 2
+    mixed = np.where(in_noise[:, :, None], noise, smooth)
     return mixed.astype(np.uint8)
 
 

@@ -16,7 +16,17 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, sys.argv[1]]
 import mmseg017  # noqa: E402  (fills the gaps between 2021 and today before mmseg is imported)
 import torch  # noqa: E402
-from formulas import PAIRS, SIZES, SMALL, fill, image, labels, picture, samples  # noqa: E402
+from formulas import (  # noqa: E402
+    PAIRS,
+    SIZES,
+    SMALL,
+    fill,
+    image,
+    labels,
+    picture,
+    samples,
+    weight,
+)
 from mmcv.runner import build_optimizer  # noqa: E402
 from mmcv.runner.hooks.lr_updater import PolyLrUpdaterHook  # noqa: E402
 from mmseg.core.evaluation.metrics import intersect_and_union, pre_eval_to_metrics  # noqa: E402
@@ -26,30 +36,33 @@ SAMPLE = sys.argv[2]
 
 
 def store(name, **arrays):
-    os.makedirs(os.path.join(HERE, "goldens"), exist_ok=True)
-    path = os.path.join(HERE, "goldens", name + ".npz")
+    folder = os.path.join(HERE, "goldens")
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, name + ".npz")
     np.savez_compressed(path, **arrays)
     print(path, os.path.getsize(path), "bytes", flush=True)
 
 
 def filled(model, dropout=True):
     """The model with weights by formula; dropout=False turns dropout and drop path off."""
-    model.load_state_dict(
-        {k: torch.from_numpy(np.asarray(v)) for k, v in fill(model.state_dict()).items()}
-    )
+    arrays = fill(model.state_dict())
+    model.load_state_dict({k: torch.from_numpy(np.asarray(v)) for k, v in arrays.items()})
 
     if not dropout:
         for module in model.modules():
             if type(module).__name__ in ("DropPath", "Dropout2d", "Dropout"):
-                module.p = module.drop_prob = 0.0
+                module.p = 0.0
+                module.drop_prob = 0.0
 
     return model
 
 
 def build_small(neck):
     """The reference with the dimensions of formulas.SMALL."""
-    cfg = mmseg017.config("deit_s16", {"none": "none", "mln": "mln"}[neck])
-    m, width, channels = cfg.model, SMALL["width"], SMALL["channels"]
+    cfg = mmseg017.config("deit_s16", neck)
+    m = cfg.model
+    width = SMALL["width"]
+    channels = SMALL["channels"]
     m.backbone.update(
         embed_dims=width,
         num_layers=SMALL["depth"],
@@ -59,6 +72,7 @@ def build_small(neck):
     m.decode_head.update(in_channels=[width] * 4, channels=channels)
     m.auxiliary_head.update(in_channels=width, channels=channels // 2)
     m.pretrained = None
+
     for head in (m.decode_head, m.auxiliary_head):
         head.norm_cfg = dict(type="BN", requires_grad=True)
     if m.get("neck"):
@@ -69,10 +83,11 @@ def build_small(neck):
 def losses(model, x, y):
     # The head adds to the laterals in place. In 2021 ReLU kept its input for the backward pass,
     # today it keeps its output and refuses: a copy between the two changes no number.
-    hooks = [
-        conv.register_forward_hook(lambda *a: a[-1].clone())
-        for conv in model.decode_head.lateral_convs
-    ]
+    hooks = []
+    for conv in model.decode_head.lateral_convs:
+        hook = conv.register_forward_hook(lambda module, inputs, output: output.clone())
+        hooks.append(hook)
+
     parts = model(
         torch.from_numpy(x),
         [{}] * len(x),
@@ -81,8 +96,34 @@ def losses(model, x, y):
     )
     for hook in hooks:
         hook.remove()
-    decode, aux = parts["decode.loss_seg"], parts["aux.loss_seg"]
+
+    decode = parts["decode.loss_seg"]
+    aux = parts["aux.loss_seg"]
     return decode + aux, decode, aux
+
+
+def batch_of(count):
+    """-> pictures, labels"""
+    return image(97, 131, batch=count), labels(97, 131, batch=count)
+
+
+def backward(model, count):
+    """The gradients in float64: in float32 an activation within rounding of 0 is on either side of
+    its ReLU by chance."""
+    x, y = batch_of(count)
+    loss, _, _ = losses(model, x.astype(np.float64), y)
+    loss.backward()
+
+
+def logits_of(model, sizes):
+    """-> what is stored of the logits of a picture of each size."""
+    out = {}
+    for h, w in sizes:
+        with torch.no_grad():
+            logits = model.encode_decode(torch.from_numpy(image(h, w)), None)
+        out[f"logits_{h}x{w}"] = samples(logits)
+        out[f"max_{h}x{w}"] = logits.abs().max()
+    return out
 
 
 def models():
@@ -94,47 +135,37 @@ def models():
             "drop_path": cfg.model.backbone.drop_path_rate,
             "keys": np.array(list(model.state_dict())),
         }
-        model.eval()
 
-        with torch.no_grad():
-            for h, w in SIZES:
-                logits = model.encode_decode(torch.from_numpy(image(h, w)), None)
-                out[f"logits_{h}x{w}"] = samples(logits)
-                out[f"max_{h}x{w}"] = logits.abs().max()
+        model.eval()
+        out.update(logits_of(model, SIZES))
 
         model.train()
-
+        x, y = batch_of(4)
         with torch.no_grad():
-            out["loss"] = np.array(
-                [x.item() for x in losses(model, image(97, 131, batch=4), labels(97, 131, batch=4))]
-            )
+            parts = losses(model, x, y)
+        out["loss"] = np.array([part.item() for part in parts])
 
-        # Gradients in float64: in float32 an activation within rounding of 0 is on either side of
-        # its ReLU by chance.
         filled(model.double(), dropout=False)
-        losses(model, image(97, 131, batch=2).astype(np.float64), labels(97, 131, batch=2))[
-            0
-        ].backward()
-        grads = {k: p.grad for k, p in model.named_parameters()}
-        out["grads"] = np.stack([samples(g, 8) for g in grads.values()])
-        out["grad_max"] = np.array([g.abs().max() for g in grads.values()])
+        backward(model, 2)
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        out["grads"] = np.stack([samples(grad, 8) for grad in grads.values()])
+        out["grad_max"] = np.array([grad.abs().max() for grad in grads.values()])
         out["grad_names"] = np.array(list(grads))
         store(f"{arch}_{neck}", **out)
 
 
 def optimizers():
     """Four steps of each optimizer, from iteration 1500 on (past the warmup, where a step is large
-    enough to see). In float64: in float32 a ReLU close to 0 may fall on either side, with the
-    number of threads already."""
+    enough to see), in float64."""
     out = {}
     for name in ("adamw", "sgd"):
         model, cfg = build_small("mln")
         filled(model.double(), dropout=False).train()
         if name == "sgd":  # the released schedule that the recipes override
-            schedule = mmseg017.Config.fromfile(
-                os.path.join(mmseg017.CONFIG_DIR, "../_base_/schedules/schedule_160k.py")
-            )
-            cfg.optimizer, cfg.lr_config = schedule.optimizer, schedule.lr_config
+            file = os.path.join(mmseg017.CONFIG_DIR, "../_base_/schedules/schedule_160k.py")
+            schedule = mmseg017.Config.fromfile(file)
+            cfg.optimizer = schedule.optimizer
+            cfg.lr_config = schedule.lr_config
 
         optimizer = build_optimizer(model, cfg.optimizer)
         hook_args = {k: v for k, v in cfg.lr_config.items() if k not in ("policy", "_delete_")}
@@ -146,23 +177,20 @@ def optimizers():
         for runner.iter in (0, 1, 749, 1499, 1500, 80000, 159999):
             hook.before_train_iter(runner)
             rates.append(optimizer.param_groups[0]["lr"])
-
         out[f"{name}_lr"] = np.array(rates)
-        before = {k: p.detach().clone() for k, p in model.named_parameters()}
 
+        before = {k: p.detach().clone() for k, p in model.named_parameters()}
         for runner.iter in range(1500, 1504):
             hook.before_train_iter(runner)
             optimizer.zero_grad()
-            losses(model, image(97, 131, batch=4).astype(np.float64), labels(97, 131, batch=4))[
-                0
-            ].backward()
+            backward(model, 4)
             optimizer.step()
 
-        after = dict(model.named_parameters())
-        out[f"{name}_weights"] = np.stack([samples(p.detach(), 32) for p in after.values()]).astype(
-            np.float32
-        )
-        out[f"{name}_moved"] = np.array([(after[k] - before[k]).abs().max().item() for k in after])
+        after = {k: p.detach() for k, p in model.named_parameters()}
+        weights = np.stack([samples(p, 32) for p in after.values()])
+        moved = [(after[k] - before[k]).abs().max().item() for k in after]
+        out[f"{name}_weights"] = weights.astype(np.float32)
+        out[f"{name}_moved"] = np.array(moved)
         out["names"] = np.array(list(after))
 
     store("optimizers", **out)
@@ -175,29 +203,18 @@ def positions():
     cfg.model.backbone.update(img_size=(224, 224))
     for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
         head.norm_cfg = dict(type="BN", requires_grad=True)
-    model = filled(mmseg017.build_segmentor(cfg.model)).eval()
+    model = mmseg017.build_segmentor(cfg.model)
+    filled(model).eval()
 
-    out = {"pos_embed": np.array(model.backbone.pos_embed.shape)}
-
-    with torch.no_grad():
-        for h, w in ((224, 224), (97, 131)):
-            logits = model.encode_decode(torch.from_numpy(image(h, w)), None)
-            out[f"logits_{h}x{w}"] = samples(logits)
-            out[f"max_{h}x{w}"] = logits.abs().max()
-
-    store("positions", **out)
+    shape = np.array(model.backbone.pos_embed.shape)
+    out = logits_of(model, [(224, 224), (97, 131)])
+    store("positions", pos_embed=shape, **out)
 
 
-def backbones():
-    """A timm file through the reference's own vit2mmseg converter."""
-    sys.path.insert(
-        0, os.path.join(os.path.dirname(mmseg017.CONFIG_DIR), "../tools/model_converters")
-    )
-    from vit2mmseg import convert_vit
-
-    model = mmseg017.build("deit_s16", "ln_mln")[0].backbone
-    model.eval()
-    D, shapes = 384, {
+def timm_shapes():
+    """Of DeiT-S at 224 x 224, in the names of a timm file."""
+    D = 384
+    shapes = {
         "cls_token": (1, 1, 384),
         "pos_embed": (1, 197, 384),
         "patch_embed.proj.weight": (384, 3, 16, 16),
@@ -216,24 +233,37 @@ def backbones():
             ("mlp.fc1", (4 * D, D)),
             ("mlp.fc2", (D, 4 * D)),
         ):
-            shapes[f"blocks.{i}.{name}.weight"], shapes[f"blocks.{i}.{name}.bias"] = (
-                shape,
-                shape[:1],
-            )
+            shapes[f"blocks.{i}.{name}.weight"] = shape
+            shapes[f"blocks.{i}.{name}.bias"] = shape[:1]
+    return shapes
 
-    timm = {
-        k: torch.from_numpy(v) for k, v in fill({k: np.empty(s) for k, s in shapes.items()}).items()
-    }
+
+def backbones():
+    """A timm file through the reference's own vit2mmseg converter."""
+    above = os.path.dirname(mmseg017.CONFIG_DIR)
+    sys.path.insert(0, os.path.join(above, "../tools/model_converters"))
+    from vit2mmseg import convert_vit
+
+    segmentor, _ = mmseg017.build("deit_s16", "ln_mln")
+    model = segmentor.backbone.eval()
+
+    shapes = timm_shapes()
+    timm = {name: torch.from_numpy(weight(name, shape)) for name, shape in shapes.items()}
     converted = convert_vit(timm)
-    converted["pos_embed"] = model.resize_pos_embed(
-        converted["pos_embed"], (32, 32), (14, 14), "bicubic"
-    )
+    positions = converted["pos_embed"]
+    converted["pos_embed"] = model.resize_pos_embed(positions, (32, 32), (14, 14), "bicubic")
     print(model.load_state_dict(converted))
+
     with torch.no_grad():
         maps = model(torch.from_numpy(image(300, 401)))
+
+    lines = []
+    for name, shape in shapes.items():
+        dims = " ".join(map(str, shape))
+        lines.append(f"{name} {dims}")
     store(
         "backbone",
-        shapes=np.array([f"{k} {' '.join(map(str, s))}" for k, s in shapes.items()]),
+        shapes=np.array(lines),
         pos_embed=samples(converted["pos_embed"]),
         maps=np.stack([samples(m) for m in maps]),
         keys=np.array(list(converted)),
@@ -241,8 +271,18 @@ def backbones():
 
 
 def pairs(split):
-    for path in sorted(glob(os.path.join(SAMPLE, "images", split, "*.jpg"))):
-        yield path, path.replace("images", "annotations").replace(".jpg", ".png")
+    paths = glob(os.path.join(SAMPLE, "images", split, "*.jpg"))
+    for path in sorted(paths):
+        label_path = path.replace("images", "annotations").replace(".jpg", ".png")
+        yield path, label_path
+
+
+def name_of(path):
+    return os.path.basename(path).removesuffix(".jpg")
+
+
+def as_rgb(bgr):
+    return np.ascontiguousarray(bgr[:, :, ::-1])
 
 
 def load(path, label_path, cfg):
@@ -259,51 +299,69 @@ def load(path, label_path, cfg):
 def transforms():
     """The training pipeline without distortion and normalisation, on real pictures; then the
     distortion by itself."""
-    cfg, out = mmseg017.config("deit_s16", "none"), {}
-    pipeline = cfg.train_pipeline
-    geometry = Compose(
-        [step for step in pipeline[2:-2] if step.type not in ("PhotoMetricDistortion", "Normalize")]
-    )
-    distort = Compose([step for step in pipeline if step.type == "PhotoMetricDistortion"])
+    cfg = mmseg017.config("deit_s16", "none")
+    colours = ("PhotoMetricDistortion", "Normalize")
+    geometry = Compose([step for step in cfg.train_pipeline[2:-2] if step.type not in colours])
 
+    out = {}
     for i, (path, label_path) in enumerate(pairs("training")):
         for seed in (0, 1, 2):
             loaded = load(path, label_path, cfg)
             np.random.seed(1000 * i + seed)
             done = geometry(loaded)
-            key = f"{os.path.basename(path)[:-4]}_{seed}"
-            out[key + "_image"] = np.ascontiguousarray(done["img"][:, :, ::-1]).reshape(-1, 3)[
-                ::397
-            ]
-            out[key + "_label"] = np.array(
-                [crc32(np.ascontiguousarray(done["gt_semantic_seg"]).tobytes())]
-            )
-            out[key + "_next"] = (
-                np.random.random_sample()
-            )  # the stream stands where the reference left it
 
+            key = f"{name_of(path)}_{seed}"
+            label = np.ascontiguousarray(done["gt_semantic_seg"])
+            out[key + "_image"] = as_rgb(done["img"]).reshape(-1, 3)[::397]
+            out[key + "_label"] = np.array([crc32(label.tobytes())])
+            out[key + "_next"] = np.random.random_sample()  # where the reference left the stream
+
+    out.update(distortion(cfg))
+    out.update(resizing())
+    store("transforms", **out)
+
+
+def distortion(cfg):
+    steps = [step for step in cfg.train_pipeline if step.type == "PhotoMetricDistortion"]
+    distort = Compose(steps)
+
+    out = {}
     for seed in range(24):
         np.random.seed(seed)
-        out[f"distort_{seed}"] = distort(dict(img=picture(seed=seed)[:, :, ::-1].copy()))["img"][
-            ::5, ::5, ::-1
-        ]
+        bgr = picture(seed=seed)[:, :, ::-1].copy()
+        done = distort(dict(img=bgr))
+        out[f"distort_{seed}"] = as_rgb(done["img"])[::5, ::5]
+    return out
 
+
+def resizing():
+    resize = Compose([dict(type="LoadImageFromFile"), dict(type="Resize", keep_ratio=True)])
+
+    out = {}
     for path, _ in [*pairs("training"), *pairs("validation")]:
         for ratio in (0.5, 1.0, 1.75):
-            step = Compose([dict(type="LoadImageFromFile"), dict(type="Resize", keep_ratio=True)])
-            done = step(
-                dict(
-                    img_info=dict(filename=path),
-                    img_prefix=None,
-                    scale=(int(2048 * ratio), int(512 * ratio)),
-                )
-            )
-            key = f"test_{os.path.basename(path)[:-4]}_{ratio}"
-            out[key], out[key + "_size"] = done["img"][:, :, ::-1].reshape(-1, 3)[::797], np.array(
-                done["img"].shape[:2]
-            )
+            scale = (int(2048 * ratio), int(512 * ratio))
+            done = resize(dict(img_info=dict(filename=path), img_prefix=None, scale=scale))
 
-    store("transforms", **out)
+            key = f"test_{name_of(path)}_{ratio}"
+            out[key] = as_rgb(done["img"]).reshape(-1, 3)[::797]
+            out[key + "_size"] = np.array(done["img"].shape[:2])
+    return out
+
+
+def labelled(model, cfg, path, ratios, flip):
+    """What the whole test pipeline makes of a picture. -> its label map, and the first view's
+    shape"""
+    views = cfg.test_pipeline[1].copy()
+    views.update(img_ratios=ratios, flip=flip)
+    pipeline = Compose([cfg.test_pipeline[0], views])
+    data = pipeline(dict(img_info=dict(filename=path), img_prefix=None))
+
+    imgs = [img[None] for img in data["img"]]
+    metas = [[meta.data] for meta in data["img_metas"]]
+    with torch.no_grad():
+        result = model.forward_test(imgs, metas)
+    return result[0], imgs[0].shape
 
 
 def evaluation():
@@ -311,20 +369,18 @@ def evaluation():
     multi-scale with flip."""
     model, cfg = build_small("mln")
     filled(model).eval()
-    out, areas = {}, []
+    views = cfg.test_pipeline[1]
+    modes = {
+        "single": (views.get("img_ratios"), views.flip),  # as its config has it
+        "multi": ([0.5, 0.75, 1.0, 1.25, 1.5, 1.75], True),
+    }
 
+    out = {}
+    areas = []
     for path, label_path in pairs("validation"):
-        key = os.path.basename(path)[:-4]
-        for mode in ("single", "multi"):
-            test = cfg.test_pipeline[1].copy()
-            if mode == "multi":
-                test.update(img_ratios=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], flip=True)
-            data = Compose([cfg.test_pipeline[0], test])(
-                dict(img_info=dict(filename=path), img_prefix=None)
-            )
-            imgs, metas = [i[None] for i in data["img"]], [[m.data] for m in data["img_metas"]]
-            with torch.no_grad():
-                result = model.forward_test(imgs, metas)[0]
+        key = name_of(path)
+        for mode, (ratios, flip) in modes.items():
+            result, _ = labelled(model, cfg, path, ratios, flip)
             out[f"{key}_{mode}"] = result[::3, ::3].astype(np.uint8)
             print(key, mode, len(np.unique(result)), flush=True)
 
@@ -348,17 +404,10 @@ def slide():
     out = {}
     for path, _ in pairs("validation"):
         for mode, ratios in (("single", [1.0]), ("multi", [0.75, 1.25])):
-            test = cfg.test_pipeline[1].copy()
-            test.update(img_ratios=ratios, flip=mode == "multi")
-            data = Compose([cfg.test_pipeline[0], test])(
-                dict(img_info=dict(filename=path), img_prefix=None)
-            )
-            imgs, metas = [i[None] for i in data["img"]], [[m.data] for m in data["img_metas"]]
-            with torch.no_grad():
-                result = model.forward_test(imgs, metas)[0]
-            key = f"{os.path.basename(path)[:-4]}_{mode}"
+            result, shape = labelled(model, cfg, path, ratios, flip=mode == "multi")
+            key = f"{name_of(path)}_{mode}"
             out[key] = result[::3, ::3].astype(np.uint8)
-            print(key, imgs[0].shape, len(np.unique(result)), flush=True)
+            print(key, shape, len(np.unique(result)), flush=True)
 
     store("slide", **out)
 

@@ -216,7 +216,8 @@ def their_multi_scale(model, cfg, sample):
     from mmengine.dataset import pseudo_collate
     from mmseg.models import SegTTAModel
 
-    # Its config scales each picture's own size. The published protocol, as here, scales (2048, 512).
+    # Its config scales each picture's own size. The published protocol, as here, scales
+    # (2048, 512).
     sizes = [(int(2048 * scale), int(512 * scale)) for scale in SCALES]
     resizes = [dict(type="Resize", scale=size, keep_ratio=True) for size in sizes]
     cfg.tta_pipeline[1]["transforms"][0] = resizes
@@ -261,59 +262,79 @@ def measure(action, device, runs):
             torch.accelerator.synchronize()  # kernels run behind Python's back
         if run > 0:
             times.append(time.perf_counter() - began)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        try:
-            import resource
 
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        except ImportError:  # Windows
-            peak = float("nan")
-    return min(times), peak / 1e6
+    return min(times), peak_memory(device) / 1e6
+
+
+def peak_memory(device):
+    """-> bytes"""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def matmul_rate(device, dtype):
     """Floating-point operations a second of a large square matrix product."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return 2 * n**3 / measure(lambda: a @ b, device, 5)[0]
+    seconds, _ = measure(lambda: a @ b, device, 5)
+    return 2 * n**3 / seconds
 
 
 def measure_here(item, args):
     """One figure, in this process: prints it as JSON."""
     side, what, arch, neck, size, batch = item.split()
-    pairs = ade20k.find_pairs(ade20k.data_root(args.data), "training") if args.data else []
+    pairs = []
+    if args.data:
+        root = ade20k.data_root(args.data)
+        pairs = ade20k.find_pairs(root, "training")
     if what == "data":
         torch.set_num_threads(1)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {0})
+
     device = evaluate.choose_device(world=1)
-    dtype, flops, rate = evaluate.choose_dtype(args.dtype, device), None, None
+    dtype = evaluate.choose_dtype(args.dtype, device)
     work = (what, arch, neck, int(size), int(batch))
     if side == "theirs":
         action, pictures = theirs(*work, pairs)
+        flops = None
     else:
         action, pictures, flops = ours(*work, dtype, pairs)
-        if flops:
-            rate = matmul_rate(device, dtype)
+    rate = None
+    if flops:
+        rate = matmul_rate(device, dtype)
+
     runs = {"multi-scale": 1, "training": 2, "data": 2}.get(what, args.runs)
     seconds, peak = measure(action, device, runs)
-    used = str(dtype).removeprefix("torch.")
-    figures = dict(seconds=seconds, pictures=pictures, peak=peak, flops=flops, rate=rate)
-    machine = dict(device=device.type, dtype=used, threads=torch.get_num_threads())
-    print(json.dumps(figures | machine))
+    figures = dict(
+        seconds=seconds,
+        pictures=pictures,
+        peak=peak,
+        flops=flops,
+        rate=rate,
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+    print(json.dumps(figures))
 
 
-def figure(
-    args, what, arch="deit_s16", neck="none", size=512, batch=1, side="ours", dtype=None
-):
+def figure(args, what, arch="deit_s16", neck="none", size=512, batch=1, side="ours", dtype=None):
     """The figures of one item, measured in a process of its own."""
-    dtype = dtype or args.dtype
-    command = [sys.executable, os.path.abspath(__file__), args.table, "--dtype", dtype]
-    command += ["--runs", str(args.runs)] + (["--data", args.data] if args.data else [])
-    command += ["--here", f"{side} {what} {arch} {neck} {size} {batch}"]
+    item = f"{side} {what} {arch} {neck} {size} {batch}"
+    command = [sys.executable, os.path.abspath(__file__), args.table, "--here", item]
+    command += ["--dtype", dtype or args.dtype]
+    command += ["--runs", str(args.runs)]
+    if args.data:
+        command += ["--data", args.data]
+
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"error: {side} {what} {arch} {neck} could not be measured, see above")
@@ -333,7 +354,8 @@ def header(*names):
 
 
 def of_peak(f):
-    return f"{f['flops'] / f['seconds'] / f['rate']:.0%}"
+    reached = f["flops"] / f["seconds"]
+    return f"{reached / f['rate']:.0%}"
 
 
 def models(args):
@@ -372,10 +394,12 @@ def scaling(args):
     sizes += [(256, batch) for batch in (1, 4, 8)]
     for size, batch in sizes:
         f = figure(args, "head", arch, neck, size, batch)
-        cells = [f"{f['seconds']:.3f}", of_peak(f), "", ""]
+        cells = [f"{f['seconds']:.3f}", of_peak(f)]
         if batch > 1:  # BatchNorm
             f = figure(args, "training", arch, neck, size, batch)
-            cells[2:] = [f"{f['seconds']:.3f}", of_peak(f)]
+            cells += [f"{f['seconds']:.3f}", of_peak(f)]
+        else:
+            cells += ["", ""]
         row(f"{batch} of {size}x{size}", *cells)
 
 
@@ -383,7 +407,8 @@ def data(args):
     """Training pictures from file to augmented 512x512 crop, on one core."""
     f = figure(args, "data")
     ms = 1000 * f["seconds"] / f["pictures"]
-    print(f"{ms:.2f} ms a picture, {1000 / ms:.0f} a second on one core, {f['peak']:.0f} MB")
+    rate = 1000 / ms
+    print(f"{ms:.2f} ms a picture, {rate:.0f} a second on one core, {f['peak']:.0f} MB")
 
 
 def peers(args):
@@ -437,10 +462,12 @@ def main():
     add("--data", metavar="DIR", help="of data and peers: a data set, or toy")
     add("--here", help=argparse.SUPPRESS)  # one figure, in this process
     args = parser.parse_args()
+
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("one process on one device is timed: run it without torchrun")
     if args.table in ("data", "peers") and not args.data:
         parser.error(f"{args.table} needs pictures: --data DIR, or --data toy")
+
     if args.here:
         measure_here(args.here, args)
     else:

@@ -43,6 +43,7 @@ def network(arch="deit_t16", sure=False):
     net = build_model(arch, "ln_mln", 6)
     if sure:
         nn.init.normal_(net.decode_head.classifier.weight)
+
     for module in net.modules():
         if isinstance(module, nn.Dropout2d):
             module.p = 0.0
@@ -53,66 +54,101 @@ def network(arch="deit_t16", sure=False):
 
 def batch(device):
     """Two pictures of 97 x 131 pixels, whose last patches hang over, and labels of six classes."""
-    images = torch.from_numpy(formulas.picture(97, 131)).permute(2, 0, 1)  # (3, 97, 131) uint8
-    images = torch.stack([images, images.flip(2)]).to(device)
-    labels = torch.from_numpy(formulas.labels(97, 131, 2)).to(device)
-    return normalise(images), labels.where(labels == 255, labels % 6)
+    picture = torch.from_numpy(formulas.picture(97, 131))
+    image = picture.permute(2, 0, 1)  # (3, 97, 131) uint8
+    images = torch.stack([image, image.flip(2)])
+
+    labels = torch.from_numpy(formulas.labels(97, 131, 2))
+    labels = labels.where(labels == 255, labels % 6)
+    return normalise(images.to(device)), labels.to(device)
 
 
 def backward(net, device, dtype=torch.float32, scale=1.0):
     """-> loss, and the gradients of all parameters as they are in float32, both on the CPU."""
     x, labels = batch(device)
-    x = x.contiguous(memory_format=evaluate.memory_format(device, dtype))
+    memory_format = evaluate.memory_format(device, dtype)
+    x = x.contiguous(memory_format=memory_format)
     with evaluate.autocast(device, dtype):
         loss, _ = net(x, labels)
     assert loss.dtype == torch.float32
-    (loss * scale).backward()
-    return loss.detach().cpu(), [(p.grad / scale).cpu() for p in net.parameters()]
+
+    scaled = loss * scale
+    scaled.backward()
+    grads = []
+    for parameter in net.parameters():
+        grad = parameter.grad / scale
+        grads.append(grad.cpu())
+    return loss.detach().cpu(), grads
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def direction(grads, others):
     """The cosine of the angle between two lists of gradients."""
-    a, b = (torch.cat([g.flatten() for g in part]).double() for part in (grads, others))
-    return torch.cosine_similarity(a, b, dim=0).item()
+    first = flat(grads).double()
+    second = flat(others).double()
+    return torch.cosine_similarity(first, second, dim=0).item()
+
+
+def assert_finite(tensors):
+    for tensor in tensors:
+        assert tensor.isfinite().all()
 
 
 # ---- the same numbers ----
 
 
 def test_logits_gradients_and_labels_are_those_of_the_cpu():
+    picture = formulas.picture(200, 300)
     found = []
     for device in (CPU, DEVICE):
         net = evaluate.prepare(network(sure=True), device, torch.float32, False)
-        with torch.no_grad():
-            logits = net.eval()(batch(device)[0]).cpu()
-        picture = formulas.picture(200, 300)
-        labels = evaluate.predict(net, picture, (0.5, 1.0, 1.5), flip=True, short=96)
-        found.append((logits, labels, *backward(net.train(), device)))
-    (logits, labels, loss, grads), (logits_here, labels_here, loss_here, grads_here) = found
+        x, _ = batch(device)
 
-    assert (logits_here - logits).abs().max() <= 1e-4 * logits.abs().max()
-    assert (labels_here == labels).mean() > 0.999
+        net.eval()
+        with torch.no_grad():
+            logits = net(x).cpu()
+        labels = evaluate.predict(net, picture, (0.5, 1.0, 1.5), flip=True, short=96)
+
+        net.train()
+        loss, grads = backward(net, device)
+        found.append((logits, labels, loss, grads))
+
+    (logits, labels, loss, grads), (logits_here, labels_here, loss_here, grads_here) = found
+    error = (logits_here - logits).abs().max()
+    assert error <= 1e-4 * logits.abs().max()
+    same = labels_here == labels
+    assert same.mean() > 0.999
     torch.testing.assert_close(loss_here, loss, rtol=1e-5, atol=0)
 
     # Where an activation is within rounding of 0, the ReLU behind it may fall on either side.
-    whole = torch.cat([g.flatten() for g in grads]).norm()
-    for (name, _), want, got in zip(net.named_parameters(), grads, grads_here):
-        assert (got - want).norm() <= 1e-2 * want.norm() + 1e-6 * whole, name
+    whole = flat(grads).norm()
+    names = [name for name, _ in net.named_parameters()]
+    for name, want, got in zip(names, grads, grads_here, strict=True):
+        error = (got - want).norm()
+        assert error <= 1e-2 * want.norm() + 1e-6 * whole, name
     assert direction(grads_here, grads) > 1 - 1e-6
 
 
 def test_bfloat16_labels_are_those_of_float32():
     net = evaluate.prepare(network(sure=True).eval(), DEVICE, torch.bfloat16, False)
-    x, picture = batch(DEVICE)[0], formulas.picture(200, 300)
-    found = {}
+    x, _ = batch(DEVICE)
+    picture = formulas.picture(200, 300)
+
+    found = []
     for dtype in (torch.float32, torch.bfloat16):
         with torch.inference_mode():
             logits = evaluate.view_logits(net, x, dtype)
-        found[dtype] = logits, evaluate.predict(net, picture, (1.0, 1.5), True, 96, dtype)
+        labels = evaluate.predict(net, picture, (1.0, 1.5), True, 96, dtype)
+        found.append((logits, labels))
 
-    (logits, labels), (logits16, labels16) = found.values()
-    assert logits16.dtype == torch.float32 and not torch.equal(logits, logits16)
-    assert (labels16 == labels).mean() > 0.98
+    (logits, labels), (logits16, labels16) = found
+    assert logits16.dtype == torch.float32
+    assert not torch.equal(logits, logits16)
+    same = labels16 == labels
+    assert same.mean() > 0.98
 
 
 @pytest.mark.parametrize(
@@ -120,10 +156,12 @@ def test_bfloat16_labels_are_those_of_float32():
 )
 def test_gradients_in_16_bits_point_where_those_of_float32_do(dtype, scale, cosine):
     """(On a CPU the cosines are 0.974 and 0.9995.)"""
-    loss, grads = backward(evaluate.prepare(network(), DEVICE, torch.float32, False), DEVICE)
+    net = evaluate.prepare(network(), DEVICE, torch.float32, False)
+    loss, grads = backward(net, DEVICE)
     net = evaluate.prepare(network(), DEVICE, dtype, False)
     loss16, grads16 = backward(net, DEVICE, dtype, scale)
-    assert all(g.isfinite().all() for g in grads16)
+
+    assert_finite(grads16)
     assert direction(grads16, grads) > cosine
     torch.testing.assert_close(loss16, loss, rtol=1e-2, atol=0)
 
@@ -132,21 +170,26 @@ def test_float16_with_the_scaler_trains_a_published_model_at_its_size():
     """Its sums are the longest there are: 65504, the largest number of float16, must be enough."""
     net, optimizer = published("deit_s16", "mln", torch.float16)
     scaler = torch.amp.GradScaler(DEVICE.type)
-    before = net.decode_head.classifier.weight.detach().clone()
+    weight = net.decode_head.classifier.weight
+    before = weight.detach().clone()
+
     for _ in range(4):
         loss = step(net, optimizer, torch.float16, scaler)
         assert loss.isfinite()
+
     assert scaler.get_scale() >= 2**13  # of 2^16 at first: of four steps one at least was taken
-    assert not torch.equal(net.decode_head.classifier.weight, before)
-    assert all(p.isfinite().all() for p in net.parameters())
+    assert not torch.equal(weight, before)
+    assert_finite(net.parameters())
 
 
 def test_compiled_parts_compute_the_same():
     """(In float32, where nothing hides what may be wrong.)"""
     plain = evaluate.prepare(network("toy_p8"), DEVICE, torch.float32, False)
     compiled = evaluate.prepare(network("toy_p8"), DEVICE, torch.float32, True)
+
     loss, grads = backward(plain, DEVICE)
     loss_compiled, grads_compiled = backward(compiled, DEVICE)
+
     torch.testing.assert_close(loss_compiled, loss, rtol=1e-4, atol=0)
     assert direction(grads_compiled, grads) > 1 - 1e-5
 
@@ -157,7 +200,8 @@ def test_compiled_parts_compute_the_same():
 @pytest.fixture
 def world_of_one():
     """The group of processes that setup_processes makes, with a single one in it."""
-    backend = f"cpu:gloo,{DEVICE.type}:{dist.get_default_backend_for_device(DEVICE)}"
+    of_device = dist.get_default_backend_for_device(DEVICE)
+    backend = f"cpu:gloo,{DEVICE.type}:{of_device}"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -167,10 +211,12 @@ def test_a_step_with_ddp_and_sync_bn_is_the_plain_step(world_of_one):
     plain = evaluate.prepare(network(), DEVICE, torch.float32, False)
     shared = nn.SyncBatchNorm.convert_sync_batchnorm(network())
     shared = evaluate.prepare(shared, DEVICE, torch.float32, False)
+
     loss, grads = backward(plain, DEVICE)
     loss_shared, grads_shared = backward(DistributedDataParallel(shared), DEVICE)
     torch.testing.assert_close(loss_shared, loss, rtol=1e-5, atol=0)
     assert direction(grads_shared, grads) > 1 - 1e-6
+
     for (name, want), got in zip(plain.named_buffers(), shared.buffers()):
         dist.broadcast(got, 0)  # as a validation does
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=name)
@@ -180,6 +226,7 @@ def test_a_step_with_ddp_and_sync_bn_is_the_plain_step(world_of_one):
         optimizer.step()
     for want, got in zip(plain.parameters(), shared.parameters()):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
     assert train.from_rank_0(2, [1.5]) == [1.5]  # on the CPU, beside NCCL
 
 
@@ -199,9 +246,11 @@ def step(net, optimizer, dtype, scaler):
     """One step of the loop on two random crops of 512 x 512 pixels. -> loss"""
     images = torch.randint(0, 256, (2, 3, 512, 512), dtype=torch.uint8, device=DEVICE)
     labels = torch.randint(0, 150, (2, 512, 512), device=DEVICE)
-    x = normalise(images).contiguous(memory_format=evaluate.memory_format(DEVICE, dtype))
+    memory_format = evaluate.memory_format(DEVICE, dtype)
+    x = normalise(images).contiguous(memory_format=memory_format)
     with evaluate.autocast(DEVICE, dtype):
         loss, _ = net(x, labels)
+
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
@@ -224,8 +273,10 @@ def test_a_step_of_two_pictures_takes_less_memory_than_the_published_run(arch, n
     net, optimizer = published(arch, neck, torch.float32)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=False)
     torch.cuda.reset_peak_memory_stats()
+
     for _ in range(2):  # the first one makes the optimizer's state
         step(net, optimizer, torch.float32, scaler)
+
     peak = torch.cuda.max_memory_allocated() / 2**30
     print(f"{arch} {neck}: {peak:.2f} GB, published {most}")
     assert peak < most
@@ -247,14 +298,16 @@ def folder(tmp_path_factory):
 
 def waits_among(caught):
     """What torch.cuda.set_sync_debug_mode("warn") said, of all warnings."""
-    return [str(w.message) for w in caught if "synchronizing CUDA" in str(w.message)]
+    messages = [str(warning.message) for warning in caught]
+    return [message for message in messages if "synchronizing CUDA" in message]
 
 
 @pytest.mark.parametrize("optimizer,dtype", [("sgd", "float32"), ("adamw", "float16")])
 def test_an_iteration_waits_for_the_gpu_once(optimizer, dtype, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(train, "watch_signals", list)
-    next_batch, log = train.next_batch, train.log
+    next_batch = train.next_batch
+    log = train.log
 
     def begin(run, batches):
         batch = next_batch(run, batches)
@@ -267,21 +320,27 @@ def test_an_iteration_waits_for_the_gpu_once(optimizer, dtype, folder, tmp_path,
 
     monkeypatch.setattr(train, "next_batch", begin)
     monkeypatch.setattr(train, "log", end)
-    options = (*TINY, "--optimizer", optimizer, "--dtype", dtype, "--micro-batch", 2)
-    options += ("--work-dir", tmp_path)
+    options = [*TINY, "--optimizer", optimizer, "--dtype", dtype, "--micro-batch", 2]
+    options += ["--work-dir", tmp_path]
+    words = [str(option) for option in options]
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train.train(*train.parse([*map(str, options)]))
+        train.train(*train.parse(words))
     assert len(waits_among(caught)) == 6  # iterations
 
 
 def test_a_prediction_waits_for_the_pictures_it_sends_and_the_labels_it_gets():
-    net = evaluate.prepare(network("toy_p8", sure=True).eval(), DEVICE, torch.float32, False)
+    net = network("toy_p8", sure=True).eval()
+    net = evaluate.prepare(net, DEVICE, torch.float32, False)
+    picture = formulas.picture(300, 400)
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        evaluate.predict(net, formulas.picture(300, 400), (0.5, 1.0, 1.5), flip=True, short=128)
+        evaluate.predict(net, picture, (0.5, 1.0, 1.5), flip=True, short=128)
         torch.cuda.set_sync_debug_mode("default")
+
     assert 1 <= len(waits_among(caught)) <= 3 + 1
 
 
@@ -289,7 +348,8 @@ def test_a_prediction_waits_for_the_pictures_it_sends_and_the_labels_it_gets():
 
 
 def run(folder, *arguments, script="train.py"):
-    command = [sys.executable, os.path.join(ROOT, script), *map(str, arguments)]
+    command = [sys.executable, os.path.join(ROOT, script)]
+    command += [str(argument) for argument in arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
@@ -309,11 +369,20 @@ def content(work):
 
 
 def assert_equal(work, other):
-    a, b = content(work), content(other)
-    assert a["scaler"] == b["scaler"] and a["scaler"]["scale"] > 0
-    assert all(torch.equal(a["model"][k], v) for k, v in b["model"].items())
-    states = zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values())
-    assert all(torch.equal(x[k], y[k]) for x, y in states for k in x)
+    got = content(work)
+    want = content(other)
+    assert got["scaler"] == want["scaler"]
+    assert got["scaler"]["scale"] > 0
+
+    for name, value in want["model"].items():
+        assert torch.equal(got["model"][name], value), name
+
+    states = got["optimizer"]["state"]
+    wanted_states = want["optimizer"]["state"]
+    assert states.keys() == wanted_states.keys()
+    for number, state in wanted_states.items():
+        for name, value in state.items():
+            assert torch.equal(states[number][name], value), (number, name)
 
 
 def test_a_deterministic_run_gives_the_same_weights_twice(straight, folder):
@@ -331,5 +400,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_stopped(straigh
 
 
 def test_a_run_of_the_gpu_is_evaluated_and_told_the_device(straight, folder):
-    done = run(folder, "--checkpoint", "straight", "--json", "scores.json", script="evaluate.py")
-    assert f"2 pictures on {DEVICE.type}" in done.stdout and "mIoU" in done.stdout
+    options = ("--checkpoint", "straight", "--json", "scores.json")
+    done = run(folder, *options, script="evaluate.py")
+    assert f"2 pictures on {DEVICE.type}" in done.stdout
+    assert "mIoU" in done.stdout

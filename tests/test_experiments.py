@@ -6,17 +6,23 @@ import pytest
 
 @pytest.mark.parametrize("experiment", experiments.EXPERIMENTS, ids=lambda e: e.name)
 def test_each_change_applies_once_and_leaves_a_file_that_compiles(experiment, tmp_path):
-    experiments.copy_project(experiment, tmp_path / "copy")
-    changed = (tmp_path / "copy" / experiment.file).read_text(encoding="utf-8")
-    original = open(f"{experiments.PROJECT}/{experiment.file}", encoding="utf-8").read()
+    copy = tmp_path / "copy"
+    experiments.copy_project(experiment, copy)
+    changed = (copy / experiment.file).read_text(encoding="utf-8")
     compile(changed, experiment.file, "exec")
+
+    with open(f"{experiments.PROJECT}/{experiment.file}", encoding="utf-8") as file:
+        original = file.read()
     pairs = zip(original.splitlines(), changed.splitlines(), strict=True)
-    assert sum(old != new for old, new in pairs) == 1  # one line, and it is another one
+    different = [new for old, new in pairs if old != new]
+    assert len(different) == 1
 
 
 @pytest.mark.parametrize("text", ["x = 1\n", "x = 2\nx = 2\n"])
 def test_a_change_whose_text_is_not_there_exactly_once_fails_by_name(text, tmp_path):
     (tmp_path / "model.py").write_text(text)
     experiment = experiments.Experiment("lost", "model.py", "x = 2", "x = 3", "", "", "")
-    with pytest.raises(SystemExit, match="lost: model.py holds 'x = 2' [02] times"):
+
+    message = "lost: model.py holds 'x = 2' [02] times"
+    with pytest.raises(SystemExit, match=message):
         experiments.patched(experiment, tmp_path)

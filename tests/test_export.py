@@ -1,4 +1,5 @@
-"""Out of torch.nn: the traced model at sizes it was not traced at, and ONNX as the README does it."""
+"""Out of torch.nn: the traced model at sizes it was not traced at, and ONNX as the README
+does it."""
 
 import re
 from pathlib import Path
@@ -66,7 +67,8 @@ def test_the_readmes_onnx_file_labels_pictures_of_any_size(tiny, tmp_path, monke
     torch.save(content, tmp_path / name)
     monkeypatch.chdir(tmp_path)
 
-    (block,) = re.findall(r"```python\n([^`]*torch\.onnx[^`]*)```", (ROOT / "README.md").read_text())
+    text = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"```python\n([^`]*torch\.onnx[^`]*)```", text)
     assert name in block
     exec(block, {})
 

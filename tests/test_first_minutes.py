@@ -24,7 +24,8 @@ def screen(text):
     """What a terminal shows of text: carriage returns, and the erasing of the rest of a line."""
     lines = []
     for line in text.split("\n"):
-        cells, at = [], 0
+        cells = []
+        at = 0
         for part in re.findall(r"\r|\x1b\[K|[^\r\x1b]", line):
             if part == "\r":
                 at = 0
@@ -34,6 +35,7 @@ def screen(text):
                 cells[at : at + 1] = [part]
                 at += 1
         lines.append("".join(cells))
+
     return lines
 
 
@@ -41,23 +43,31 @@ def screen(text):
 def test_between_the_lines_of_a_run_a_terminal_shows_how_far_it_is(rank, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    args = SimpleNamespace(iters=800)
-    run = SimpleNamespace(rank=rank, args=args, window=np.zeros(4), clock=train.monotonic())
+    run = SimpleNamespace(
+        rank=rank,
+        args=SimpleNamespace(iters=800),
+        window=np.zeros(4),
+        clock=train.monotonic(),
+    )
+
     for n in (7, 8):
         train.log(run, n, [3.0, 2.0, 1.0], finite=True)
     assert run.window.tolist() == [6.0, 4.0, 2.0, 2]
-    assert screen(terminal.getvalue()) == (["8 of 800 iterations, 0 s"] if rank == 0 else [""])
+    want = "8 of 800 iterations, 0 s" if rank == 0 else ""
+    assert screen(terminal.getvalue()) == [want]
 
 
 def test_what_follows_progress_is_written_over_it(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     started = ade20k.time.monotonic()
+
     ade20k.progress("7 of 800 iterations", started)
     print("error: a sentence that is longer than the progress", file=sys.stderr)
     ade20k.progress("a long text that goes before a short one", started)
     ade20k.progress("", started)
     print("short", file=sys.stderr)
+
     want = ["error: a sentence that is longer than the progress", "short", ""]
     assert screen(terminal.getvalue()) == want
 
@@ -67,19 +77,24 @@ def test_elsewhere_than_on_a_terminal_only_the_last_state_is_printed(monkeypatch
         file = io.StringIO()
         monkeypatch.setattr(sys, "stderr", file)
         ade20k.progress("7 of 800 iterations", ade20k.time.monotonic(), done)
-        assert file.getvalue() == ("7 of 800 iterations, 0 s\n" if done else "")
+
+        want = "7 of 800 iterations, 0 s\n" if done else ""
+        assert file.getvalue() == want
 
 
 def test_what_a_toy_run_proposes_at_its_end_exists():
     commands = [line.split("#")[0].split() for line in train.AFTER_TOY.splitlines()]
     scripts = [words[1:] for words in commands if words[0] == "python"]
     assert len(scripts) == 2
+
     for script, *arguments in scripts:
         if script == "evaluate.py":
             args = evaluate.parse(arguments)
-            assert args.inside and args.image.startswith("data/toy/images/validation/toy_0")
+            assert args.inside
+            assert args.image.startswith("data/toy/images/validation/toy_0")
         else:
             assert os.path.exists(os.path.join(ROOT, script))
+
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
         assert "## Your own data" in file.read()
 
@@ -96,8 +111,10 @@ def test_a_toy_run_ends_with_its_sheet_and_what_to_try_next(data):
         path=lambda name: f"runs/a/{name}",
     )
     train.finish(run)
-    assert said[:2] == [
+    want = [
         "runs/a/checkpoint_2.pt: evaluate it with `python evaluate.py`",
         "runs/a/sheet_2.png",
     ]
-    assert said[2:] == ([train.AFTER_TOY] if data == "toy" else [])
+    if data == "toy":
+        want.append(train.AFTER_TOY)
+    assert said == want

@@ -6,10 +6,10 @@ from contextlib import nullcontext
 import formulas
 import numpy as np
 import pytest
+import speed
 import torch
 import torch.nn.functional as F
-import speed
-from conftest import Watch, write_mmseg
+from conftest import Watch, assert_equal, tensors, write_mmseg
 
 import ade20k
 import evaluate
@@ -19,14 +19,28 @@ from convert_weights import MMSEG, load_into, load_weights, rename, to_mmseg
 from upernet import build_model
 
 
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def bilinear(x, size):
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def assert_exact(got, want):
+    """But for the rounding of float64."""
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 def check_logits(net, gold):
     for h, w in formulas.SIZES:
         with torch.inference_mode():
             logits = net(torch.from_numpy(formulas.image(h, w)))
         assert logits.shape == (1, 150, h, w)
 
-        error = np.abs(formulas.samples(logits) - gold[f"logits_{h}x{w}"]).max()
-        assert error <= 1e-4 * gold[f"max_{h}x{w}"], (h, w, error)
+        error = formulas.samples(logits) - gold[f"logits_{h}x{w}"]
+        largest = gold[f"max_{h}x{w}"]
+        assert np.abs(error).max() <= 1e-4 * largest, (h, w)
 
 
 def check_loss(net, gold):
@@ -48,13 +62,16 @@ def check_gradients(net, gold):
     loss.backward()
 
     theirs = {ours: name for name, ours in MMSEG.items()}
-    grads = {rename(name, theirs): p.grad for name, p in net.named_parameters()}
+    grads = {}
+    for name, parameter in net.named_parameters():
+        grads[rename(name, theirs)] = parameter.grad
     assert set(grads) == set(gold["grad_names"])
 
     largest = gold["grad_max"].max()
-    for name, values, scale in zip(gold["grad_names"], gold["grads"], gold["grad_max"]):
+    for name, want, scale in zip(gold["grad_names"], gold["grads"], gold["grad_max"]):
         if scale > 1e-12 * largest:  # a bias in front of a BatchNorm has an exact gradient of 0
-            error = np.abs(formulas.samples(grads[name], len(values)) - values).max()
+            got = formulas.samples(grads[name], len(want))
+            error = np.abs(got - want).max()
             assert error <= 1e-3 * scale, (name, error, scale)
 
 
@@ -69,7 +86,8 @@ def test_logits_loss_and_gradients_equal_the_reference(arch, neck, golden, fille
     # But for drop path, DeiT-B with a neck is ViT-B again: for the reference, and so for us.
     if arch == "deit_b16" and neck != "none":
         twin = golden(f"vit_b16_{neck}")
-        assert all(np.array_equal(gold[k], twin[k]) for k in gold.files if k != "drop_path")
+        for key in set(gold.files) - {"drop_path"}:
+            assert np.array_equal(gold[key], twin[key]), key
         assert without_drop_path(arch) == without_drop_path("vit_b16")
         return
 
@@ -87,9 +105,9 @@ def test_drop_path_rates_are_the_released_configs(arch, neck, golden):
     with torch.device("meta"):
         blocks = build_model(arch, neck).backbone.blocks
     rates = [block.drop_path.rate for block in blocks]
-    np.testing.assert_allclose(
-        rates, np.linspace(0, golden(f"{arch}_{neck}")["drop_path"], 12), atol=1e-12
-    )
+
+    last = golden(f"{arch}_{neck}")["drop_path"]
+    np.testing.assert_allclose(rates, np.linspace(0, last, 12), atol=1e-12)
 
 
 def test_state_dict_in_their_names_has_exactly_their_keys(golden):
@@ -119,23 +137,27 @@ def cubic_kernel(t, a=-0.75):
 
 def test_pos_embed_is_resized_whenever_the_grid_differs_not_the_number_of_tokens():
     pos = torch.randn(1, 1 + 32 * 32, 8)
+
     resized = model.resize_pos_embed(pos, (32, 32), (16, 64))  # 1024 tokens too
     assert resized.shape == pos.shape
     assert not torch.equal(resized, pos)
     assert torch.equal(resized[:, :1], pos[:, :1])
 
     # By hand, along one axis of a 4 x 1 grid doubled.
-    column = torch.randn(4, dtype=torch.float64)
-    table = torch.cat([torch.zeros(1).double(), column])[None, :, None]
+    column = normal(4)
+    class_token = torch.zeros(1, dtype=torch.float64)
+    table = torch.cat([class_token, column]).view(1, 5, 1)
     got = model.resize_pos_embed(table, (4, 1), (8, 1))[0, 1:, 0]
 
     for i in range(8):
         place = (i + 0.5) / 2 - 0.5
         before = int(np.floor(place))
+
         want = 0
         for near in range(before - 1, before + 3):
             inside = min(max(near, 0), 3)
-            want += column[inside] * cubic_kernel(place - near)
+            weight = cubic_kernel(place - near)
+            want += weight * column[inside]
         assert abs(got[i] - want) < 1e-12
 
 
@@ -145,8 +167,10 @@ def test_drop_path_zeroes_whole_pictures_and_keeps_the_mean():
     x = torch.ones(20000, 2, 3)
     y = drop(x)
 
-    assert sorted(y.unique().tolist()) == pytest.approx([0, 1 / 0.7])
-    assert (y == y[:, :1, :1]).all()
+    values = y.unique().tolist()
+    assert sorted(values) == pytest.approx([0, 1 / 0.7])
+    of_a_picture = y[:, :1, :1]
+    assert (y == of_a_picture).all()
     assert abs(y.mean() - 1) < 0.02
     assert drop.eval()(x) is x
 
@@ -154,16 +178,20 @@ def test_drop_path_zeroes_whole_pictures_and_keeps_the_mean():
 def test_attention_is_the_plain_formula():
     torch.manual_seed(0)
     layer = model.Attention(12, 3).double()
-    x = torch.randn(2, 5, 12, dtype=torch.float64)
-    q, k, v = F.linear(x, layer.qkv.weight, layer.qkv.bias).chunk(3, dim=-1)
+    x = normal(2, 5, 12)
+    qkv = F.linear(x, layer.qkv.weight, layer.qkv.bias)
 
     heads = []
     for i in range(3):
         part = slice(4 * i, 4 * i + 4)
-        scores = q[..., part] @ k[..., part].transpose(1, 2) / 4**0.5
-        heads.append(scores.softmax(-1) @ v[..., part])
+        q, k, v = (y[..., part] for y in qkv.chunk(3, dim=-1))
+        scores = q @ k.transpose(1, 2)
+        scores = scores / 4**0.5
+        weights = scores.softmax(-1)
+        heads.append(weights @ v)
 
-    want = F.linear(torch.cat(heads, -1), layer.proj.weight, layer.proj.bias)
+    mixed = torch.cat(heads, -1)
+    want = F.linear(mixed, layer.proj.weight, layer.proj.bias)
     torch.testing.assert_close(layer(x), want)
 
 
@@ -184,43 +212,44 @@ RESIZED = [
 
 @pytest.mark.parametrize("old,new", RESIZED)
 def test_resize_matrices_are_bilinear_resizing(old, new):
-    x = torch.randn(2, 3, *old, dtype=torch.float64)
+    x = normal(2, 3, *old)
     rows = upernet.resize_matrix(old[0], new[0], x)
     columns = upernet.resize_matrix(old[1], new[1], x)
     got = rows @ x @ columns.mT
 
-    want = F.interpolate(x, new, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    assert (rows.count_nonzero(1) <= 2).all()
-    torch.testing.assert_close(rows.sum(1), torch.ones(new[0], dtype=torch.float64))
+    want = bilinear(x, new)
+    assert_exact(got, want)
+    assert rows.count_nonzero(1).max() <= 2
+    ones = torch.ones(new[0], dtype=torch.float64)
+    torch.testing.assert_close(rows.sum(1), ones)
 
 
 @pytest.mark.parametrize("old,new", [(32, 6), (7, 3), (5, 6), (1, 2), (40, 1), (13, 6), (6, 6)])
 def test_pool_matrix_is_adaptive_average_pooling_also_where_sizes_do_not_divide(old, new):
-    x = torch.randn(2, 3, old, 4, dtype=torch.float64)
+    x = normal(2, 3, old, 4)
     rows = upernet.pool_matrix(old, new, x)
     columns = upernet.pool_matrix(4, 3, x)
     got = rows @ x @ columns.mT
 
     want = F.adaptive_avg_pool2d(x, (new, 3))
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert_exact(got, want)
 
 
 @pytest.mark.parametrize("old,new", RESIZED)
 def test_convolution_of_the_small_map_equals_the_one_of_the_resized_and_passes_gradcheck(old, new):
     torch.manual_seed(0)
-    x = torch.randn(2, 3, *old, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
-    total = torch.randn(2, 4, *new, dtype=torch.float64, requires_grad=True)
+    x = normal(2, 3, *old).requires_grad_()
+    weight = normal(4, 3, 3, 3).requires_grad_()
+    total = normal(2, 4, *new).requires_grad_()
 
     def convolve(total, x, weight):
         no_leaf = total * 1  # what it adds to is written over
         return upernet.add_upsampled_conv3x3(no_leaf, x, weight)
 
-    resized = F.interpolate(x, new, mode="bilinear")
+    resized = bilinear(x, new)
     want = total + F.conv2d(resized, weight, padding=1)
     got = convolve(total, x, weight)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert_exact(got, want)
     assert torch.autograd.gradcheck(convolve, (total, x, weight))
 
 
@@ -229,38 +258,43 @@ def test_convolution_over_maps_of_many_sizes_equals_the_one_of_all_resized_side_
     sizes = [(9, 13), (5, 7), (9, 13), (3, 1), (1, 1)]
     widths = [2, 3, 1, 4, 2]
     maps = []
-    for c, (h, w) in zip(widths, sizes):
-        maps.append(torch.randn(2, c, h, w, dtype=torch.float64))
-    weight = torch.randn(5, sum(widths), 3, 3, dtype=torch.float64)
+    for width, size in zip(widths, sizes, strict=True):
+        maps.append(normal(2, width, *size))
+    weight = normal(5, sum(widths), 3, 3)
 
-    resized = [F.interpolate(x, (9, 13), mode="bilinear", align_corners=False) for x in maps]
+    resized = [bilinear(x, (9, 13)) for x in maps]
     want = F.conv2d(torch.cat(resized, 1), weight, padding=1)
     got = upernet.conv3x3_of_resized(maps, weight)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert_exact(got, want)
 
 
 @pytest.mark.parametrize("old,new", [(4, 11), (32, 512), (7, 3), (1, 9), (9, 9), (128, 683)])
 def test_source_rows_are_all_the_rows_that_are_read_and_hardly_more(old, new):
-    matrix = upernet.resize_matrix(old, new, torch.zeros(()).double())
+    like = torch.zeros((), dtype=torch.float64)
+    matrix = upernet.resize_matrix(old, new, like)
     for start in range(0, new, 3):
         stop = min(start + 3, new)
         first, last = upernet.source_rows(start, stop, old, new)
+        assert 0 <= first
+        assert last <= old
 
         used = matrix[start:stop].any(0)
         read = used.nonzero().flatten().tolist()
-        assert 0 <= first <= read[0] <= first + 1
-        assert last - 2 <= read[-1] < last <= old
+        top = read[0]
+        bottom = read[-1]
+        assert first <= top <= first + 1
+        assert last - 2 <= bottom < last
 
 
-@pytest.mark.parametrize(
-    "arch,neck,most",
-    [
-        ("deit_s16", "none", 105),
-        ("deit_s16", "mln", 310),
-        ("deit_b16", "none", 262),
-        ("vit_b16", "mln", 505),
-    ],
-)
+MOST_OPERATIONS = [
+    ("deit_s16", "none", 105),
+    ("deit_s16", "mln", 310),
+    ("deit_b16", "none", 262),
+    ("vit_b16", "mln", 505),
+]
+
+
+@pytest.mark.parametrize("arch,neck,most", MOST_OPERATIONS)
 def test_operations_of_a_512x512_picture_stay_below(arch, neck, most):
     """In units of 10^9. With each map resized before it is convolved: 122, 550, 277, 887."""
     assert speed.count_flops(arch, neck, 512, 512) <= most * 1e9
@@ -269,9 +303,16 @@ def test_operations_of_a_512x512_picture_stay_below(arch, neck, most):
 def test_operations_are_counted_as_the_formula_does():
     """deit_t16 at 64x96: 24 patches and the class token, 12 layers; the head's maps are all 4x6."""
     n, d, c = 25, 192, 512
-    layers = 12 * (12 * n * d * d + 2 * n * n * d)  # qkv, proj, MLP; scores and mixing
     patches = 24 * d * 3 * 16 * 16
-    convs = 24 * (9 * d * c + 3 * d * c + 3 * 9 * c * c + 9 * 4 * c * c + c * 150)
+    layer = 12 * n * d * d  # qkv, proj, MLP
+    layer += 2 * n * n * d  # scores and mixing
+
+    place = 9 * d * c  # the bottleneck, of the last map
+    place += 3 * d * c  # lateral, 1x1
+    place += 3 * 9 * c * c  # fpn, 3x3
+    place += 9 * 4 * c * c  # their fusion
+    place += c * 150
+
     pooled = 0
     for k in (1, 2, 3, 6):
         pooled += d * (k * 4 * 6 + k * 6 * k)  # the averages along y and x
@@ -279,7 +320,9 @@ def test_operations_are_counted_as_the_formula_does():
         pooled += 9 * k * k * c * c  # nine taps, each a product with a (c, c) matrix
         pooled += 3 * k * (6 * 3 * k * c)  # along x: (6, 3 k), for each of three rows of taps
         pooled += 3 * 4 * k * (6 * c)  # along y: (4, k), for each of them
-    assert speed.count_flops("deit_t16", "none", 64, 96) == 2 * (layers + patches + convs + pooled)
+
+    multiplications = patches + 12 * layer + 24 * place + pooled
+    assert speed.count_flops("deit_t16", "none", 64, 96) == 2 * multiplications
 
 
 def test_neither_a_training_step_nor_a_prediction_waits_for_the_device_or_needs_float64_there():
@@ -313,16 +356,22 @@ def test_nothing_but_pictures_comes_from_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: torch.zeros(self.shape))
     with torch.device("meta"):
         net = build_model("toy_p8", "ln_mln", 6)
-        images, labels = torch.zeros(2, 3, 64, 64), torch.zeros(2, 64, 64).long()
+        images = torch.zeros(2, 3, 64, 64)
+        labels = torch.zeros(2, 64, 64).long()
         sizes = torch.zeros(2, 2)
-    with Watch() as seen:
-        net(ade20k.normalise(images, sizes), labels)[0].backward()
-    assert "_to_copy" in seen.operations and not seen.waits
 
     with Watch() as seen:
-        picture = formulas.picture(70, 95)
+        x = ade20k.normalise(images, sizes)
+        loss, _ = net(x, labels)
+        loss.backward()
+    assert "_to_copy" in seen.operations
+    assert not seen.waits
+
+    picture = formulas.picture(70, 95)
+    with Watch() as seen:
         evaluate.predict(net.eval(), picture, (0.5, 1.0, 1.5), flip=True, short=64)
-    assert len(seen.operations) > 100 and not seen.waits  # (torch.tensor, the picture, is not seen)
+    assert len(seen.operations) > 100
+    assert not seen.waits  # (torch.tensor, the picture, is not seen)
 
 
 def test_loss_without_gradient_computes_none():
@@ -341,13 +390,14 @@ def test_loss_without_gradient_computes_none():
 @pytest.mark.parametrize("size", [(11, 13), (3, 5), (4, 6)])
 def test_loss_in_blocks_equals_the_whole_and_passes_gradcheck(size, monkeypatch):
     torch.manual_seed(0)
-    logits = torch.randn(3, 5, 4, 6, dtype=torch.float64, requires_grad=True)
+    logits = normal(3, 5, 4, 6).requires_grad_()
     labels = torch.randint(0, 5, (3, *size))
     labels[0, 0] = 255
     labels[1] = 255
 
-    resized = F.interpolate(logits, size, mode="bilinear")
-    whole = F.cross_entropy(resized, labels, ignore_index=255, reduction="none").mean()
+    resized = bilinear(logits, size)
+    losses = F.cross_entropy(resized, labels, ignore_index=255, reduction="none")
+    whole = losses.mean()
     (want,) = torch.autograd.grad(whole, logits)
 
     for block in (1, 2**20):  # row by row, and all rows at once
@@ -355,14 +405,16 @@ def test_loss_in_blocks_equals_the_whole_and_passes_gradcheck(size, monkeypatch)
         loss = upernet.cross_entropy(logits, labels)
         (got,) = torch.autograd.grad(loss, logits)
 
-        torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        assert_exact(loss, whole)
+        assert_exact(got, want)
         assert torch.autograd.gradcheck(upernet.cross_entropy, (logits, labels))
 
 
 def test_ignored_pixels_count_in_the_divisor():
     logits = torch.zeros(1, 4, 2, 2)
-    labels = torch.tensor([[[0, 255], [255, 255]]])
+    labels = torch.full((1, 2, 2), 255)
+    labels[0, 0, 0] = 0
+
     loss = upernet.cross_entropy(logits, labels)
     assert loss.item() == pytest.approx(np.log(4) / 4)
 
@@ -400,30 +452,45 @@ def test_timm_backbone_gives_the_features_of_the_references_own_converter(tmp_pa
     assert facts["arch"] == "deit_s16"
     assert facts["kind"] == "timm"
     assert facts["resolution"] == "224x224"
-    assert [x.split()[0] for x in facts["left_out"]] == ["head.bias", "head.weight"]
+    left_out = [entry.split()[0] for entry in facts["left_out"]]
+    assert left_out == ["head.bias", "head.weight"]
     positions = formulas.samples(state_dict["backbone.pos_embed"])
     np.testing.assert_allclose(positions, gold["pos_embed"], atol=1e-6)
 
     net = build_model("deit_s16", "ln").eval()
     load_into(net, state_dict, facts)
+    x = torch.from_numpy(formulas.image(300, 401))
     with torch.inference_mode():
-        maps = net.backbone(torch.from_numpy(formulas.image(300, 401)))
-    for got, want in zip(maps, gold["maps"]):
-        np.testing.assert_allclose(formulas.samples(got), want, atol=1e-4 * np.abs(want).max())
+        maps = net.backbone(x)
+    for features, want in zip(maps, gold["maps"], strict=True):
+        got = formulas.samples(features)
+        largest = np.abs(want).max()
+        np.testing.assert_allclose(got, want, atol=1e-4 * largest)
 
     # The same weights as the reference's converter names them are the same backbone.
-    theirs = {k.removeprefix("backbone."): v for k, v in to_mmseg(state_dict).items()}
+    theirs = {}
+    for name, value in to_mmseg(state_dict).items():
+        theirs[name.removeprefix("backbone.")] = value
     assert set(theirs) == set(gold["keys"])
+
     torch.save(theirs, tmp_path / "mmseg_backbone.pth")
     again, facts = load_weights(str(tmp_path / "mmseg_backbone.pth"))
     assert facts["kind"] == "mmsegmentation backbone"
-    assert all(torch.equal(again[k], v) for k, v in state_dict.items())
+    assert_equal(again, state_dict)
 
 
 def test_toy_model_loads_from_a_file_of_their_names(tmp_path):
     net = build_model("toy_p8", "mln", num_classes=7)
-    state_dict, facts = load_weights(write_mmseg(net.state_dict(), tmp_path / "x.pth"))
-    assert (facts["arch"], facts["neck"], facts["num_classes"]) == ("toy_p8", "mln", 7)
+    path = write_mmseg(net.state_dict(), tmp_path / "x.pth")
+
+    state_dict, facts = load_weights(path)
+    assert facts["arch"] == "toy_p8"
+    assert facts["neck"] == "mln"
+    assert facts["num_classes"] == 7
+
+    load_into(net, state_dict, facts)
+    got = to_mmseg(net.state_dict())
+    assert_equal(got, tensors(formulas.fill(got)))
 
 
 @pytest.mark.parametrize("neck", ["none", "ln", "mln", "ln_mln"])
@@ -432,12 +499,17 @@ def test_a_strip_one_patch_thick_passes_every_neck(neck, height, width):
     torch.manual_seed(0)
     net = build_model("toy_p8", neck, 5)
     images = torch.randn(2, 3, height, width)
-    assert net.eval()(images).shape == (2, 5, height, width)
-
     labels = torch.randint(0, 5, (2, height, width))
-    loss, _ = net.train()(images, labels)
+
+    net.eval()
+    logits = net(images)
+    assert logits.shape == (2, 5, height, width)
+
+    net.train()
+    loss, _ = net(images, labels)
     loss.backward()
-    assert all(p.grad.isfinite().all() for p in net.parameters())
+    for name, parameter in net.named_parameters():
+        assert parameter.grad.isfinite().all(), name
 
 
 def test_half_of_a_map_one_patch_thick_is_that_of_the_map_doubled():
@@ -445,4 +517,7 @@ def test_half_of_a_map_one_patch_thick_is_that_of_the_map_doubled():
     neck = upernet.MultiLevelNeck(3)
     x = torch.randn(2, 3, 1, 10)
     doubled = torch.cat([x, x], dim=2)
-    torch.testing.assert_close(neck.downsampled(x, 0.5), neck.downsampled(doubled, 0.5))
+
+    got = neck.downsampled(x, 0.5)
+    want = neck.downsampled(doubled, 0.5)
+    torch.testing.assert_close(got, want)

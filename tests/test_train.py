@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from conftest import ROOT, Watch, draw_set, write_mmseg
+from conftest import ROOT, Watch, assert_equal, draw_set, write_mmseg
 
 import evaluate
 import train
@@ -63,13 +63,15 @@ def test_four_steps_give_the_references_weights(name, tolerance, golden, filled)
             width = formulas.SMALL["width"]
             positions = np.linspace(0, 3 * width - 1, len(got)).astype(int)
             others = positions // width != 1
-            got, weights = got[others], weights[others]
+            got = got[others]
+            weights = weights[others]
         if key.startswith("neck.convs") and key.endswith("bias"):
             continue  # in front of a BatchNorm: exact gradient 0 as well
 
         assert moved > 0
         error = np.abs(got - weights).max()
-        assert error <= tolerance * max(1e-3, np.abs(weights).max()), key
+        largest = np.abs(weights).max()
+        assert error <= tolerance * max(1e-3, largest), key
         compared += 1
     assert compared > 100
 
@@ -79,7 +81,8 @@ def test_only_cls_token_and_pos_embed_have_no_weight_decay():
     names = {id(p): n for n, p in net.named_parameters()}
     groups = train.build_optimizer(net, "adamw", 1e-3).param_groups
 
-    free, count = [], 0
+    free = []
+    count = 0
     for group in groups:
         count += len(group["params"])
         if group["weight_decay"] == 0:
@@ -104,7 +107,10 @@ def test_layer_decay_gives_layer_k_its_power_of_it():
     net = build_model("toy_p8", "ln_mln", 6)
     optimizer = train.build_optimizer(net, "adamw", 1e-3, 0.05, 0.65)
     names = {id(p): n for n, p in net.named_parameters()}
-    found = {names[id(p)]: g for g in optimizer.param_groups for p in g["params"]}
+    found = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            found[names[id(parameter)]] = group
     assert set(found) == set(names.values())
 
     for name, group in found.items():
@@ -121,16 +127,21 @@ def test_layer_decay_gives_layer_k_its_power_of_it():
 def test_without_layer_decay_the_groups_are_those_of_old_checkpoints(name, sizes):
     """Their optimizer's state is read by position."""
     net = build_model("toy_p8", "ln_mln")
-    tokens, others = [], []
+    tokens = []
+    others = []
     for key, weight in net.named_parameters():
         exempt = name == "adamw" and key.endswith(("cls_token", "pos_embed"))
-        (tokens if exempt else others).append(id(weight))
+        members = tokens if exempt else others
+        members.append(id(weight))
     expected = [members for members in (others, tokens) if members]
 
     groups = train.build_optimizer(net, name, 1e-3).param_groups
-    found = [[id(p) for p in group["params"]] for group in groups]
-    assert found == expected and len(found) == sizes
-    assert all(group["scale"] == 1 for group in groups)
+    found = []
+    for group in groups:
+        assert group["scale"] == 1
+        found.append([id(p) for p in group["params"]])
+    assert found == expected
+    assert len(found) == sizes
 
 
 @pytest.mark.parametrize(
@@ -144,7 +155,8 @@ def test_without_layer_decay_the_groups_are_those_of_old_checkpoints(name, sizes
 )
 def test_batch_is_processes_times_micro_times_steps(batch, world, micro, sync, want):
     assert train.split_batch(batch, world, micro, sync) == want
-    assert world * want[0] * want[1] == batch
+    size, steps = want
+    assert world * size * steps == batch
 
 
 @pytest.mark.parametrize(
@@ -168,7 +180,8 @@ def test_accumulated_gradients_equal_the_whole_batchs():
     images = torch.randn(4, 3, 48, 64).double()
     labels = torch.randint(0, 6, (4, 48, 64))
 
-    net(images, labels)[0].backward()
+    loss, _ = net(images, labels)
+    loss.backward()
     whole = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
 
@@ -247,8 +260,10 @@ def test_drop_path_is_the_last_layers_rate_and_freezing_needs_none(arch, drop_pa
 
     found = [block.drop_path.rate for block in net.backbone.blocks]
     assert found == pytest.approx(rates, abs=1e-15)
-    assert all(p.requires_grad != freeze for p in net.backbone.parameters())
-    assert all(p.requires_grad for p in net.decode_head.parameters())
+    trained = {p.requires_grad for p in net.backbone.parameters()}
+    assert trained == {not freeze}
+    trained = {p.requires_grad for p in net.decode_head.parameters()}
+    assert trained == {True}
 
 
 def saved_numbers(net, images, labels):
@@ -361,8 +376,7 @@ def weights(path):
 
 
 def assert_same_weights(path, other):
-    want, got = weights(other), weights(path)
-    assert all(torch.equal(got[k], v) for k, v in want.items())
+    assert_equal(weights(path), weights(other))
 
 
 @pytest.fixture(scope="module")
@@ -596,8 +610,7 @@ def test_files_that_are_none_of_a_runs_own_disturb_nothing(straight, folder):
         assert f"log.jsonl: line {line} is damaged, left out" in done.stderr
     assert "iterations 3 to 6" in done.stdout
     assert {"checkpoint_best.pt", "checkpoint_6.pt"} <= set(os.listdir(work))
-    want, got = weights(straight[0] / "checkpoint_6.pt"), weights(work / "checkpoint_6.pt")
-    assert all(torch.equal(got[k], v) for k, v in want.items())
+    assert_same_weights(work / "checkpoint_6.pt", straight[0] / "checkpoint_6.pt")
 
 
 def test_without_validation_pictures_a_run_trains_and_says_so(folder):
@@ -631,18 +644,26 @@ def test_labels_that_teach_nothing_are_said_before_training(folder):
 
 def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
     args, _ = parse("--iters", 200)
-    rates = [train.learning_rate(i, 200, **train.OPTIMIZERS["adamw"]) for i in range(200)]
-    assert max(rates) == pytest.approx(args.lr / 30, rel=0.01)
+    recipe = train.OPTIMIZERS["adamw"]
+    highest = max(train.learning_rate(i, 200, **recipe) for i in range(200))
+    assert highest == pytest.approx(args.lr / 30, rel=0.01)
 
     def doubted(*arguments):
         args, _ = parse(*arguments)
-        schedule = train.OPTIMIZERS["adamw"] | dict(lr=args.lr, warmup=args.warmup)
-        run = dict(args=args, training=[1], validation=[1], schedule=schedule, classes=None)
-        return train.doubts(SimpleNamespace(**run, fingerprint="", fingerprint_before=""))
+        run = SimpleNamespace(
+            args=args,
+            training=[1],
+            validation=[1],
+            schedule=recipe | dict(lr=args.lr, warmup=args.warmup),
+            classes=None,
+            fingerprint="",
+            fingerprint_before="",
+        )
+        return train.doubts(run)
 
     monkeypatch.setattr(train, "label_warnings", lambda pairs, classes: [])
     (said,) = doubted("--iters", 200)
-    assert f"--warmup 1500 of 200 iterations the learning rate rises to {max(rates):.1e} " in said
+    assert f"--warmup 1500 of 200 iterations the learning rate rises to {highest:.1e} " in said
     for fine in ((), ("--iters", 80000), ("--data", "toy"), ("--iters", 200, "--warmup", 20)):
         assert not doubted(*fine)
 
@@ -650,13 +671,16 @@ def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
 
 
 def test_a_frozen_run_changes_neck_and_heads_alone(straight, folder):
-    start, work = straight[0] / "checkpoint_6.pt", folder / "runs" / "frozen"
+    start = straight[0] / "checkpoint_6.pt"
+    work = folder / "runs" / "frozen"
     options = (*TINY, *TWO_STEPS, "--warmup", 0, "--pretrained", start, "--work-dir", work)
     run(folder, *options, "--freeze", "--layer-decay", 0.5, "--weight-decay", 0.05)
 
-    before, after = weights(start), weights(work / "checkpoint_2.pt")
+    before = weights(start)
+    after = weights(work / "checkpoint_2.pt")
     changed = [key for key, value in after.items() if not torch.equal(value, before[key])]
-    assert {key.split(".")[0] for key in changed} == {"decode_head", "auxiliary_head"}
+    parts = {key.split(".")[0] for key in changed}
+    assert parts == {"decode_head", "auxiliary_head"}
 
     groups = content_of(work / "checkpoint_2.pt")["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.05}
@@ -786,6 +810,7 @@ def own(folder, straight):
         label = np.array(Image.open(path))
         three = np.where(label == 0, 255, label % 3)
         Image.fromarray(three.astype(np.uint8)).save(path)
+
     (folder / "own" / "classes.txt").write_text("first thing 250 0 0\nsecond\nthird 0 0 250\n")
     start = ("--pretrained", straight[0] / "checkpoint_6.pt", "--work-dir", "runs/own")
     return run(folder, *TINY, "--data", "own", *start)
@@ -798,7 +823,8 @@ def test_classes_of_ones_own_travel_with_the_checkpoint(own, folder):
     content = content_of(folder / "runs/own/checkpoint_6.pt")
     classes = Classes(*content["classes"])
     assert classes.names == ("first thing", "second", "third")
-    assert classes.palette[0] == [250, 0, 0] and classes.zero_ignored is False
+    assert classes.palette[0] == [250, 0, 0]
+    assert classes.zero_ignored is False
 
     def call(*arguments, code=0):
         script = (sys.executable, os.path.join(ROOT, "evaluate.py"), "--checkpoint", "runs/own")
@@ -807,8 +833,10 @@ def test_classes_of_ones_own_travel_with_the_checkpoint(own, folder):
         return done
 
     done = call("--save-labels", "own_labels")
-    assert "of 3 classes" in done.stdout and "second" in done.stdout
-    assert np.array(Image.open(folder / "own_labels/s0.png")).max() <= 2
+    assert "of 3 classes" in done.stdout
+    assert "second" in done.stdout
+    label = np.array(Image.open(folder / "own_labels/s0.png"))
+    assert label.max() <= 2
 
     done = call("--data", "set", code=2)
     assert "set has 150 (wall" in done.stderr
@@ -842,7 +870,10 @@ def test_an_iteration_waits_for_the_device_where_the_losses_come_and_needs_no_fl
 ):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(train, "watch_signals", list)
-    next_batch, agree, stretches, agreed = train.next_batch, train.agree, [], []
+    next_batch = train.next_batch
+    agree = train.agree
+    stretches = []
+    agreed = []
 
     def begin(run, batches):
         batch = next_batch(run, batches)
@@ -867,8 +898,13 @@ def test_an_iteration_waits_for_the_device_where_the_losses_come_and_needs_no_fl
     monkeypatch.setattr(train, "log", stop)
     options = (*TINY, "--optimizer", optimizer, "--micro-batch", 2, "--workers", 0)
     train.train(*parse(*options, "--work-dir", tmp_path))
-    assert len(stretches) == 12 and all(s.operations for s in stretches)
-    assert agreed == [(3,)] * 6 and not any(s.waits or s.doubles for s in stretches)
+
+    assert agreed == [(3,)] * 6
+    assert len(stretches) == 12
+    for stretch in stretches:
+        assert stretch.operations
+        assert not stretch.waits
+        assert not stretch.doubles
 
 
 def test_toy_has_defaults_of_its_own_and_what_is_given_wins():
@@ -882,18 +918,22 @@ def test_help_shows_the_defaults_that_hold(given, capsys):
     args, _ = parse(*given)
     with pytest.raises(SystemExit):
         parse(*given, "--help")
-    text = " ".join(capsys.readouterr().out.split())
+    words = capsys.readouterr().out.split()
+    text = " ".join(words)
     text = text[text.index("recipe:") :]
+
     for key in ("arch", "iters", "lr", "warmup", "batch_size", "crop_size", "pretrained", "seed"):
         option = key.replace("_", "-")
         start = text.index(f" --{option} ")
         end = text.index(")", start) + 1
-        assert f"({getattr(args, key)})" in text[start:end], key
+        default = getattr(args, key)
+        assert f"({default})" in text[start:end], key
 
 
 def test_plain_defaults_are_the_published_recipe():
     args, _ = parse()
-    assert args.arch == "deit_s16" and args.pretrained == "auto"
+    assert args.arch == "deit_s16"
+    assert args.pretrained == "auto"
     assert (args.iters, args.interval, args.batch_size) == (160000, 16000, 16)
     assert (args.crop_size, args.short_side) == (512, 512)
     assert (args.optimizer, args.lr, args.warmup) == ("adamw", 6e-5, 1500)

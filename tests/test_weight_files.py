@@ -20,7 +20,7 @@ import formulas
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_mmseg
+from conftest import ROOT, assert_equal, load, tensors, write_mmseg
 from scipy.special import erf
 
 import ade20k
@@ -57,27 +57,14 @@ def write_safetensors(weights, path, **changes):
 
 
 def write_torch(weights, path, **more):
-    tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in weights.items()}
-    torch.save({"model": tensors, **more}, path)
+    torch.save({"model": tensors(weights), **more}, path)
     return str(path)
-
-
-def load(content, path):
-    """Write with torch.save, and read as load_weights does."""
-    torch.save(content, path)
-    return load_weights(str(path))
 
 
 def assert_same(got, want):
     """The same names, and the same bits."""
     assert got.keys() == want.keys()
     assert_equal(got, want)
-
-
-def assert_equal(got, want):
-    """The same bits, in all names of `want`."""
-    for name, value in want.items():
-        assert torch.equal(got[name], value), name
 
 
 def by_formula(gold):
@@ -128,7 +115,7 @@ def test_features_are_those_of_the_code_the_file_comes_from(
 
 def test_mmsegmentation_1_has_no_patch_bias_and_loads_with_one_of_zeros(golden, tmp_path):
     gold = golden("mmseg122")
-    weights = {k: torch.from_numpy(np.asarray(v)) for k, v in by_formula(gold).items()}
+    weights = tensors(by_formula(gold))
     state_dict, facts = load({"state_dict": weights}, tmp_path / "x.pth")
 
     assert "bias of zeros" in facts["added"][0]
@@ -509,8 +496,7 @@ def test_damaged_files_of_every_kind_fail_or_load_whole(tmp_path):
     """60 damages to each kind: cut, flipped, overwritten, inserted. No crash, no hang, nothing
     half-loaded, one sentence."""
     weights = timm_weights()
-    tensors = {k: torch.from_numpy(v) for k, v in weights.items()}
-    torch.save(tensors, tmp_path / "legacy", _use_new_zipfile_serialization=False)
+    torch.save(tensors(weights), tmp_path / "legacy", _use_new_zipfile_serialization=False)
     write_torch(weights, tmp_path / "torch")
     write_safetensors(weights, tmp_path / "safetensors")
     np.savez(tmp_path / "jax.npz", **jax_weights())

@@ -12,7 +12,7 @@ import formulas
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_mmseg
+from conftest import ROOT, assert_equal, load, write, write_mmseg
 
 import ade20k
 import convert_weights
@@ -32,24 +32,8 @@ def convert(*arguments, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
-def write(content, path):
-    torch.save(content, path)
-    return str(path)
-
-
-def load(content, path):
-    """Write, and read as load_weights does."""
-    return load_weights(write(content, path))
-
-
 def of_backbone(state_dict):
     return {k: v for k, v in state_dict.items() if k.startswith("backbone.")}
-
-
-def assert_equal(state_dict, want):
-    """Bit by bit, for all names in `want`."""
-    for name, value in want.items():
-        assert torch.equal(state_dict[name], value), name
 
 
 @pytest.mark.parametrize("middle", ["mmseg", "timm"])

@@ -122,13 +122,17 @@ def ring(n: int, x, y, rx: float, ry: float) -> tuple[np.ndarray, np.ndarray]:
     from the centre to the middle of a side. Lists make several polygons. -> x, y: (polygons, n)"""
     x, y, rx, ry = (np.reshape(v, (-1, 1)) for v in (x, y, rx, ry))
     turn = (np.arange(n) + 0.5) * 2 * np.pi / n
+    to_side = np.cos(np.pi / n)  # from the centre, where a corner is at the distance 1
 
-    return x + rx * np.sin(turn) / np.cos(np.pi / n), y - ry * np.cos(turn) / np.cos(np.pi / n)
+    across = rx * np.sin(turn) / to_side
+    up = -ry * np.cos(turn) / to_side
+    return x + across, y + up
 
 
 def windows() -> Part:
     """Panes on the wall x = 0 of a building, in rows along y and z."""
-    heights, depths = np.mgrid[2:9:2.4, -11:0:1.9].reshape(2, -1)
+    grid = np.mgrid[2:9:2.4, -11:0:1.9]
+    heights, depths = grid.reshape(2, -1)
     y, z = ring(4, heights, depths, 0.7, 0.5)
     return Part(GLASS, 0, y, z)
 
@@ -342,8 +346,11 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
     image = paint_sky(view, rng)  # (3, HEIGHT, WIDTH)
     label = np.full((HEIGHT, WIDTH), VALUES["sky"], np.uint8)
-    land = image[:, view.horizon :]  # a view: what is painted on it is painted on the image
-    paint_ground(view, land, label[view.horizon :])
+
+    # Below the horizon, as views: what is painted on them is painted on the picture.
+    land = image[:, view.horizon :]
+    land_label = label[view.horizon :]
+    paint_ground(view, land, land_label)
 
     places = place_things(view, rng)
     cast_shadows(view, land, places)
@@ -354,7 +361,8 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 def pixel_centres() -> tuple[np.ndarray, np.ndarray]:
     """-> row (HEIGHT, WIDTH), column (HEIGHT, WIDTH) of each pixel's centre, float32"""
-    row, column = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32) + 0.5
+    corners = np.mgrid[:HEIGHT, :WIDTH]
+    row, column = corners.astype(np.float32) + 0.5
     return row, column
 
 
@@ -367,10 +375,8 @@ def look(rng: np.random.Generator) -> View:
     horizon = int(rng.integers(72, 88))
 
     # Two octaves: fine grain and soft patches.
-    fine, soft = (
-        2 * sigma * gaussian_filter(rng.standard_normal((256, 256), np.float32), sigma, mode="wrap")
-        for sigma in (1, 3)
-    )
+    fine = soft_noise(rng, 1)
+    soft = soft_noise(rng, 3)
 
     # The projection, inverted for y = 0, in the rows below the horizon.
     row, column = pixel_centres()
@@ -393,55 +399,77 @@ def look(rng: np.random.Generator) -> View:
     )
 
 
+def soft_noise(rng: np.random.Generator, sigma: int) -> np.ndarray:
+    """Noise in patches some sigma pixels wide, of about the same strength for any of them, the same
+    left and right and top and bottom. -> (256, 256)"""
+    noise = rng.standard_normal((256, 256), np.float32)
+    return 2 * sigma * gaussian_filter(noise, sigma, mode="wrap")
+
+
 def texture(view: View, width: float, depth: float, strength: float) -> np.ndarray:
     """Noise in patches of width x depth metres on the ground, (HEIGHT - horizon, WIDTH)."""
-    places = view.depth / depth, view.across / width
+    places = (view.depth / depth, view.across / width)
     patches = map_coordinates(view.noise, places, order=1, mode="grid-wrap")
 
     # A patch at this depth is FOCAL * eye * depth / z^2 rows high. Where it is smaller than a
     # pixel it would flicker, and fades instead.
-    fade = (3 * FOCAL * view.scene.eye * depth / view.depth**2).clip(0, 1)
+    three_patches = 3 * FOCAL * view.scene.eye * depth / view.depth**2
+    fade = three_patches.clip(0, 1)
     return strength * patches * fade
 
 
 def into_haze(view: View, colour: np.ndarray, depth: np.ndarray | float) -> np.ndarray:
     """What is left of a colour behind so many metres of air."""
-    return view.haze + (colour - view.haze) * np.exp(-depth / HAZE)
+    left = np.exp(-depth / HAZE)
+    return view.haze + (colour - view.haze) * left
 
 
 def paint_sky(view: View, rng: np.random.Generator) -> np.ndarray:
     """From the zenith's colour to the haze's, the sun and its glow, clouds. -> (3, HEIGHT, WIDTH),
     the land below the horizon still empty"""
     row, column = pixel_centres()
-    height = (row / view.horizon).clip(0, 1)
-    image = view.zenith + (view.haze - view.zenith) * height**1.3  # (3, HEIGHT, WIDTH)
+    down = (row / view.horizon).clip(0, 1)  # 0 at the zenith, 1 at the horizon
+    image = view.zenith + (view.haze - view.zenith) * down**1.3  # (3, HEIGHT, WIDTH)
 
+    sun_row = view.horizon * 0.4
     sun_column = WIDTH * (0.5 + 0.42 * view.sun_side)
-    away = np.hypot(column - sun_column, row - view.horizon * 0.4)  # from the sun, in pixels
-    glow, disc = np.exp(-away / 30), np.exp(-((away / 7) ** 4))
+    away = np.hypot(column - sun_column, row - sun_row)  # in pixels
+    glow = np.exp(-away / 30)
+    disc = np.exp(-((away / 7) ** 4))
     image += (glow + disc) * view.sun * 180 * view.shadow
 
     # Clouds lie on a plane above, as the ground does below: the ground's noise, upside down.
-    eye, horizon = view.scene.eye, view.horizon
-    clouds = texture(view, eye * 0.2, eye * 0.25, 1)[horizon - 1 :: -1] + rng.uniform(-0.8, 0.2)
-    sky = image[:, :horizon]  # a view: painting on it paints the image
-    sky += (clouds * 0.8).clip(0, 0.85) * (0.35 * view.haze + 165 - 8 * clouds - sky)
+    eye = view.scene.eye
+    noise = texture(view, eye * 0.2, eye * 0.25, 1)
+    clouds = noise[view.horizon - 1 :: -1] + rng.uniform(-0.8, 0.2)
+    cover = (clouds * 0.8).clip(0, 0.85)  # share of the pixel
+    colour = 0.35 * view.haze + 165 - 8 * clouds
+
+    sky = image[:, : view.horizon]  # a view: painting on it paints the image
+    sky += cover * (colour - sky)
     return image
 
 
 def paint_ground(view: View, land: np.ndarray, label: np.ndarray) -> None:
     """Paint the scene's strips on land (3, HEIGHT - horizon, WIDTH) and into its label."""
     # Metres from the road or shore, and how many of them one pixel covers, for smooth edges.
-    beside = view.mirror * view.across - np.polyval(view.line, view.depth.clip(0, 60))
-    pixel = np.hypot(*np.gradient(beside))
+    line = np.polyval(view.line, view.depth.clip(0, 60))
+    beside = view.mirror * view.across - line
+    down, across = np.gradient(beside)
+    pixel = np.hypot(down, across)
 
     for strip in view.scene.strips:
         inside = np.minimum(beside - strip.left, strip.right - beside)  # metres, negative outside
         cover = (inside / pixel + 0.5).clip(0, 1)  # share of the pixel
 
-        brightness = 1 + texture(view, *strip.grain) if strip.grain else 0.85
-        colour = np.float32(strip.colour).reshape(3, 1, 1) * view.sun * brightness
-        land += cover * (into_haze(view, colour, view.depth) - land)
+        brightness = 0.85
+        if strip.grain:
+            brightness = 1 + texture(view, *strip.grain)
+        colour = np.float32(strip.colour).reshape(3, 1, 1)
+        colour = colour * view.sun * brightness
+        colour = into_haze(view, colour, view.depth)
+
+        land += cover * (colour - land)
         label[cover >= 0.5] = VALUES[strip.label]
 
 
@@ -453,12 +481,15 @@ def place_things(view: View, rng: np.random.Generator) -> list[Place]:
             # Distances grow by a factor, not by a step: as many things near as far in the picture.
             share = (i + rng.random()) / crowd.count
             z = crowd.near * (crowd.far / crowd.near) ** share
-            side = -1 if view.scene.both_sides and i % 2 else 1
-            places.append(Place(z, side * rng.uniform(crowd.left, crowd.right), name))
+            beside = rng.uniform(crowd.left, crowd.right)
+            if view.scene.both_sides and i % 2 == 1:
+                beside = -beside
 
-    # x was measured from the line, which is nearly straight from 60 metres on.
-    line_x = [float(np.polyval(view.line, min(place.z, 60))) for place in places]
-    places = [Place(p.z, view.mirror * (p.x + x), p.name) for p, x in zip(places, line_x)]
+            # The line is nearly straight from 60 metres on.
+            line = float(np.polyval(view.line, min(z, 60)))
+            x = view.mirror * (beside + line)
+            places.append(Place(z, x, name))
+
     return sorted(places, reverse=True)
 
 
@@ -466,9 +497,13 @@ def cast_shadows(view: View, land: np.ndarray, places: list[Place]) -> None:
     """Darken the ground where things stand: a soft round spot, on the side away from the sun, as
     wide as the thing's last part. All of them come before all things, which they lie under."""
     for z, x, name in places:
-        radius = float(np.abs(THINGS[name].parts[-1].x).max()) + 0.3
-        from_middle = (view.across - x + view.sun_side * radius / 2) ** 2 + (view.depth - z) ** 2
-        land *= 1 - view.shadow * np.exp(-from_middle / radius**2)
+        last = THINGS[name].parts[-1]
+        radius = float(np.abs(last.x).max()) + 0.3
+        right = view.across - x + view.sun_side * radius / 2  # of the spot's middle, in metres
+        behind = view.depth - z
+
+        darkness = np.exp(-(right**2 + behind**2) / radius**2)
+        land *= 1 - view.shadow * darkness
 
 
 def draw_things(
@@ -480,8 +515,10 @@ def draw_things(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw them over image (3, HEIGHT, WIDTH) and label. -> (HEIGHT, WIDTH, 3), (HEIGHT, WIDTH)"""
     image = np.uint8(image.transpose(1, 2, 0).clip(0, 255))
-    canvases = [Image.fromarray(enlarge(x)) for x in (image, label)]
-    image_pen, label_pen = map(ImageDraw.Draw, canvases)
+    image_canvas = Image.fromarray(enlarge(image))
+    label_canvas = Image.fromarray(enlarge(label))
+    image_pen = ImageDraw.Draw(image_canvas)
+    label_pen = ImageDraw.Draw(label_canvas)
 
     for place in places:
         thing = THINGS[place.name]
@@ -489,13 +526,16 @@ def draw_things(
 
         # Things turn their lit side to the sun, buildings their windows to the road.
         side = np.sign(place.x) if place.name == "building" else -view.sun_side
-        lit = 1 - 0.5 * view.shadow * (side == view.sun_side)
-        tint = view.sun * rng.uniform(0.88, 1.1) * rng.uniform(0.94, 1.06, (3, 1, 1)) * lit
+        in_shade = side == view.sun_side
+        brightness = rng.uniform(0.88, 1.1)
+        tint = view.sun * brightness * rng.uniform(0.94, 1.06, (3, 1, 1))
+        tint = tint * (1 - 0.5 * view.shadow * in_shade)
 
         for part in thing.parts:
             colour = part.colour or BRIGHT[rng.integers(len(BRIGHT))]
-            colour = into_haze(view, np.reshape(colour, (3, 1, 1)) * tint, place.z)
-            rgb = tuple(colour.clip(0, 255).astype(int).ravel())
+            colour = np.reshape(colour, (3, 1, 1)) * tint
+            colour = into_haze(view, colour, place.z).clip(0, 255)
+            rgb = tuple(colour.astype(int).ravel())
 
             for polygon in project(view, place, part, side * wide, tall):
                 image_pen.polygon(polygon, rgb)
@@ -503,7 +543,9 @@ def draw_things(
 
     # Of each 3 x 3 pixels the picture takes the mean and the label, which has none, the middle.
     middle = slice(ENLARGED // 2, None, ENLARGED)
-    return np.asarray(canvases[0].reduce(ENLARGED)), np.array(canvases[1])[middle, middle].copy()
+    image = np.asarray(image_canvas.reduce(ENLARGED))
+    label = np.asarray(label_canvas)[middle, middle]
+    return image, label.copy()
 
 
 def enlarge(x: np.ndarray) -> np.ndarray:
@@ -514,9 +556,14 @@ def enlarge(x: np.ndarray) -> np.ndarray:
 def project(view: View, place: Place, part: Part, wide: float, tall: float) -> list[list[float]]:
     """Where the corners of a part appear, on the enlarged canvas. wide, tall: factors of the part's
     size; a negative width mirrors it. -> for each polygon [column, row, column, row, ...]"""
-    x, y, z = np.broadcast_arrays(*np.atleast_2d(part.x, part.y, part.z))  # (polygons, corners)
-    column = WIDTH / 2 + FOCAL * (place.x + wide * x) / (place.z + z)
-    row = view.horizon + FOCAL * (view.scene.eye - tall * y) / (place.z + z)
+    lists = np.atleast_2d(part.x, part.y, part.z)
+    x, y, z = np.broadcast_arrays(*lists)  # (polygons, corners)
+
+    across = place.x + wide * x
+    below = view.scene.eye - tall * y
+    depth = place.z + z
+    column = WIDTH / 2 + FOCAL * across / depth
+    row = view.horizon + FOCAL * below / depth
 
     corners = ENLARGED * np.stack([column, row], axis=-1)  # (polygons, corners, 2)
     return corners.reshape(len(x), -1).tolist()
@@ -528,13 +575,18 @@ def add_grain(
     """Roughness of surfaces, most of all of leaves, the camera's noise, and the gaps that
     annotators leave here and there where two classes meet."""
     noise = view.noise[:HEIGHT]
-    rough = 0.025 * (label != VALUES["sky"]) + 0.06 * (label == VALUES["tree"])
-    image = image * (1 + (np.float32(rough) * noise)[..., None])
+    on_a_surface = label != VALUES["sky"]
+    leaf = label == VALUES["tree"]
+    rough = np.float32(0.025 * on_a_surface + 0.06 * leaf)
+
+    brightness = 1 + rough * noise
+    image = image * brightness[:, :, None]
     image = image + 4 * rng.standard_normal((HEIGHT, WIDTH, 3), np.float32)
+    image = image.clip(0, 255).astype(np.uint8)
 
     meeting = maximum_filter(label, 2) > minimum_filter(label, 2)
     label[meeting & (noise > 0.8)] = VALUES["nothing"]
-    return image.clip(0, 255).astype(np.uint8), label
+    return image, label
 
 
 # ---- the data set --------------------------------------------------------------------------------
@@ -554,7 +606,8 @@ def make_toy(root: str) -> str:
         os.makedirs(labels)
 
         for i in range(count):
-            image, label = draw_scene(np.random.default_rng([s, i]))
+            rng = np.random.default_rng([s, i])
+            image, label = draw_scene(rng)
             Image.fromarray(image).save(os.path.join(images, f"toy_{i:03d}.jpg"), quality=95)
             Image.fromarray(label).save(os.path.join(labels, f"toy_{i:03d}.png"))
 
