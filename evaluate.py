@@ -30,7 +30,18 @@ from datetime import timedelta
 from functools import partial
 from glob import glob
 from multiprocessing import active_children, get_start_method, parent_process
-from os.path import basename, dirname, exists, isdir, isfile, join, normcase, realpath, splitext
+from os.path import (
+    basename,
+    dirname,
+    exists,
+    isdir,
+    isfile,
+    islink,
+    join,
+    normcase,
+    realpath,
+    splitext,
+)
 from time import monotonic
 
 import numpy as np
@@ -567,7 +578,8 @@ def find_pictures(path: str) -> Pairs:
 
 
 def refuse_overwriting(args: Namespace, pairs: Pairs) -> None:
-    """UsageError where an output would replace a file that is read, or another output."""
+    """UsageError where an output would replace a file that is read, or another output; or where
+    something lies that is no plain file: a link leads out of the folder, a pipe waits for ever."""
     inputs = [args.checkpoint, join(args.data, "classes.txt")]
     inputs += [path for pair in pairs for path in pair if path]
     read = {file_id(path): path for path in inputs}
@@ -587,6 +599,10 @@ def refuse_overwriting(args: Namespace, pairs: Pairs) -> None:
             raise UsageError(
                 f"{output} would hold both what is made of {written[key]} and of {source}: "
                 "write to another folder, or rename one of them"
+            )
+        if islink(output) or (exists(output) and not isfile(output)):
+            raise UsageError(
+                f"{output}: is a link, a folder, a pipe or a device: remove it, or write elsewhere"
             )
         written[key] = source
 
@@ -658,8 +674,6 @@ def open_outputs(args: Namespace, rank: int) -> None:
     """Make the folders and try to write the scores: an error comes now, not after an hour."""
     for folder in args.folders:
         os.makedirs(folder, exist_ok=True)
-    if args.json and exists(args.json) and not isfile(args.json):  # one would wait for a pipe
-        raise UsageError(f"{args.json}: is a folder, a pipe or a device, name a file")
     if args.json and rank == 0:
         os.makedirs(dirname(args.json) or ".", exist_ok=True)
         open(args.json, "a").close()  # what is in it stays until there is more to write

@@ -916,3 +916,29 @@ def test_sheet_has_room_for_every_name_and_colour():
     colours = {colour for count, colour in picture.getcolors(1 << 20)}
     for colour in ade20k.PALETTE[:30].tolist():
         assert tuple(colour) in colours
+
+
+def test_nothing_is_written_through_what_is_no_file(run, main, monkeypatch, capsys):
+    """A link in the folder that was named leads out of it; a pipe waits for a reader."""
+    monkeypatch.chdir(run.folder)
+    os.makedirs("links")
+    (run.folder / "elsewhere").write_text("mine")
+    os.symlink("../elsewhere", "links/p0.png")
+    os.makedirs("pipes")
+    os.mkfifo("pipes/p0.png")
+    os.mkfifo("scores")
+
+    for option, value, words in (
+        ("--show", "links", "links/p0.png: is a link"),
+        ("--save-labels", "links", "links/p0.png: is a link"),
+        ("--show", "pipes", "pipes/p0.png: is a link, a folder, a pipe"),
+        ("--json", "scores", "scores: is a link, a folder, a pipe"),
+        ("--json", "links", "links: is a link, a folder"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(evaluate, option, value, "--workers", 0)
+        assert end.value.code == 2
+        assert words in capsys.readouterr().err
+
+    assert (run.folder / "elsewhere").read_text() == "mine"
+    assert sorted(os.listdir("links")) == ["p0.png"]
