@@ -212,10 +212,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
 
         batch = next_batch(run, batches)  # this process's part, as uint8: few bytes travel
         images, labels, sizes = (t.to(device, non_blocking=True) for t in batch)
-
-        # BatchNorm's: 39 vectors, 50 KB, copied on the device. What is infinite afterwards could
-        # not be computed back, and which iteration will be so is known too late.
-        statistics = [b.clone() for b in run.model.buffers()]
+        statistics = [b.clone() for b in run.model.buffers()]  # BatchNorm's: 50 KB, on the device
 
         # Forward and backward, `micro` pictures at a time: their gradients add up. The loss is a
         # mean over all pixels, labelled or not, so the mean over equal parts is that of the batch.
@@ -636,7 +633,8 @@ def agree(run: Run, losses: Tensor) -> tuple[list[float], bool, bool]:
 
 def skip_step(run: Run, i: int, statistics: list[Tensor]) -> None:
     """Leave everything as it was before iteration i, whose loss is not finite, and name its
-    pictures. (BatchNorm's statistics would stay infinite, and evaluation with them.)"""
+    pictures. (BatchNorm's statistics would stay infinite, and evaluation with them. They cannot be
+    computed back, so a copy of them is taken before each step.)"""
     for b, before in zip(run.model.buffers(), statistics):
         b.copy_(before)
 
