@@ -108,13 +108,13 @@ def predict(
 
         total = 0
         for x in views:  # the picture at each scale, and mirrored
-            logits = head(x)  # mirrored back where x was
+            logits = view_logits(model, x)  # mirrored back where x was
             logits = resize(resize(logits, x.shape[2:]), (H, W))
             total = total + logits.softmax(dim=1)
         return total.argmax(dim=1)
 
-    All but head() is done for some rows of the picture after the other, so that its logits
-    (C, H, W) are never held as a whole."""
+    Each view's logits stay at the head's own size (with slide: at the view's). They are brought to
+    the picture's for some rows after the other, so that no (C, H, W) is ever held."""
     H, W = image.shape[:2]
     device = next(model.parameters()).device
 
@@ -1156,8 +1156,7 @@ def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_form
 def prepare(
     model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> nn.Module:
-    """The model on the device, in its layout; compiled by parts and, since `H % patch` asks for it,
-    for each size of input."""
+    """The model on the device, in its layout; compiled by parts, anew for each size of input."""
     if compiled:
         for part in model.children():
             part.compile(dynamic=False)
@@ -1220,8 +1219,8 @@ def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
 
 
 def choose_device(world: int) -> torch.device:
-    """The GPU that torch finds, with several of them the one of this process; else the CPU, and
-    there also several processes on a Mac, whose only way to talk, gloo, takes from CPUs alone."""
+    """This process's GPU, LOCAL_RANK of those that torch finds; else the CPU. Several processes on
+    a Mac take the CPU too: gloo, the only way they have to talk, knows tensors on CPUs alone."""
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None or (device.type == "mps" and world > 1):
         return torch.device("cpu")
@@ -1262,9 +1261,9 @@ def start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     keep_memory()
 
-    # Where the main process is killed, its loaders die with it. torch has them look for it between
-    # two pictures, which one does not reach that waits for somebody to read the last: it would stay
-    # for good, hold the run's connections open, and the other processes would wait on them.
+    # Where the main process is killed, its loaders die with it. torch's loaders look
+    # for it between two pictures alone: one that waits for somebody to take its last picture would
+    # never look, stay for good, and hold connections open on which the other processes wait.
     libc("prctl")(1, 9)  # PR_SET_PDEATHSIG: SIGKILL when the parent dies (Linux)
     if get_start_method() == "fork" and os.getppid() != parent_process().pid:
         os._exit(1)  # it has died already

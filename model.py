@@ -1,7 +1,7 @@
 """The backbone: a Vision Transformer that turns a picture into four feature maps.
 
 In:  images (B, 3, H, W), float, normalised with ade20k.normalise.
-Out: four maps (B, D, h, w), one after each quarter of the layers; h = ceil(H / 16), w likewise.
+Out: four maps (B, D, h, w), one after each quarter of the layers; h = ceil(H / patch), w likewise.
 
     images -> patches -> tokens + positions -> 12 x [attention, MLP] -> maps -> (neck) -> upernet.py
 
@@ -36,9 +36,9 @@ from torch import Tensor
 # same for necks with "ln". ViT-B and DeiT-B are one network: they differ in their pretrained
 # weights and in drop path (the released ViT-B has none, but for its recipe with LN).
 #
-# Below the line are networks without a published recipe. layer_scale: see LayerScale. registers:
-# so many tokens that belong to no patch. cls_position=False: the class token has no position of its
-# own in their files; here it has one, of zeros, which adds nothing.
+# vit_b16, deit_b16 and deit_s16 have published recipes, the others none. layer_scale: see
+# LayerScale. registers: so many tokens that belong to no patch. cls_position=False: the class token
+# has no position of its own in their files; here it has one, of zeros, which adds nothing.
 COMMON = dict(depth=12, patch=16, grid=32, channels=512, drop_path=0.1, drop_path_ln=0.1)
 DEIT_3 = dict(COMMON, layer_scale=True, cls_position=False)
 DINO_2 = dict(COMMON, layer_scale=True, patch=14, grid=37)  # 37 patches of 14: pictures of 518
@@ -64,7 +64,8 @@ ARCHS = {
     "dinov2_l14_reg": dict(REGISTERS, width=1024, heads=16, depth=24),
 }
 
-# What a neck's name means: (a LayerNorm after the last layer, the multi-level neck).
+# What a neck's name means: (a LayerNorm after the backbone's last layer, the multi-level neck). The
+# recipes name both behind the architecture, so one option chooses them.
 NECKS = {
     "none":   (False, False),
     "ln":     (True, False),
@@ -117,7 +118,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D, h, w)"""
-        most = self.patch - 1  # pixels that the last patches may lack; no patch reads the others
+        most = self.patch - 1  # may be missing; what does not fill a patch, the convolution drops
         images = F.pad(images, (0, most, 0, most))
         return self.proj(images)
 

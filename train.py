@@ -11,8 +11,9 @@ What the published runs did, where it differs from what their configs say:
 - "No weight decay for norm layers": the key is `norm`, the layers are called `ln1`, `ln2`, so
   nothing matches. LayerNorm and BatchNorm decay; only cls_token and pos_embed do not. Same here.
 - The poly factor goes on during the warmup: both are multiplied.
-- SGD is the base schedule that the recipes override: no warmup, a floor of 1e-4, and everything
-  decays."""
+
+--optimizer sgd is mmsegmentation's default schedule, which all of these recipes override: no
+warmup, a floor of 1e-4, and everything decays."""
 
 import json
 import math
@@ -137,7 +138,7 @@ def build_optimizer(
     weights = defaultdict(list)
     for key, weight in model.named_parameters():
         # Neither tokens nor positions multiply anything: pulling them to 0 regularises
-        # nothing. (The published SGD pulls them all the same.)
+        # nothing. (The default SGD pulls them all the same.)
         exempt = name == "adamw" and key.endswith(("cls_token", "pos_embed", "reg_token"))
         scale = layer_decay ** (depth + 1 - layer_of(key, depth))
         if weight.requires_grad:
@@ -212,7 +213,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
 
         batch = next_batch(run, batches)  # this process's part, as uint8: few bytes travel
         images, labels, sizes = (t.to(device, non_blocking=True) for t in batch)
-        statistics = [b.clone() for b in run.model.buffers()]  # BatchNorm's: 50 KB, on the device
+        statistics = [b.clone() for b in run.model.buffers()]  # BatchNorm's, for skip_step
 
         # Forward and backward, `micro` pictures at a time: their gradients add up. The loss is a
         # mean over all pixels, labelled or not, so the mean over equal parts is that of the batch.
@@ -247,8 +248,9 @@ def train(args: Namespace, checkpoint: dict) -> None:
 
 
 def dropout_seed(seed: int, i: int, rank: int) -> int:
-    """Of dropout and drop path in iteration i, 64 bits: another one for each process, which holds
-    other pictures. What of the seed does not fit into the upper 24 is spread over all of them."""
+    """Of dropout and drop path in iteration i: another one for each process, which holds other
+    pictures. 64 bits: 24 of the seed, 30 of i, 10 of the rank. What of the seed is above its
+    lowest 24 is mixed into all."""
     return ((seed << 40) + (i << 10) + rank + (seed >> 24) * 0x9E3779B97F4A7C15) % 2**64
 
 
@@ -287,14 +289,15 @@ class Run:
         )
 
         # Model. DistributedDataParallel gives all processes the weights of rank 0.
+        # self.parallel is its wrapper, or with one process the model itself.
         self.model = self.parallel = start_model(self, checkpoint)
         choose_kernels(args, self.device, self.model)
         if self.world > 1 and not args.dry_run:
             self.parallel = DistributedDataParallel(self.model)
 
-        # Optimizer. float16 ends at 6e-8, above many gradients: the scaler multiplies the loss by
-        # a power of two that keeps them in range, and divides it out before the step. bfloat16 has
-        # float32's range and needs none.
+        # Optimizer. The smallest float16 is 6e-8, above many gradients: the scaler multiplies the
+        # loss by a power of two that keeps them in range, and divides it out before the step.
+        # bfloat16 has float32's range and needs none.
         self.schedule = OPTIMIZERS[args.optimizer] | dict(lr=args.lr, warmup=args.warmup)
         self.optimizer = build_optimizer(
             self.model, args.optimizer, args.lr, args.weight_decay, args.layer_decay
@@ -343,9 +346,9 @@ class Run:
 
 def choose_kernels(args: Namespace, device: torch.device, model: Segmenter) -> None:
     """Every crop has one size, so cuDNN may try its kernels once and take the fastest. Or, with
-    --deterministic, those that add in the same order every time. On CUDA attention has one in the
-    strict mode alone, in which torch refuses the gradient of resized positions, that has none;
-    where they are needed torch warns of both instead."""
+    --deterministic, those that add in the same order every time. On CUDA attention does so in
+    torch's strict mode alone, which refuses the gradient of resized positions: where the crops'
+    grid is not that of the table, torch warns instead."""
     torch.backends.cudnn.benchmark = not args.deterministic
     if not args.deterministic:
         return
@@ -366,7 +369,7 @@ def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
 
     classes = read_classes(root)
     before = checkpoint.get("classes", ())
-    if str((*before, *classes[len(before) :])) != str(tuple(classes)):  # (older ones hold fewer)
+    if str((*before, *classes[len(before) :])) != str(tuple(classes)):  # (older files lack fields)
         raise UsageError(
             f"{root}: its classes are not those that {checkpoint['path']} was trained on, give it "
             f"back its classes.txt or start anew with --pretrained {checkpoint['path']}"

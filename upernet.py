@@ -43,13 +43,13 @@ AUX_WEIGHT = 0.4  # of the auxiliary head's loss (PSPNet, section 5.2)
 #          the centre of new 1 lies a quarter of the way            ...
 #          from that of old 0 to that of old 1
 #
-# What acts on the channels can change places with it, and be done on the small map. What acts along
-# an axis multiplies into its matrix. What reads pixel by pixel can take a few rows of My at once:
-# - a 3x3 convolution of an upsampled map, which neck and head consist of, is a product of channels
-#   and three shifts along each axis (conv3x3_of_resized);
-# - two resizings in a row are one, whose matrix is the product of both (evaluate.resized_rows);
-# - the loss and the prediction, which want the logits at the picture's size, never hold them as a
-#   whole (UpsampledCrossEntropy, evaluate.resized_rows).
+# Three things follow:
+# - A 3x3 convolution of an upsampled map, of which neck and head are made, is a product along the
+#   channels and three shifts along each axis. The product does not care about the axes, so it can
+#   come first, on the small map (conv3x3_of_resized).
+# - Two resizings in a row are one, whose matrix is the product of both (evaluate.resized_rows).
+# - The loss and the prediction want the logits at the picture's size, but read them pixel by pixel:
+#   a few rows of My at a time will do (UpsampledCrossEntropy, evaluate.resized_rows).
 
 
 def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ class MultiLevelNeck(nn.Module):
 
     @staticmethod
     def downsampled(x: Tensor, scale: float) -> Tensor:
-        """Resize by the factor, not to the size: of 7 to 3 pixels the points lie elsewhere."""
+        """Resize by the factor: the points lie 2 pixels apart also where 7 become 3 (not 7/3)."""
         h, w = x.shape[2:]
         if h == 1 or w == 1:  # a strip one patch thick, of which half would be nothing
             x = resize(x, (max(h, 2), max(w, 2)))
