@@ -497,13 +497,16 @@ def recall(content: dict, facts: dict) -> None:
         facts["left_out"].append("the names of its classes (no name and colour for each)")
 
 
+MOST_PIXELS = 8192  # that a picture's short side, or a crop's, may be asked to have
+
+
 def are_arguments(args: object) -> bool:
     """Does a file hold, as "args", those of a training, as far as anybody asks for them?"""
     if not isinstance(args, dict) or str(args.get("arch")) not in ARCHS:
         return False
     data, short_side = args.get("data", ""), args.get("short_side", 1)
     path = isinstance(data, str) and data.isprintable()
-    return path and isinstance(short_side, int) and 0 < short_side <= 8192
+    return path and isinstance(short_side, int) and 0 < short_side <= MOST_PIXELS
 
 
 def classes_said(content: dict) -> tuple | None:

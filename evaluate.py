@@ -67,6 +67,7 @@ from ade20k import (
     scaled_size,
 )
 from convert_weights import (
+    MOST_PIXELS,
     WeightsError,
     describe,
     load_into,
@@ -858,7 +859,7 @@ def number(kind: type, words: str, low: float, high: float = 2**63) -> Callable[
 
 
 POSITIVE = number(int, "a whole number above 0, and at most 10^9", 1, 10**9 + 1)
-SIZE = number(int, "a whole number above 0, and at most 8192", 1, 8193)  # of pictures, batches
+SIZE = number(int, f"a whole number above 0, and at most {MOST_PIXELS}", 1, MOST_PIXELS + 1)
 WORKERS = number(int, "a whole number of 0 or more, and at most 1024", 0, 1025)
 COUNT = number(int, "a whole number of 0 or more", 0)
 REAL = number(float, "a number of 0 or more", 0)
@@ -1261,9 +1262,9 @@ def start_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     keep_memory()
 
-    # Where the main process is killed, its loaders die with it. torch's loaders look
-    # for it between two pictures alone: one that waits for somebody to take its last picture would
-    # never look, stay for good, and hold connections open on which the other processes wait.
+    # Where the main process is killed, its loaders die with it. torch's loaders look for it between
+    # two pictures alone: one that waits for somebody to take its last picture would never look,
+    # stay for good, and hold connections open on which the other processes wait.
     libc("prctl")(1, 9)  # PR_SET_PDEATHSIG: SIGKILL when the parent dies (Linux)
     if get_start_method() == "fork" and os.getppid() != parent_process().pid:
         os._exit(1)  # it has died already
@@ -1292,7 +1293,7 @@ def leave_processes(world: int) -> None:
     """At the end, together: nobody leaves while another may still be talking to it."""
     if world > 1:
         dist.barrier()
-        dist.destroy_process_group()
+        leave_group()
 
 
 if __name__ == "__main__":

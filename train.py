@@ -470,10 +470,10 @@ def restore(run: Run, checkpoint: dict) -> None:
     try:
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         for weight, state in run.optimizer.state.items():
-            shape = weight.shape
-            wanted = dict(adamw=dict(step=(), exp_avg=shape, exp_avg_sq=shape))
-            wanted |= dict(sgd=dict(momentum_buffer=shape))
-            if {name: value.shape for name, value in state.items()} != wanted[run.args.optimizer]:
+            wanted = dict(momentum_buffer=weight.shape)
+            if run.args.optimizer == "adamw":
+                wanted = dict(step=(), exp_avg=weight.shape, exp_avg_sq=weight.shape)
+            if {name: value.shape for name, value in state.items()} != wanted:
                 raise ValueError("of another model")
         if not all(0 <= value < 2**63 for value in checkpoint["scaler"].values()):
             raise ValueError("a scale that is none")

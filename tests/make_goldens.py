@@ -245,7 +245,8 @@ def backbones():
     from vit2mmseg import convert_vit
 
     segmentor, _ = mmseg017.build("deit_s16", "ln_mln")
-    model = segmentor.backbone.eval()
+    model = segmentor.backbone
+    model.eval()  # (which returns nothing there)
 
     shapes = timm_shapes()
     timm = {name: torch.from_numpy(weight(name, shape)) for name, shape in shapes.items()}

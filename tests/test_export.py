@@ -1,11 +1,11 @@
-"""Out of torch.nn: the traced model at sizes it was not traced at, and ONNX as the README
-does it."""
+"""The traced model at sizes it was not traced at, and ONNX as the README does it."""
 
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import write
 from torch.export import Dim
 
 from model import ARCHS
@@ -64,10 +64,10 @@ def test_the_readmes_onnx_file_labels_pictures_of_any_size(tiny, tmp_path, monke
     name = "runs/toy_p8_none_toy_800/checkpoint_800.pt"
     (tmp_path / name).parent.mkdir(parents=True)
     content = {"model": model.state_dict(), "args": {"arch": "toy_p8", "neck": "ln_mln"}}
-    torch.save(content, tmp_path / name)
+    write(content, tmp_path / name)
     monkeypatch.chdir(tmp_path)
 
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```python\n([^`]*torch\.onnx[^`]*)```", text)
     assert name in block
     exec(block, {})
