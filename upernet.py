@@ -117,6 +117,7 @@ def conv3x3_of_resized(maps: list[Tensor], weight: Tensor) -> Tensor:
         if same_size(x.shape[2:], size):
             total = total + F.conv2d(x, share, padding=1)
         else:
+            total = total.contiguous(memory_format=torch.channels_last)  # the layout it works in
             total = add_upsampled_conv3x3(total, x, share)
     return total
 
@@ -148,12 +149,12 @@ def add_upsampled_conv3x3(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
     # The three ky one after the other, added in place: a third of the memory.
     for along_y, of_row in zip(rows, weight):  # (H, h) and (C, 3 O)
-        taps = x @ of_row  # (B, h w, 3 O), laid out as (B, h, w, kx, O)
-        taps = taps.view(B, h, w * 3, O)
-        wide = columns @ taps  # (B, h, W, O): the three kx, added up
-        wide = wide.view(B, h, W * O)
-        along_y = along_y.to(wide.dtype)  # autocast leaves alone what works in place
-        total = total.baddbmm_(along_y.expand(B, H, h), wide)  # total + along_y @ wide
+        part = x @ of_row  # (B, h w, 3 O), laid out as (B, h, w, kx, O)
+        part = part.view(B, h, w * 3, O)
+        part = columns @ part  # (B, h, W, O): the three kx, added up
+        part = part.view(B, h, W * O)
+        along_y = along_y.to(part.dtype)  # autocast leaves alone what works in place
+        total = total.baddbmm_(along_y.expand(B, H, h), part)  # total + along_y @ part
 
     total = total.view(B, H, W, O)
     return total.permute(0, 3, 1, 2)
