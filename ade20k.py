@@ -28,10 +28,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
 from os.path import dirname, exists, getsize, isdir, isfile, join, splitext
+from types import ModuleType
 from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -801,15 +802,21 @@ def data_root(name: str) -> str:
 def make_toy(root: str) -> str:
     """Draw the toy data set, 96 training and 24 validation pictures in ADE20K's layout, in root; if
     it is there, leave it. -> root"""
-    path = join(dirname(os.path.abspath(__file__)), "tests", "toy.py")
-    if not exists(path):
-        raise DataError(f"{path}: is missing, it draws the toy data set: copy the folder tests too")
+    return from_tests("toy").make_toy(root)
 
-    # By its path, from whatever folder this runs in: no package needs to be installed.
-    spec = importlib.util.spec_from_file_location("toy", path)
-    toy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(toy)
-    return toy.make_toy(root)
+
+@cache
+def from_tests(name: str) -> ModuleType:
+    """The module tests/NAME.py, which draws what this chapter can do without. By its path, from
+    whatever folder this runs in: no package needs to be installed."""
+    path = join(dirname(os.path.abspath(__file__)), "tests", f"{name}.py")
+    if not exists(path):
+        raise DataError(f"{path}: is missing, copy the folder tests too")
+
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 # ---- fetching ------------------------------------------------------------------------------------

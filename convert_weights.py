@@ -282,7 +282,7 @@ def first_line(error: Exception) -> str:
 # ---- Unwrap --------------------------------------------------------------------------------------
 
 # What torch.compile, FSDP and activation checkpointing put inside names, wherever they wrap a part.
-INSIDE = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+WRAPPERS = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 
 
 def split_choice(source: str) -> tuple[str, str]:
@@ -348,7 +348,7 @@ def flatten(content: dict) -> dict:
             if isinstance(value, dict) and value:
                 todo.append((f"{where}{key}.", value))
             else:
-                entries[where, INSIDE.sub("", str(key))] = value
+                entries[where, WRAPPERS.sub("", str(key))] = value
 
     return entries
 

@@ -137,26 +137,27 @@ def add_upsampled_conv3x3(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     rows = three_shifts(resize_matrix(h, H, x))  # (3, H, h)
     columns = three_shifts(resize_matrix(w, W, x))  # (3, W, w)
     columns = columns.permute(1, 2, 0)  # (W, w, 3)
-    columns = columns.reshape(W, w * 3)
+    columns = columns.flatten(1)  # (W, w 3)
     weight = weight.permute(2, 1, 3, 0)  # (3, C, 3, O): for each ky from C to (kx, O)
-    weight = weight.reshape(3, C, 3 * O)
+    weight = weight.flatten(2)  # (3, C, 3 O)
 
     # The channels come last from here on, so that each product reads and writes whole rows.
     x = x.permute(0, 2, 3, 1)  # (B, h, w, C)
-    x = x.reshape(B, h * w, C)
+    x = x.flatten(1, 2)  # (B, h w, C)
     total = total.permute(0, 2, 3, 1)  # (B, H, W, O)
-    total = total.reshape(B, H, W * O)
+    total = total.flatten(2)  # (B, H, W O)
 
     # The three ky one after the other, added in place: a third of the memory.
     for along_y, of_row in zip(rows, weight):  # (H, h) and (C, 3 O)
         part = x @ of_row  # (B, h w, 3 O), laid out as (B, h, w, kx, O)
         part = part.view(B, h, w * 3, O)
         part = columns @ part  # (B, h, W, O): the three kx, added up
-        part = part.view(B, h, W * O)
+        part = part.flatten(2)  # (B, h, W O)
         along_y = along_y.to(part.dtype)  # autocast leaves alone what works in place
-        total = total.baddbmm_(along_y.expand(B, H, h), part)  # total + along_y @ part
+        along_y = along_y.expand(B, H, h)
+        total = total.baddbmm_(along_y, part)  # total + along_y @ part
 
-    total = total.view(B, H, W, O)
+    total = total.unflatten(2, (W, O))
     return total.permute(0, 3, 1, 2)
 
 
@@ -360,7 +361,7 @@ class UpsampledCrossEntropy(torch.autograd.Function):
             first, end = source_rows(start, stop, h, H)
             m = rows[start:stop, first:end]
             large = m @ wide[:, first:end]  # (B, stop - start, W C)
-            large = large.view(B, stop - start, W, C)
+            large = large.unflatten(2, (W, C))
             log_p = large.log_softmax(3)
 
             label = labels[:, start:stop, :, None]
@@ -374,11 +375,11 @@ class UpsampledCrossEntropy(torch.autograd.Function):
                 minus_one = -torch.ones_like(of_label)
                 p.scatter_add_(3, label, minus_one)  # softmax - one_hot
                 p *= kept
-                p = p.view(B, stop - start, W * C)
+                p = p.flatten(2)
                 grad[:, first:end] += m.mT @ p
 
         if wanted:
-            grad = grad.view(B, h, W, C)
+            grad = grad.unflatten(2, (W, C))
             grad = columns.mT @ grad  # (B, h, w, C)
             grad = grad.permute(0, 3, 1, 2)
             ctx.save_for_backward(grad / labels.numel())

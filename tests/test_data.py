@@ -1032,7 +1032,7 @@ def test_a_copy_without_the_scenes_says_what_is_missing(drawn, tmp_path):
     assert os.listdir(tmp_path) == []
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
-    assert "toy.py: is missing, it draws the toy data set: copy the folder tests too" in done.stderr
+    assert "toy.py: is missing, copy the folder tests too" in done.stderr
 
 
 # ---- fetching ----

@@ -4,6 +4,7 @@ picture and architecture, and the command line."""
 import os
 
 import formulas
+import inside
 import numpy as np
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_attention_weights_equal_a_plain_loop_and_make_the_layers_own_output():
     queries = [4, 0, 6]
     qkv = layer.qkv(x)[0]
 
-    weights = evaluate.attention_weights(qkv, 3, queries)
+    weights = inside.attention_weights(qkv, 3, queries)
     assert weights.shape == (3, 3, 7)
     sums = weights.sum(2)
     assert torch.allclose(sums, torch.ones(3, 3), atol=1e-6)
@@ -83,20 +84,20 @@ def assert_shows_attention(panels, q, k):
         weights = weights[5:]
 
         brightness = (weights / weights.max()).sqrt()
-        want = evaluate.heat(brightness.view(4, 6))
+        want = inside.heat(brightness.view(4, 6))
         assert largest_error(colours, want) <= 1
         assert text == f"head {head + 1}: {weights.sum():.0%} on patches"
 
 
 def test_attention_is_that_of_the_class_token_and_of_the_patch_at_the_place(net, monkeypatch):
     rows = []
-    monkeypatch.setattr(evaluate, "panel_row", lambda title, panels, size: rows.append(panels))
+    monkeypatch.setattr(inside, "panel_row", lambda title, panels, size: rows.append(panels))
     net = net("registers", "mln")
     x = torch.from_numpy(formulas.image(56, 80))  # 4 x 6 patches of 14, of which some hang over
     attention = net.backbone.blocks[-1].attn
     with torch.no_grad():
-        seen = evaluate.watch(net, x, torch.float32)
-        evaluate.attention_rows(net, seen, (0.7, 0.3), (60, 40))
+        seen = inside.watch(net, x, torch.float32)
+        inside.attention_rows(net, seen, (0.7, 0.3), (60, 40))
 
         tokens = seen[attention.qkv][0][0]  # (5 + 4 * 6, D)
         qkv = tokens @ attention.qkv.weight.T + attention.qkv.bias
@@ -116,7 +117,7 @@ def test_position_similarity_is_the_cosine_of_49_places_with_all(h, w):
     rows = [(2 * i + 1) * h // 14 for i in range(7)]
     columns = [(2 * i + 1) * w // 14 for i in range(7)]
 
-    drawn = evaluate.position_similarity(table, (h, w))
+    drawn = inside.position_similarity(table, (h, w))
     assert drawn.shape == (7 * (h + 1), 7 * (w + 1))
     tiles = drawn.reshape(7, h + 1, 7, w + 1)
 
@@ -150,7 +151,7 @@ def test_principal_colours_are_numpys_svd_up_to_sign(D, h, w):
     u, s, _ = np.linalg.svd(x, full_matrices=False)
     components = u * s  # (h w, D)
 
-    colours = evaluate.principal_colours(torch.from_numpy(features))
+    colours = inside.principal_colours(torch.from_numpy(features))
     for channel in range(3):
         got = colours[..., channel].ravel()
         error = []
@@ -164,28 +165,28 @@ def test_principal_colours_are_numpys_svd_up_to_sign(D, h, w):
 def test_principal_colours_do_not_depend_on_where_an_axis_points():
     torch.manual_seed(0)
     features = torch.randn(6, 4, 5)
-    colours = evaluate.principal_colours(features)
+    colours = inside.principal_colours(features)
 
     order = [3, 0, 4, 1, 2]  # of the columns
     changed = features[:, :, order] * 3 + 1
-    again = evaluate.principal_colours(changed)
+    again = inside.principal_colours(changed)
     assert largest_error(again, colours[:, order]) <= 1
     assert largest_error(again, colours) > 50, "the columns can be told apart"
 
-    inverse = evaluate.principal_colours(-features)
+    inverse = inside.principal_colours(-features)
     assert largest_error(inverse, 255 - colours) <= 1
 
 
 def test_a_map_without_differences_is_grey():
     for shape in ((7, 1, 1), (7, 2, 3)):
-        colours = evaluate.principal_colours(torch.full(shape, 3.0))
+        colours = inside.principal_colours(torch.full(shape, 3.0))
         assert colours.shape == (*shape[1:], 3)
         assert (colours == 127).all()
 
 
 def test_confidence_is_one_minus_entropy_by_its_largest_value():
     def of(logits):
-        return evaluate.confidence(logits.view(3, 1, 1)).item()
+        return inside.confidence(logits.view(3, 1, 1)).item()
 
     sure = torch.tensor([0.0, 200.0, 0.0])
     assert of(sure) == pytest.approx(1)
@@ -199,12 +200,12 @@ def test_confidence_is_one_minus_entropy_by_its_largest_value():
     assert of(torch.from_numpy(log_p)) == pytest.approx(want)
 
     of_one_class = torch.zeros(1, 2, 2)
-    assert evaluate.confidence(of_one_class).tolist() == [[1, 1], [1, 1]]
+    assert inside.confidence(of_one_class).tolist() == [[1, 1], [1, 1]]
 
 
 def test_heat_grows_brighter_from_black_to_white():
     values = torch.linspace(-0.5, 1.5, 41)  # 0 is the tenth of them, 1 the thirtieth
-    colours = evaluate.heat(values[None])[0]
+    colours = inside.heat(values[None])[0]
     light = colours @ [0.3, 0.59, 0.11]
 
     assert light[:11].max() == 0
@@ -220,7 +221,7 @@ def test_what_is_watched_is_what_the_network_computes(compiled, net):
     head = net.decode_head
     x = torch.from_numpy(formulas.image(60, 90))
 
-    seen = evaluate.watch(net, x, torch.float32)
+    seen = inside.watch(net, x, torch.float32)
     assert not any(module._forward_hooks for module in net.modules())  # nothing stays behind
     inputs = {}
     outputs = {}
@@ -254,7 +255,7 @@ def test_the_sheet_of_any_strip_has_all_panels(height, width, net):
 
     place = (0.99, 0.0)
     net = net()
-    drawn = evaluate.look_inside(net, image, label, CLASSES, place, short=32)
+    drawn = inside.look_inside(net, image, label, CLASSES, place, short=32)
     around = drawn.width + drawn.height
     assert 1300 < around < 3200
 
@@ -269,15 +270,15 @@ def test_the_sheet_of_any_network_has_a_row_for_its_neck_alone(
     image = formulas.picture(60, 90)
     net = net(arch, neck)
     label = evaluate.predict(net, image, short=64)
-    map_rows = evaluate.map_rows
+    map_rows = inside.map_rows
     drawn_rows = []
 
     def note(*parts):
         drawn_rows.extend(map_rows(*parts))
         return drawn_rows
 
-    monkeypatch.setattr(evaluate, "map_rows", note)
-    drawn = evaluate.look_inside(net, image, label, CLASSES, short=64, dtype=dtype)
+    monkeypatch.setattr(inside, "map_rows", note)
+    drawn = inside.look_inside(net, image, label, CLASSES, short=64, dtype=dtype)
     assert len(drawn_rows) == 4 + rows
     heights = [row.shape[0] for row in drawn_rows]
     assert drawn.height > sum(heights) > 4 * 133

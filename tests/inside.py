@@ -1,0 +1,243 @@
+"""What becomes of a picture on its way through the network, on one sheet: attention, positions, the
+maps from backbone to classifier, confidence. `python evaluate.py --image X --show DIR --inside`
+draws with it.
+
+The numbers come first, then where they are taken from (hooks on the model's own modules), and then
+the sheet, row by row."""
+
+import math
+import textwrap
+
+import numpy as np
+import torch
+from numpy import ndarray
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from ade20k import Classes, normalise, resize_bilinear, scaled_size
+from evaluate import caption, legend, palette, stack, view_logits
+from upernet import Segmenter, resize
+
+SIDE = 200  # of a panel, in pixels: the longer one
+RAMP = (  # black, violet, red, orange, white
+    (0, 87, 205, 252, 255),
+    (0, 16, 65, 175, 255),
+    (0, 110, 70, 60, 235),
+)
+
+
+def attention_weights(qkv: Tensor, heads: int, queries: list[int]) -> Tensor:
+    """What Attention never holds: softmax(q k^T / sqrt(d)), here of some tokens alone. qkv
+    (N, 3 D), as Attention.qkv returns it -> (queries, heads, N); each row sums to 1."""
+    qkv = qkv.float().reshape(len(qkv), 3, heads, -1)
+    q, k, _ = qkv.permute(1, 2, 0, 3)  # each (heads, N, d)
+
+    products = q[:, queries] @ k.mT  # (heads, queries, N)
+    weights = (products / math.sqrt(q.shape[2])).softmax(2)
+    return weights.transpose(0, 1)
+
+
+def position_similarity(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Cosines of the learned positions of 7 x 7 places with all positions: (1, 1 + h w, D) -> 7 x 7
+    maps of (h, w) as one, a line apart."""
+    h, w = grid
+    table = nn.functional.normalize(pos_embed[0, 1:], dim=1)  # (h w, D)
+    rows, columns = (torch.arange(1, 14, 2) * n // 14 for n in grid)
+
+    cosines = (table @ table.T).view(h, w, h, w)[rows][:, columns]  # (7, 7, h, w)
+    cosines = nn.functional.pad(cosines, (0, 1, 0, 1), value=1)
+    return cosines.transpose(1, 2).reshape(7 * h + 7, 7 * w + 7)
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """1 - entropy / log C: 1 where one class is certain, 0 where all are alike. (C, h, w) ->
+    (h, w)"""
+    p = logits.softmax(0)
+    entropy = torch.special.entr(p).sum(0)  # entr(p) is -p log p, and 0 at 0
+    return 1 - entropy / math.log(max(2, len(p)))
+
+
+def principal_colours(features: Tensor) -> ndarray:
+    """Show D channels as three: (D, h, w) -> (h, w, 3) uint8. Red, green and blue are the first
+    three principal components: grey their mean, black and full two standard deviations from it.
+
+    The axes are eigenvectors of the covariance (D, D), which is small however large the map is."""
+    x = features.float().flatten(1).T  # (h w, D)
+    x = x - x.mean(0)
+    _, axes = torch.linalg.eigh(x.T @ x)  # in columns, the one of the largest variance last
+    axes = axes[:, -3:].flip(1)  # (D, 3)
+    signs = axes.sum(0).sign()  # an axis may point either way: here to where its sum is positive
+    x = x @ (axes * signs)  # (h w, 3)
+
+    deviation = x.std(0, correction=0).clamp(min=1e-9)
+    x = 0.5 + x / (4 * deviation)
+    colours = (255 * x.clamp(0, 1)).byte()
+    return colours.view(*features.shape[1:], 3).cpu().numpy()
+
+
+def heat(values: Tensor) -> ndarray:
+    """(h, w) -> (h, w, 3) uint8, from black, 0 or less, by violet and orange to white, 1."""
+    values = values.cpu().numpy()
+    stops = np.linspace(0, 1, 5)
+    channels = [np.interp(values, stops, channel) for channel in RAMP]
+    return np.stack(channels, axis=2).astype(np.uint8)
+
+
+def watch(model: Segmenter, x: Tensor, dtype: torch.dtype) -> dict:
+    """Label a normalised picture (1, 3, H, W) -> {module: (input, output)} of those worth a look.
+    (What leaves a BatchNorm has passed the ReLU too, which works in place.)"""
+    backbone, head = model.backbone, model.decode_head
+    modules = [
+        backbone,
+        backbone.blocks[-1].attn.qkv,
+        head,
+        *head.lateral_convs,
+        head.bottleneck.bn,
+        *head.fpn_convs,
+        head.classifier,
+    ]
+
+    seen = {}
+
+    def note(module, inputs, output):
+        seen[module] = inputs[0], output
+
+    hooks = [module.register_forward_hook(note) for module in modules]
+    with torch.compiler.set_stance("force_eager"):  # what was compiled may call no hooks
+        view_logits(model, x, dtype)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def panel_row(title: str, panels: dict[str, ndarray], size: tuple[int, int]) -> ndarray:
+    """A title above panels, six side by side. panels: {caption: (h, w, 3) uint8}, all drawn at one
+    size, (width, height), each place a rectangle."""
+    drawn = []
+    for text, colours in panels.items():
+        picture = Image.fromarray(colours)
+        picture = picture.resize(size, Image.Resampling.NEAREST)
+        drawn.append(stack([caption(text), np.asarray(picture)], 0))
+
+    parts = [caption(line) for line in textwrap.wrap(title, 100)]
+    for start in range(0, len(drawn), 6):
+        parts.append(stack(drawn[start : start + 6], 1))
+    return stack(parts, 0)
+
+
+def attention_rows(model: Segmenter, seen: dict, at: tuple, size: tuple) -> list[ndarray]:
+    """What each head of the last layer takes for the class token, and for the patch at a place."""
+    backbone = model.backbone
+    attention = backbone.blocks[-1].attn
+    _, maps = seen[backbone]
+    h, w = maps[0].shape[2:]
+    row, column = int(at[1] * h), int(at[0] * w)
+    token = backbone.extra + row * w + column
+
+    _, qkv = seen[attention.qkv]  # (1, N, 3 D)
+    weights = attention_weights(qkv[0], attention.heads, [0, token])
+    titles = (
+        "Attention of the class token in the last layer, as square roots. Nothing here reads its "
+        "answer: a pretrained backbone still looks where it was taught to.",
+        "Attention of the marked patch in the last layer: where each head fetches what it adds "
+        "there. A head with nothing to add may rest on the class token, or on registers.",
+    )
+
+    rows = []
+    for title, of_heads in zip(titles, weights):
+        panels = {}
+        for head, of_tokens in enumerate(of_heads, start=1):
+            x = of_tokens[backbone.extra :].view(h, w)
+            bright = (x / x.max().clamp(min=1e-30)).sqrt()
+            panels[f"head {head}: {x.sum():.0%} on patches"] = heat(bright)
+        rows.append(panel_row(title, panels, size))
+    return rows
+
+
+def map_rows(model: Segmenter, seen: dict, size: tuple) -> list[ndarray]:
+    """What becomes of the four maps, from the backbone to the classifier, a level a column."""
+    head = model.decode_head
+    laterals = [seen[module][1] for module in (*head.lateral_convs, head.bottleneck.bn)]
+    top_down = [seen[module][0] for module in head.fpn_convs]
+    smoothed = [seen[module][1] for module in head.fpn_convs]
+    stages = {
+        "The backbone's maps, after each quarter of its layers. Red, green and blue are the first "
+        "three principal components of each: colours tell its places apart, not maps.":
+            seen[model.backbone][1],
+        "The maps after the neck.": seen[head][0] if model.neck else [],
+        "Head, laterals: 1 x 1 convolutions. The last map is pooled over the whole picture first, "
+        "so that each of its places knows the scene.": laterals,
+        "Head, top-down: each level plus the coarser one on its right.": top_down,
+        "Head, smoothed: 3 x 3 convolutions. Last, all four levels as one map: the classifier "
+        "reads a place's label from its channels.": [*smoothed, seen[head.classifier][0]],
+    }
+
+    rows = []
+    for title, maps in stages.items():
+        panels = {}
+        for level, x in enumerate(maps, start=1):
+            panels[f"{level}: {x.shape[3]} x {x.shape[2]}"] = principal_colours(x[0])
+        if panels:
+            rows.append(panel_row(title, panels, size))
+    return rows
+
+
+def overview(image: ndarray, label: ndarray, logits: Tensor, at: tuple, size: tuple) -> dict:
+    """Panels of the picture, with a ring around the place, of its label, both (H, W, 3) uint8, and
+    of the confidence, from logits (1, C, h, w)."""
+    width, height = size
+    picture = Image.fromarray(image).resize(size)
+    x, y = at[0] * width, at[1] * height
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((x - 6, y - 6, x + 6, y + 6), outline="cyan", width=2)
+
+    logits = resize(logits.float(), (height, width))
+    sure = confidence(logits[0])
+    return {
+        "picture": np.asarray(picture),
+        "label": label,
+        f"confidence, mean {sure.mean():.2f}": heat(sure),
+    }
+
+
+@torch.inference_mode()
+def look_inside(
+    model: Segmenter,
+    image: ndarray,
+    prediction: ndarray,
+    classes: Classes,
+    at: tuple[float, float] = (0.5, 0.5),
+    short: int = 512,
+    dtype: torch.dtype = torch.float32,
+) -> Image.Image:
+    """The sheet of a picture (H, W, 3) and its label (H, W), both uint8, at scale 1. at: the place
+    (x, y) whose attention is shown, from 0, left and top, to below 1."""
+    backbone = model.backbone
+    H, W = scaled_size(*image.shape[:2], 4 * short, short)
+    x = torch.tensor(resize_bilinear(image, H, W))
+    x = x[None].to(backbone.pos_embed.device)  # (1, 3, H, W)
+    seen = watch(model, normalise(x), dtype)
+
+    # All panels have one size. A strip is drawn thicker than it is, to be seen.
+    size = [max(SIDE // 8, SIDE * n // max(H, W)) for n in (W, H)]
+
+    _, logits = seen[model.decode_head]
+    cosines = position_similarity(backbone.pos_embed, backbone.grid)
+    left = [
+        panel_row(
+            f"The picture, {W} x {H} pixels for the network; its label; how sure that is: "
+            "1 - entropy / log C, white where certain, black where all classes are alike.",
+            overview(image, palette(classes)[prediction], logits, at, size),
+            size,
+        ),
+        panel_row(
+            "Learned positions: the cosine of one place's vector with all others, white 1, black 0 "
+            "or less (ViT, figure 7). Nobody told the network which patches are neighbours.",
+            {"7 x 7 places": heat(cosines)},
+            (2 * SIDE, 2 * SIDE),
+        ),
+        *attention_rows(model, seen, at, size),
+    ]
+    panels = stack([stack(left, 0), stack(map_rows(model, seen, size), 0)], 1)
+    below = legend([prediction], classes, panels.shape[1])
+    return Image.fromarray(stack([panels, below], 0))
