@@ -281,11 +281,11 @@ class Run:
         )
 
         # Data.
-        self.training, self.validation, self.classes = find_data(args, checkpoint)
-        self.fingerprint = fingerprint(self.training)
+        self.train_pairs, self.val_pairs, self.classes = find_data(args, checkpoint)
+        self.fingerprint = fingerprint(self.train_pairs)
         self.fingerprint_before = checkpoint.get("names", self.fingerprint)
         self.samples = TrainSet(
-            self.training, args.seed, args.crop_size, args.short_side, self.classes
+            self.train_pairs, args.seed, args.crop_size, args.short_side, self.classes
         )
 
         # Model. DistributedDataParallel gives all processes the weights of rank 0.
@@ -362,10 +362,10 @@ def choose_kernels(args: Namespace, device: torch.device, model: Segmenter) -> N
 def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
     """The pairs of files to train on and to validate with, and the classes of their labels."""
     root = data_root(args.data)
-    training = validation = []
+    train_pairs = val_pairs = []
     if isdir(root) or not args.dry_run:
-        training = find_pairs(root, "training")
-        validation = find_pairs(root, "validation", optional=True)
+        train_pairs = find_pairs(root, "training")
+        val_pairs = find_pairs(root, "validation", optional=True)
 
     classes = read_classes(root)
     before = checkpoint.get("classes", ())
@@ -374,7 +374,7 @@ def find_data(args: Namespace, checkpoint: dict) -> tuple[list, list, Classes]:
             f"{root}: its classes are not those that {checkpoint['path']} was trained on, give it "
             f"back its classes.txt or start anew with --pretrained {checkpoint['path']}"
         )
-    return training, validation, classes
+    return train_pairs, val_pairs, classes
 
 
 def fingerprint(pairs: list) -> str:
@@ -502,8 +502,8 @@ def plan(run: Run) -> str:
     facts["dtype"] = str(run.dtype).removeprefix("torch.")
     facts["count"] = sum(p.numel() for p in run.model.parameters())
     facts["pictures"] = "the data is not there yet"
-    if run.training:
-        facts["pictures"] = f"{len(run.training)} training pictures"
+    if run.train_pairs:
+        facts["pictures"] = f"{len(run.train_pairs)} training pictures"
     return text.format(**facts)
 
 
@@ -549,7 +549,7 @@ def validate(run: Run, n: int) -> None:
     """Scores on the validation pictures, if there are any; rank 0 logs them, and draws four of its
     own pictures and the curves. Ends early when a signal comes."""
     before = monotonic()
-    count = len(run.validation)
+    count = len(run.val_pairs)
     if not count:
         return
 
@@ -563,7 +563,7 @@ def validate(run: Run, n: int) -> None:
     rows = []
     matrix = np.zeros([len(run.classes.names)] * 2, np.int64)
     pictures = evaluate(
-        run.model, run.validation, run.classes, matrix, run.rank, run.world, run.args.workers,
+        run.model, run.val_pairs, run.classes, matrix, run.rank, run.world, run.args.workers,
         short=run.args.short_side, dtype=run.dtype,
     )
     with torch.compiler.set_stance("force_eager"):  # --compile is for crops, all of one size
@@ -590,7 +590,7 @@ def report(run: Run, n: int, matrix: np.ndarray) -> None:
 
     run.say(
         f"{n}/{run.args.iters}  validation: {'  '.join(words)}  "
-        f"({len(run.validation)} pictures, {there} of {len(matrix)} classes)",
+        f"({len(run.val_pairs)} pictures, {there} of {len(matrix)} classes)",
         iteration=n,
         **means,
     )
@@ -711,7 +711,7 @@ def begin(run: Run) -> None:
 
     validated = any(e["iteration"] == start and "mIoU" in e for e in run.entries)
     validated = from_rank_0(run.world, validated)  # it has the log
-    if run.validation and start and run.due(start) and not validated:
+    if run.val_pairs and start and run.due(start) and not validated:
         validate(run, start)
     elif start >= args.iters:  # where a cluster repeats the command, this is its end
         leave(f"{run.saved}: has all of its {start} iterations, nothing is left to train", 0)
@@ -758,7 +758,7 @@ def read_log(path: str, last: int) -> list[dict]:
 def doubts(run: Run) -> list[str]:
     """What would make a run worth less than its time, each in a sentence, before it costs any."""
     args = run.args
-    found = label_warnings(run.training, run.classes)
+    found = label_warnings(run.train_pairs, run.classes)
 
     some = range(0, args.iters, max(1, args.iters // 1000))
     peak = max(learning_rate(i, args.iters, **run.schedule) for i in some)
@@ -774,7 +774,7 @@ def doubts(run: Run) -> list[str]:
             "the run goes on with other pictures than it would have seen"
         )
 
-    if not run.validation:
+    if not run.val_pairs:
         found.append(f"{args.data}: has no images/validation, this run trains without validating")
     return found
 
@@ -785,7 +785,7 @@ def finish(run: Run) -> None:
         leave("error: the last checkpoint could not be saved, make room and go on with --resume", 1)
 
     run.say(f"{run.saved}: evaluate it with `python evaluate.py`")
-    if run.validation:
+    if run.val_pairs:
         run.say(run.path(f"sheet_{run.args.iters}.png"))
     if run.args.data == "toy":
         run.say(AFTER_TOY)

@@ -61,19 +61,24 @@ def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
     i = torch.arange(new, dtype=dtype, device=like.device)
     k = torch.arange(old, dtype=dtype, device=like.device)
 
-    x = (i + 0.5) * (old / new) - 0.5
+    ratio = old / new
+    x = (i + 0.5) * ratio - 0.5
     x = x.clamp(0, old - 1)  # beyond the outermost centres the outermost pixel goes on
-    distance = (x[:, None] - k).abs()  # (new, old)
-    matrix = (1 - distance).clamp(min=0)
+    x = x[:, None]  # (new, 1)
+    distance = (x - k).abs()  # (new, old)
+    nearness = 1 - distance
+    matrix = nearness.clamp(min=0)  # of all old pixels but the two next to x: 0
     return matrix.to(like.dtype)
 
 
 def source_rows(start: int, stop: int, old: int, new: int) -> tuple[int, int]:
     """-> (first, end): all that rows start to stop - 1 of resize_matrix read are the old rows first
     to end - 1."""
-    first = int((start + 0.5) * old / new - 0.5)
-    end = int((stop - 0.5) * old / new - 0.5) + 2
-    return max(first, 0), min(end, old)
+    first_place = (start + 0.5) * old / new - 0.5
+    last_place = (stop - 0.5) * old / new - 0.5
+    first = max(int(first_place), 0)
+    end = min(int(last_place) + 2, old)
+    return first, end
 
 
 def pool_matrix(old: int, new: int, like: Tensor) -> Tensor:
@@ -81,13 +86,14 @@ def pool_matrix(old: int, new: int, like: Tensor) -> Tensor:
 
     New cell i averages the old pixels from floor(i old / new) to ceil((i + 1) old / new)."""
     i = torch.arange(new, device=like.device)
+    i = i[:, None]  # (new, 1)
     k = torch.arange(old, device=like.device)
 
-    first = i * old // new
-    behind_first = k >= first[:, None]  # (new, old)
-    before_end = k * new < (i[:, None] + 1) * old
+    behind_first = k >= i * old // new  # (new, old)
+    before_end = k * new < (i + 1) * old
     inside = behind_first & before_end
-    return inside.to(like.dtype) / inside.sum(1, keepdim=True)
+    count = inside.sum(1, keepdim=True)  # (new, 1)
+    return inside.to(like.dtype) / count
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -134,8 +140,10 @@ def add_upsampled_conv3x3(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     takes a third of the operations, after 8x 3%."""
     B, C, h, w = x.shape
     _, O, H, W = total.shape  # noqa: E741
-    rows = three_shifts(resize_matrix(h, H, x))  # (3, H, h)
-    columns = three_shifts(resize_matrix(w, W, x))  # (3, W, w)
+    rows = resize_matrix(h, H, x)  # (H, h)
+    rows = three_shifts(rows)  # (3, H, h)
+    columns = resize_matrix(w, W, x)  # (W, w)
+    columns = three_shifts(columns)  # (3, W, w)
     columns = columns.permute(1, 2, 0)  # (W, w, 3)
     columns = columns.flatten(1)  # (W, w 3)
     weight = weight.permute(2, 1, 3, 0)  # (3, C, 3, O): for each ky from C to (kx, O)
@@ -165,7 +173,8 @@ def three_shifts(matrix: Tensor) -> Tensor:
     """(n, old) -> (3, n, old): the matrix whose row i is the one before i, the one at i, the one
     after it, for the three taps of a convolution along one axis. Beyond the edge lie zeros."""
     n = matrix.shape[0]
-    padded = F.pad(matrix, (0, 0, 1, 1))  # (n + 2, old)
+    edges = (0, 0, 1, 1)  # no column, and a row of zeros at either end
+    padded = F.pad(matrix, edges)  # (n + 2, old)
     before = padded[:n]
     after = padded[2:]
     return torch.stack([before, matrix, after])
@@ -190,22 +199,26 @@ class MultiLevelNeck(nn.Module):
         self.lateral_convs = nn.ModuleList()
         self.convs = nn.ModuleList()
         for _ in self.scales:
-            self.lateral_convs.append(nn.Conv2d(width, width, 1))
-            self.convs.append(nn.Conv2d(width, width, 3, padding=1))
+            lateral = nn.Conv2d(width, width, 1)
+            conv = nn.Conv2d(width, width, 3, padding=1)
+            self.lateral_convs.append(lateral)
+            self.convs.append(conv)
 
         for conv in (*self.lateral_convs, *self.convs):
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """four (B, D, h, w) -> (B, D, 4h, 4w), (B, D, 2h, 2w), (B, D, h, w), (B, D, h//2, w//2)"""
+        """four (B, D, h, w) -> (B, D, 4h, 4w), (B, D, 2h, 2w), (B, D, h, w), (B, D, h//2, w//2), the
+        last at least 1 x 1."""
         out = []
-        for x, scale, lateral, conv in zip(maps, self.scales, self.lateral_convs, self.convs):
+        levels = zip(maps, self.scales, self.lateral_convs, self.convs)
+        for x, scale, lateral, conv in levels:
             x = lateral(x)
+            if scale < 1:
+                x = self.downsampled(x, scale)
             if scale > 1:
                 x = self.upsampled(x, scale, conv)
-            elif scale < 1:
-                x = conv(self.downsampled(x, scale))
             else:
                 x = conv(x)
             out.append(x)
@@ -215,8 +228,10 @@ class MultiLevelNeck(nn.Module):
     def upsampled(x: Tensor, scale: int, conv: nn.Conv2d) -> Tensor:
         """conv(resize(x, by scale)): its bias everywhere, and the rest added to that."""
         B, D, h, w = x.shape
+        size = (scale * h, scale * w)
         bias = conv.bias.to(x.dtype)
-        bias = bias[:, None, None].expand(B, D, scale * h, scale * w)
+        bias = bias[:, None, None]  # (D, 1, 1)
+        bias = bias.expand(B, D, *size)
         bias = bias.contiguous(memory_format=torch.channels_last)
         return add_upsampled_conv3x3(bias, x, conv.weight)
 
@@ -225,7 +240,8 @@ class MultiLevelNeck(nn.Module):
         """Resize by the factor: the points lie 2 pixels apart also where 7 become 3 (not 7/3)."""
         h, w = x.shape[2:]
         if h == 1 or w == 1:  # a strip one patch thick, of which half would be nothing
-            x = resize(x, (max(h, 2), max(w, 2)))
+            enough = (max(h, 2), max(w, 2))
+            x = resize(x, enough)
         return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
 
 
@@ -237,17 +253,20 @@ class ConvBNReLU(nn.Module):
 
     def __init__(self, i: int, o: int, kernel: int):
         super().__init__()
-        self.conv = nn.Conv2d(i, o, kernel, padding=kernel // 2, bias=False)
+        same = kernel // 2  # this padding keeps the size
+        self.conv = nn.Conv2d(i, o, kernel, padding=same, bias=False)
         self.bn = nn.BatchNorm2d(o)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(self.conv(x))
+        x = self.conv(x)
+        x = self.bn(x)
         return F.relu(x, inplace=True)
 
     def of_resized(self, maps: list[Tensor]) -> Tensor:
         """The same of maps that are resized to the first one's size and laid side by side."""
-        x = self.bn(conv3x3_of_resized(maps, self.conv.weight))
+        x = conv3x3_of_resized(maps, self.conv.weight)
+        x = self.bn(x)
         return F.relu(x, inplace=True)
 
 
@@ -267,12 +286,20 @@ class UPerHead(nn.Module):
 
     def __init__(self, width: int, channels: int, num_classes: int):
         super().__init__()
-        pooled = len(self.pool_sizes)
-        self.ppm = nn.ModuleList(ConvBNReLU(width, channels, 1) for _ in range(pooled))
-        self.bottleneck = ConvBNReLU(width + pooled * channels, channels, 3)
-        self.lateral_convs = nn.ModuleList(ConvBNReLU(width, channels, 1) for _ in range(3))
-        self.fpn_convs = nn.ModuleList(ConvBNReLU(channels, channels, 3) for _ in range(3))
+        self.ppm = nn.ModuleList()
+        for _ in self.pool_sizes:
+            self.ppm.append(ConvBNReLU(width, channels, 1))
+        pyramid = width + len(self.ppm) * channels
+        self.bottleneck = ConvBNReLU(pyramid, channels, 3)
+
+        self.lateral_convs = nn.ModuleList()
+        for _ in range(3):
+            self.lateral_convs.append(ConvBNReLU(width, channels, 1))
+        self.fpn_convs = nn.ModuleList()
+        for _ in range(3):
+            self.fpn_convs.append(ConvBNReLU(channels, channels, 3))
         self.fpn_bottleneck = ConvBNReLU(4 * channels, channels, 3)
+
         self.dropout = nn.Dropout2d(0.1)
         self.classifier = classifier(channels, num_classes)
 
@@ -285,12 +312,15 @@ class UPerHead(nn.Module):
         for conv, n in zip(self.ppm, self.pool_sizes):
             along_y = pool_matrix(h, n, top)  # (n, h)
             along_x = pool_matrix(w, n, top)  # (n, w)
-            pooled = along_y @ top @ along_x.mT  # (B, width, n, n)
+            pooled = along_y @ top  # (B, width, n, w)
+            pooled = pooled @ along_x.mT  # (B, width, n, n)
             pyramid.append(conv(pooled))
         top = self.bottleneck.of_resized(pyramid)  # (B, channels, h_4, w_4)
 
         # Laterals: all levels get the same number of channels.
-        levels = [conv(x) for conv, x in zip(self.lateral_convs, maps)]  # (B, channels, h_i, w_i)
+        levels = []
+        for conv, x in zip(self.lateral_convs, maps):
+            levels.append(conv(x))  # (B, channels, h_i, w_i)
         levels.append(top)
 
         # Top-down: each level is told what the coarser one has understood.
@@ -304,7 +334,8 @@ class UPerHead(nn.Module):
 
         # Fusion: one 3x3 convolution over the four levels side by side, at the size of the finest.
         x = self.fpn_bottleneck.of_resized(levels)  # (B, channels, h_1, w_1)
-        return self.classifier(self.dropout(x))  # (B, C, h_1, w_1)
+        x = self.dropout(x)
+        return self.classifier(x)  # (B, C, h_1, w_1)
 
 
 class FCNHead(nn.Module):
@@ -320,8 +351,10 @@ class FCNHead(nn.Module):
         self.classifier = classifier(channels, num_classes)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        x = self.conv(maps[-1])  # (B, channels, h_4, w_4)
-        return self.classifier(self.dropout(x))
+        top = maps[-1]  # (B, width, h_4, w_4)
+        x = self.conv(top)  # (B, channels, h_4, w_4)
+        x = self.dropout(x)
+        return self.classifier(x)  # (B, C, h_4, w_4)
 
 
 # ---- The loss ------------------------------------------------------------------------------------
@@ -330,7 +363,9 @@ class FCNHead(nn.Module):
 def rows_at_once(device: torch.device, numbers: int) -> int:
     """How many rows of `numbers` logits each the loss and the prediction take at a time: on a CPU
     what stays in its cache (4 MB; four times as fast as all at once), on a GPU large launches."""
-    block = 2**20 if device.type == "cpu" else 2**26
+    block = 2**26
+    if device.type == "cpu":
+        block = 2**20
     return max(1, block // numbers)
 
 
@@ -349,45 +384,65 @@ class UpsampledCrossEntropy(torch.autograd.Function):
         _, H, W = labels.shape
         rows = resize_matrix(h, H, logits)  # My, (H, h)
         columns = resize_matrix(w, W, logits)  # Mx, (W, w)
-        wide = columns @ logits.permute(0, 2, 3, 1)  # (B, h, W, C)
+
+        wide = logits.permute(0, 2, 3, 1)  # (B, h, w, C)
+        wide = columns @ wide  # (B, h, W, C)
         wide = wide.flatten(2)  # (B, h, W C): the C logits of a pixel side by side
         wanted = ctx.needs_input_grad[0]
-        grad = torch.zeros_like(wide) if wanted else None
+        grad = None
+        if wanted:
+            grad = torch.zeros_like(wide)
 
-        loss = torch.zeros((), dtype=logits.dtype, device=logits.device)
-        step = rows_at_once(logits.device, B * W * C)
+        total = logits.new_zeros(())
+        numbers = B * W * C  # of a row of pixels
+        step = rows_at_once(logits.device, numbers)
         for start in range(0, H, step):
             stop = min(start + step, H)
             first, end = source_rows(start, stop, h, H)
             m = rows[start:stop, first:end]
             large = m @ wide[:, first:end]  # (B, stop - start, W C)
             large = large.unflatten(2, (W, C))
-            log_p = large.log_softmax(3)
 
-            label = labels[:, start:stop, :, None]
-            kept = label != IGNORE_INDEX
-            label = label.where(kept, 0)  # of an ignored pixel any class will do: it counts nothing
-            of_label = log_p.gather(3, label)  # (B, stop - start, W, 1)
-            loss -= (of_label * kept).sum()
-
+            label = labels[:, start:stop]  # (B, stop - start, W)
+            loss, large_grad = summed_cross_entropy(large, label, wanted)
+            total += loss
             if wanted:
-                p = log_p.exp_()
-                minus_one = -torch.ones_like(of_label)
-                p.scatter_add_(3, label, minus_one)  # softmax - one_hot
-                p *= kept
-                p = p.flatten(2)
-                grad[:, first:end] += m.mT @ p
+                large_grad = large_grad.flatten(2)  # (B, stop - start, W C)
+                grad[:, first:end] += m.mT @ large_grad
 
+        count = labels.numel()
         if wanted:
             grad = grad.unflatten(2, (W, C))
             grad = columns.mT @ grad  # (B, h, w, C)
             grad = grad.permute(0, 3, 1, 2)
-            ctx.save_for_backward(grad / labels.numel())
-        return loss / labels.numel()
+            ctx.save_for_backward(grad / count)
+        return total / count
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         return ctx.saved_tensors[0] * grad, None
+
+
+def summed_cross_entropy(
+    logits: Tensor, labels: Tensor, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """logits (B, n, W, C) and labels (B, n, W) -> the sum of -log softmax(logits)[label] over the
+    labelled pixels, and its gradient, softmax(logits) - one_hot(label), (B, n, W, C)."""
+    log_p = logits.log_softmax(3)
+    label = labels[..., None]  # (B, n, W, 1)
+    kept = label != IGNORE_INDEX
+    label = label.where(kept, 0)  # of an ignored pixel any class will do: it counts nothing
+
+    of_label = log_p.gather(3, label)  # (B, n, W, 1)
+    loss = -(of_label * kept).sum()
+    if not with_grad:
+        return loss, None
+
+    grad = log_p.exp_()
+    minus_one = -torch.ones_like(of_label)
+    grad.scatter_add_(3, label, minus_one)
+    grad *= kept
+    return loss, grad
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -401,7 +456,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     reference. A mean over the labelled ones alone would give the few labelled pixels of a picture
     that is hardly labelled the weight of a whole picture."""
     with torch.autocast(logits.device.type, enabled=False):  # as the reference
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        logits = logits.to(dtype)
         return UpsampledCrossEntropy.apply(logits, labels)
 
 
@@ -419,7 +475,8 @@ class Segmenter(nn.Module):
         _, multi_level = NECKS[neck]
         self.neck = MultiLevelNeck(width) if multi_level else None
         self.decode_head = UPerHead(width, channels, num_classes)
-        self.auxiliary_head = FCNHead(width, channels // 2, num_classes)
+        half = channels // 2
+        self.auxiliary_head = FCNHead(width, half, num_classes)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> the four maps that the heads see."""
@@ -437,12 +494,13 @@ class Segmenter(nn.Module):
         loss is a float32 scalar, the sum of the parts; the parts are detached, "aux" carries its
         weight of 0.4."""
         maps = self.features(images)
+        logits = self.decode_head(maps)  # (B, C, h_1, w_1)
         if labels is None:
-            logits = self.decode_head(maps)  # (B, C, h_1, w_1)
             return resize(logits, images.shape[2:])
 
-        decode = cross_entropy(self.decode_head(maps), labels)
-        aux = AUX_WEIGHT * cross_entropy(self.auxiliary_head(maps), labels)
+        decode = cross_entropy(logits, labels)
+        aux_logits = self.auxiliary_head(maps)  # (B, C, h_4, w_4)
+        aux = AUX_WEIGHT * cross_entropy(aux_logits, labels)
         parts = {"decode": decode.detach(), "aux": aux.detach()}
         return decode + aux, parts
 
