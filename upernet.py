@@ -56,19 +56,11 @@ def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """The (new, old) matrix of bilinear resizing along one axis, align_corners=False.
 
     New pixel i has its centre at x = (i + 1/2) old / new - 1/2 of the old pixels, and mixes the two
-    on either side by how near they are. On the device of `like`, in its dtype."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    i = torch.arange(new, dtype=dtype, device=like.device)
-    k = torch.arange(old, dtype=dtype, device=like.device)
-
-    ratio = old / new
-    x = (i + 0.5) * ratio - 0.5
-    x = x.clamp(0, old - 1)  # beyond the outermost centres the outermost pixel goes on
-    x = x[:, None]  # (new, 1)
-    distance = (x - k).abs()  # (new, old)
-    nearness = 1 - distance
-    matrix = nearness.clamp(min=0)  # of all old pixels but the two next to x: 0
-    return matrix.to(like.dtype)
+    on either side by how near they are. A matrix's columns are what it makes of the unit vectors:
+    resizing these gives it. On the device of `like`, in its dtype."""
+    unit = torch.eye(old, dtype=like.dtype, device=like.device)
+    columns = F.interpolate(unit[None], size=new, mode="linear", align_corners=False)
+    return columns[0].T
 
 
 def source_rows(start: int, stop: int, old: int, new: int) -> tuple[int, int]:
@@ -84,7 +76,8 @@ def source_rows(start: int, stop: int, old: int, new: int) -> tuple[int, int]:
 def pool_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """The (new, old) matrix of adaptive average pooling along one axis.
 
-    New cell i averages the old pixels from floor(i old / new) to ceil((i + 1) old / new)."""
+    New cell i averages the old pixels from floor(i old / new) to ceil((i + 1) old / new). (Written
+    out, as ONNX has no such pooling for maps of any size.)"""
     i = torch.arange(new, device=like.device)
     i = i[:, None]  # (new, 1)
     k = torch.arange(old, device=like.device)
@@ -209,8 +202,8 @@ class MultiLevelNeck(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """four (B, D, h, w) -> (B, D, 4h, 4w), (B, D, 2h, 2w), (B, D, h, w), (B, D, h//2, w//2), the
-        last at least 1 x 1."""
+        """four (B, D, h, w) -> (B, D, 4h, 4w), (B, D, 2h, 2w), (B, D, h, w) and (B, D, h//2, w//2),
+        which is at least 1 x 1"""
         out = []
         levels = zip(maps, self.scales, self.lateral_convs, self.convs)
         for x, scale, lateral, conv in levels:
