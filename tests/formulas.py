@@ -49,7 +49,8 @@ def weight(name, shape):
 
     gain = 1.0
     if "token" not in name and "pos_embed" not in name:
-        gain = 1.4 / np.sqrt(np.prod(shape[1:]))
+        inputs = np.prod(shape[1:])
+        gain = 1.4 / np.sqrt(inputs)
     return (gain * np.sqrt(12) * u).astype(np.float32)
 
 
@@ -108,7 +109,8 @@ def picture(height=90, width=128, seed=0):
     smooth = np.stack([red, green, blue], axis=2)
 
     in_noise = x < width // 2
-    mixed = np.where(in_noise[:, :, None], noise, smooth)
+    in_noise = in_noise[:, :, None]  # alike for all three colours
+    mixed = np.where(in_noise, noise, smooth)
     return mixed.astype(np.uint8)
 
 

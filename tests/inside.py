@@ -32,8 +32,10 @@ def attention_weights(qkv: Tensor, heads: int, queries: list[int]) -> Tensor:
     qkv = qkv.float().reshape(len(qkv), 3, heads, -1)
     q, k, _ = qkv.permute(1, 2, 0, 3)  # each (heads, N, d)
 
+    d = q.shape[2]
     products = q[:, queries] @ k.mT  # (heads, queries, N)
-    weights = (products / math.sqrt(q.shape[2])).softmax(2)
+    scores = products / math.sqrt(d)
+    weights = scores.softmax(2)
     return weights.transpose(0, 1)
 
 
@@ -42,9 +44,14 @@ def position_similarity(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
     maps of (h, w) as one, a line apart."""
     h, w = grid
     table = nn.functional.normalize(pos_embed[0, 1:], dim=1)  # (h w, D)
-    rows, columns = (torch.arange(1, 14, 2) * n // 14 for n in grid)
+    cosines = table @ table.T
+    cosines = cosines.view(h, w, h, w)
 
-    cosines = (table @ table.T).view(h, w, h, w)[rows][:, columns]  # (7, 7, h, w)
+    middles = torch.arange(1, 14, 2)  # of seven parts, in fourteenths
+    rows = middles * h // 14
+    columns = middles * w // 14
+    cosines = cosines[rows][:, columns]  # (7, 7, h, w)
+
     cosines = nn.functional.pad(cosines, (0, 1, 0, 1), value=1)
     return cosines.transpose(1, 2).reshape(7 * h + 7, 7 * w + 7)
 
@@ -54,7 +61,8 @@ def confidence(logits: Tensor) -> Tensor:
     (h, w)"""
     p = logits.softmax(0)
     entropy = torch.special.entr(p).sum(0)  # entr(p) is -p log p, and 0 at 0
-    return 1 - entropy / math.log(max(2, len(p)))
+    largest = math.log(max(2, len(p)))
+    return 1 - entropy / largest
 
 
 def principal_colours(features: Tensor) -> ndarray:
@@ -64,7 +72,8 @@ def principal_colours(features: Tensor) -> ndarray:
     The axes are eigenvectors of the covariance (D, D), which is small however large the map is."""
     x = features.float().flatten(1).T  # (h w, D)
     x = x - x.mean(0)
-    _, axes = torch.linalg.eigh(x.T @ x)  # in columns, the one of the largest variance last
+    covariance = x.T @ x  # but for a factor
+    _, axes = torch.linalg.eigh(covariance)  # in columns, the one of the largest variance last
     axes = axes[:, -3:].flip(1)  # (D, 3)
     signs = axes.sum(0).sign()  # an axis may point either way: here to where its sum is positive
     x = x @ (axes * signs)  # (h w, 3)
@@ -117,11 +126,13 @@ def panel_row(title: str, panels: dict[str, ndarray], size: tuple[int, int]) -> 
     for text, colours in panels.items():
         picture = Image.fromarray(colours)
         picture = picture.resize(size, Image.Resampling.NEAREST)
-        drawn.append(stack([caption(text), np.asarray(picture)], 0))
+        panel = [caption(text), np.asarray(picture)]
+        drawn.append(stack(panel, 0))
 
     parts = [caption(line) for line in textwrap.wrap(title, 100)]
     for start in range(0, len(drawn), 6):
-        parts.append(stack(drawn[start : start + 6], 1))
+        row = drawn[start : start + 6]
+        parts.append(stack(row, 1))
     return stack(parts, 0)
 
 
@@ -131,7 +142,8 @@ def attention_rows(model: Segmenter, seen: dict, at: tuple, size: tuple) -> list
     attention = backbone.blocks[-1].attn
     _, maps = seen[backbone]
     h, w = maps[0].shape[2:]
-    row, column = int(at[1] * h), int(at[0] * w)
+    row = int(at[1] * h)
+    column = int(at[0] * w)
     token = backbone.extra + row * w + column
 
     _, qkv = seen[attention.qkv]  # (1, N, 3 D)
@@ -188,8 +200,8 @@ def overview(image: ndarray, label: ndarray, logits: Tensor, at: tuple, size: tu
     width, height = size
     picture = Image.fromarray(image).resize(size)
     x, y = at[0] * width, at[1] * height
-    draw = ImageDraw.Draw(picture)
-    draw.ellipse((x - 6, y - 6, x + 6, y + 6), outline="cyan", width=2)
+    ring = (x - 6, y - 6, x + 6, y + 6)
+    ImageDraw.Draw(picture).ellipse(ring, outline="cyan", width=2)
 
     logits = resize(logits.float(), (height, width))
     sure = confidence(logits[0])

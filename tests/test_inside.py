@@ -30,7 +30,9 @@ def net(monkeypatch):
         net = build_model(arch, neck, 6).eval()
         torch.nn.init.normal_(net.decode_head.classifier.weight)
 
-        for weight in (net.backbone.pos_embed, net.backbone.blocks[-1].attn.qkv.weight):
+        backbone = net.backbone
+        qkv = backbone.blocks[-1].attn.qkv
+        for weight in (backbone.pos_embed, qkv.weight):
             torch.nn.init.normal_(weight, std=0.3)
         return net
 
@@ -52,24 +54,31 @@ def test_attention_weights_equal_a_plain_loop_and_make_the_layers_own_output():
     weights = inside.attention_weights(qkv, 3, queries)
     assert weights.shape == (3, 3, 7)
     sums = weights.sum(2)
-    assert torch.allclose(sums, torch.ones(3, 3), atol=1e-6)
+    ones = torch.ones(3, 3)
+    assert torch.allclose(sums, ones, atol=1e-6)
 
     q, k, values = qkv.chunk(3, dim=1)
     out = torch.zeros(3, 12)
     for n, query in enumerate(queries):
         for head in range(3):
-            part = slice(4 * head, 4 * head + 4)
+            start = 4 * head
+            part = slice(start, start + 4)
+            asked = q[query, part]
+
             scores = []
             for token in range(7):
-                product = q[query, part] @ k[token, part]
+                product = asked @ k[token, part]
                 scores.append(product / 4**0.5)
             exponentials = torch.stack(scores).exp()
             plain = exponentials / exponentials.sum()
-            assert torch.allclose(weights[n, head], plain, atol=1e-6)
+            of_head = weights[n, head]
+            assert torch.allclose(of_head, plain, atol=1e-6)
 
-            out[n, part] = weights[n, head] @ values[:, part]
+            out[n, part] = of_head @ values[:, part]
+
     got = layer.proj(out)
-    want = layer(x)[0, queries]
+    of_all = layer(x)[0]
+    want = of_all[queries]
     assert torch.allclose(got, want, atol=1e-6)
 
 
@@ -77,21 +86,27 @@ def assert_shows_attention(panels, q, k):
     """That the panels, one a head, show what the query q (D) gives the keys k (N, D) of the 4 x 6
     patches, the last of the tokens."""
     for head, (text, colours) in enumerate(panels.items()):
-        part = slice(32 * head, 32 * head + 32)
+        start = 32 * head
+        part = slice(start, start + 32)
         scores = k[:, part] @ q[part]
         scores = scores / 32**0.5
         weights = scores.softmax(0)
         weights = weights[5:]
 
         brightness = (weights / weights.max()).sqrt()
-        want = inside.heat(brightness.view(4, 6))
+        as_map = brightness.view(4, 6)
+        want = inside.heat(as_map)
         assert largest_error(colours, want) <= 1
         assert text == f"head {head + 1}: {weights.sum():.0%} on patches"
 
 
 def test_attention_is_that_of_the_class_token_and_of_the_patch_at_the_place(net, monkeypatch):
     rows = []
-    monkeypatch.setattr(inside, "panel_row", lambda title, panels, size: rows.append(panels))
+
+    def note(title, panels, size):
+        rows.append(panels)
+
+    monkeypatch.setattr(inside, "panel_row", note)
     net = net("registers", "mln")
     x = torch.from_numpy(formulas.image(56, 80))  # 4 x 6 patches of 14, of which some hang over
     attention = net.backbone.blocks[-1].attn
@@ -99,12 +114,14 @@ def test_attention_is_that_of_the_class_token_and_of_the_patch_at_the_place(net,
         seen = inside.watch(net, x, torch.float32)
         inside.attention_rows(net, seen, (0.7, 0.3), (60, 40))
 
-        tokens = seen[attention.qkv][0][0]  # (5 + 4 * 6, D)
+        given, _ = seen[attention.qkv]
+        tokens = given[0]  # (5 + 4 * 6, D)
         qkv = tokens @ attention.qkv.weight.T + attention.qkv.bias
         q, k, _ = qkv.chunk(3, dim=1)
 
-    assert [len(panels) for panels in rows] == [attention.heads] * 2
     of_class_token, of_patch = rows
+    assert len(of_class_token) == attention.heads
+    assert len(of_patch) == attention.heads
     assert_shows_attention(of_class_token, q[0], k)
     patch = 5 + 1 * 6 + 4  # row int(0.3 * 4), column int(0.7 * 6), behind class token and registers
     assert_shows_attention(of_patch, q[patch], k)
@@ -113,20 +130,27 @@ def test_attention_is_that_of_the_class_token_and_of_the_patch_at_the_place(net,
 @pytest.mark.parametrize("h,w", [(3, 5), (16, 16), (1, 9)])
 def test_position_similarity_is_the_cosine_of_49_places_with_all(h, w):
     table = torch.randn(1, 1 + h * w, 8)
-    positions = table[0, 1:].view(h, w, 8)  # without the class token's
-    rows = [(2 * i + 1) * h // 14 for i in range(7)]
-    columns = [(2 * i + 1) * w // 14 for i in range(7)]
+    positions = table[0, 1:]  # without the class token's
+    positions = positions.view(h, w, 8)
 
+    middles = range(1, 14, 2)  # of seven parts, in fourteenths
+    rows = [middle * h // 14 for middle in middles]
+    columns = [middle * w // 14 for middle in middles]
+
+    high = h + 1
+    wide = w + 1
     drawn = inside.position_similarity(table, (h, w))
-    assert drawn.shape == (7 * (h + 1), 7 * (w + 1))
-    tiles = drawn.reshape(7, h + 1, 7, w + 1)
+    assert drawn.shape == (7 * high, 7 * wide)
+    tiles = drawn.reshape(7, high, 7, wide)
 
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             place = positions[row, column]
-            cosines = F.cosine_similarity(place.view(1, 1, 8), positions, dim=2)
+            place = place.view(1, 1, 8)
+            cosines = F.cosine_similarity(place, positions, dim=2)
             tile = tiles[i, :, j]
-            assert torch.allclose(tile[:h, :w], cosines, atol=1e-6)
+            shown = tile[:h, :w]
+            assert torch.allclose(shown, cosines, atol=1e-6)
 
             below = tile[h]
             right = tile[:, w]
@@ -136,15 +160,19 @@ def test_position_similarity_is_the_cosine_of_49_places_with_all(h, w):
 
 def in_grey(component, sign):
     """A principal component from black to white: grey its mean, both ends two deviations away."""
-    share = sign * component / (4 * component.std())
-    return np.clip(127.5 + 255 * share, 0, 255)
+    from_black_to_white = 4 * component.std()
+    share = sign * component / from_black_to_white
+    brightness = 127.5 + 255 * share
+    return brightness.clip(0, 255)
 
 
 @pytest.mark.parametrize("D,h,w", [(8, 5, 7), (20, 2, 3)])
 def test_principal_colours_are_numpys_svd_up_to_sign(D, h, w):
     rng = np.random.default_rng(0)
-    scale = np.arange(1, D + 1).reshape(D, 1, 1)
-    features = rng.normal(size=(D, h, w)) * scale
+    scale = np.arange(1, D + 1)
+    scale = scale.reshape(D, 1, 1)
+    noise = rng.normal(size=(D, h, w))
+    features = noise * scale
 
     x = features.reshape(D, -1).T
     x = x - x.mean(0)
@@ -154,12 +182,14 @@ def test_principal_colours_are_numpys_svd_up_to_sign(D, h, w):
     colours = inside.principal_colours(torch.from_numpy(features))
     for channel in range(3):
         got = colours[..., channel].ravel()
-        error = []
+        component = components[:, channel]
+
+        errors = []
         for sign in (1, -1):
-            want = in_grey(components[:, channel], sign)
-            error.append(largest_error(got, want))
-        assert min(error) <= 1
-        assert max(error) > 50, "the signs can be told apart"
+            want = in_grey(component, sign)
+            errors.append(largest_error(got, want))
+        assert min(errors) <= 1
+        assert max(errors) > 50, "the signs can be told apart"
 
 
 def test_principal_colours_do_not_depend_on_where_an_axis_points():
@@ -170,23 +200,27 @@ def test_principal_colours_do_not_depend_on_where_an_axis_points():
     order = [3, 0, 4, 1, 2]  # of the columns
     changed = features[:, :, order] * 3 + 1
     again = inside.principal_colours(changed)
-    assert largest_error(again, colours[:, order]) <= 1
+    want = colours[:, order]
+    assert largest_error(again, want) <= 1
     assert largest_error(again, colours) > 50, "the columns can be told apart"
 
     inverse = inside.principal_colours(-features)
-    assert largest_error(inverse, 255 - colours) <= 1
+    want = 255 - colours
+    assert largest_error(inverse, want) <= 1
 
 
 def test_a_map_without_differences_is_grey():
     for shape in ((7, 1, 1), (7, 2, 3)):
-        colours = inside.principal_colours(torch.full(shape, 3.0))
+        alike = torch.full(shape, 3.0)
+        colours = inside.principal_colours(alike)
         assert colours.shape == (*shape[1:], 3)
         assert (colours == 127).all()
 
 
 def test_confidence_is_one_minus_entropy_by_its_largest_value():
     def of(logits):
-        return inside.confidence(logits.view(3, 1, 1)).item()
+        pixel = logits.view(3, 1, 1)
+        return inside.confidence(pixel).item()
 
     sure = torch.tensor([0.0, 200.0, 0.0])
     assert of(sure) == pytest.approx(1)
@@ -196,11 +230,14 @@ def test_confidence_is_one_minus_entropy_by_its_largest_value():
     p = np.array([0.5, 0.25, 0.25])
     log_p = np.log(p)
     entropy = -(p * log_p).sum()
-    want = 1 - entropy / np.log(3)
-    assert of(torch.from_numpy(log_p)) == pytest.approx(want)
+    largest = np.log(3)
+    want = 1 - entropy / largest
+    logits = torch.from_numpy(log_p)
+    assert of(logits) == pytest.approx(want)
 
     of_one_class = torch.zeros(1, 2, 2)
-    assert inside.confidence(of_one_class).tolist() == [[1, 1], [1, 1]]
+    sure = inside.confidence(of_one_class)
+    assert sure.tolist() == [[1, 1], [1, 1]]
 
 
 def test_heat_grows_brighter_from_black_to_white():
@@ -208,21 +245,28 @@ def test_heat_grows_brighter_from_black_to_white():
     colours = inside.heat(values[None])[0]
     light = colours @ [0.3, 0.59, 0.11]
 
-    assert light[:11].max() == 0
-    steps = np.diff(light[10:31])
+    black = light[:11]
+    between = light[10:31]
+    white = light[30:]
+    assert black.max() == 0
+    steps = np.diff(between)
     assert (steps > 0).all()
-    assert light[30:].min() == light.max() > 250
+    assert white.min() == light.max() > 250
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @torch.inference_mode()
 def test_what_is_watched_is_what_the_network_computes(compiled, net):
-    net = evaluate.prepare(net("toy_p8", "mln"), torch.device("cpu"), torch.float32, compiled)
+    net = net("toy_p8", "mln")
+    cpu = torch.device("cpu")
+    net = evaluate.prepare(net, cpu, torch.float32, compiled)
     head = net.decode_head
     x = torch.from_numpy(formulas.image(60, 90))
 
     seen = inside.watch(net, x, torch.float32)
-    assert not any(module._forward_hooks for module in net.modules())  # nothing stays behind
+    for module in net.modules():
+        assert not module._forward_hooks, "nothing stays behind"
+
     inputs = {}
     outputs = {}
     for module, (given, made) in seen.items():
@@ -231,7 +275,8 @@ def test_what_is_watched_is_what_the_network_computes(compiled, net):
 
     with torch.compiler.set_stance("force_eager"):
         maps = net.backbone(x)
-        logits = head(net.features(x))
+        features = net.features(x)
+        logits = head(features)
     assert torch.equal(outputs[head], logits)
     for got, want in zip(outputs[net.backbone], maps, strict=True):
         assert torch.equal(got, want)
@@ -240,30 +285,40 @@ def test_what_is_watched_is_what_the_network_computes(compiled, net):
     assert (top >= 0).all()  # behind the ReLU
     finer = inputs[head][2]
     lateral = outputs[head.lateral_convs[2]]
-    want = lateral + resize(top, finer.shape[2:])
-    assert torch.equal(inputs[head.fpn_convs[2]], want)
+    size = finer.shape[2:]
+    coarser = resize(top, size)
+    merged = inputs[head.fpn_convs[2]]
+    assert torch.equal(merged, lateral + coarser)
 
     fused = inputs[head.classifier]
     logits = head.classifier(fused)
     assert torch.equal(logits, outputs[head])
 
 
-@pytest.mark.parametrize("height,width", [(1, 1), (1, 10000), (10000, 1), (7, 300), (37, 41)])
+STRIPS = [(1, 1), (1, 10000), (10000, 1), (7, 300), (37, 41)]
+
+
+@pytest.mark.parametrize("height,width", STRIPS)
 def test_the_sheet_of_any_strip_has_all_panels(height, width, net):
     image = np.full((height, width, 3), 99, np.uint8)
     label = np.zeros((height, width), np.uint8)
+    net = net()
 
     place = (0.99, 0.0)
-    net = net()
-    drawn = inside.look_inside(net, image, label, CLASSES, place, short=32)
-    around = drawn.width + drawn.height
+    sheet = inside.look_inside(net, image, label, CLASSES, place, short=32)
+    around = sheet.width + sheet.height
     assert 1300 < around < 3200
 
 
+NETWORKS = [
+    ("toy_p8", "none", 0),
+    ("small", "ln_mln", 1),
+    ("registers", "mln", 1),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "arch,neck,rows", [("toy_p8", "none", 0), ("small", "ln_mln", 1), ("registers", "mln", 1)]
-)
+@pytest.mark.parametrize("arch,neck,rows", NETWORKS)
 def test_the_sheet_of_any_network_has_a_row_for_its_neck_alone(
     arch, neck, rows, dtype, net, monkeypatch
 ):
@@ -278,15 +333,16 @@ def test_the_sheet_of_any_network_has_a_row_for_its_neck_alone(
         return drawn_rows
 
     monkeypatch.setattr(inside, "map_rows", note)
-    drawn = inside.look_inside(net, image, label, CLASSES, short=64, dtype=dtype)
+    sheet = inside.look_inside(net, image, label, CLASSES, short=64, dtype=dtype)
     assert len(drawn_rows) == 4 + rows
     heights = [row.shape[0] for row in drawn_rows]
-    assert drawn.height > sum(heights) > 4 * 133
+    assert sheet.height > sum(heights) > 4 * 133
 
-    pixels = np.asarray(drawn).reshape(-1, 3)
+    pixels = np.asarray(sheet).reshape(-1, 3)
     colours = set(map(tuple, pixels))
     for value in np.unique(label):
-        assert tuple(CLASSES.palette[value]) in colours
+        colour = CLASSES.palette[value]
+        assert tuple(colour) in colours
 
 
 @pytest.fixture
@@ -304,7 +360,8 @@ def folder(tmp_path, net, monkeypatch):
     }
     torch.save(content, "runs/a/checkpoint_5.pt")
     for name in ("a", "b"):
-        Image.fromarray(formulas.picture(40, 60)).save(f"in/{name}.png")
+        picture = Image.fromarray(formulas.picture(40, 60))
+        picture.save(f"in/{name}.png")
 
 
 def read(path):
@@ -313,18 +370,22 @@ def read(path):
 
 
 def test_the_option_writes_one_more_sheet_a_picture(folder, main, capsys):
-    main(evaluate, "--image", "in", "--show", "plain", "--workers", 0)
+    pictures = ("--image", "in", "--workers", 0)
+    main(evaluate, *pictures, "--show", "plain")
     assert sorted(os.listdir("plain")) == ["a.png", "b.png"]
 
-    main(evaluate, "--image", "in", "--show", "out", "--workers", 0, "--inside")
+    main(evaluate, *pictures, "--show", "out", "--inside")
     names = ["a.png", "a_inside.png", "b.png", "b_inside.png"]
     assert sorted(os.listdir("out")) == names
-    assert "out: 2 more, *_inside.png" in capsys.readouterr().out
-    for name in ("a.png", "b.png"):
-        assert read(f"plain/{name}") == read(f"out/{name}")
+    printed = capsys.readouterr().out
+    assert "out: 2 more, *_inside.png" in printed
 
-    place = ("--at", 0, 0)
-    main(evaluate, "--image", "in", "--show", "corner", "--workers", 0, "--inside", *place)
+    for name in ("a.png", "b.png"):
+        without = read(f"plain/{name}")
+        beside = read(f"out/{name}")
+        assert without == beside
+
+    main(evaluate, *pictures, "--show", "corner", "--inside", "--at", 0, 0)
     middle = np.asarray(Image.open("out/a_inside.png"))
     corner = np.asarray(Image.open("corner/a_inside.png"))
     assert middle.shape == corner.shape
@@ -353,13 +414,15 @@ def test_what_makes_no_sense_is_refused_in_one_sentence(arguments, message, fold
 def test_no_sheet_replaces_a_file_that_is_read_or_another_sheet(folder, main, capsys):
     os.rename("in/b.png", "in/a_inside.png")
     os.link("runs/a/checkpoint_5.pt", "c_inside.png")
-    Image.fromarray(formulas.picture(40, 60)).save("c.jpg")
+    picture = Image.fromarray(formulas.picture(40, 60))
+    picture.save("c.jpg")
 
-    for source, target, message in (
+    cases = [
         ("in", "out", "out/a_inside.png would hold both what is made of"),
         ("in/a.png", "in/deep/..", "in/deep/../a.png would replace in/a.png"),
         ("c.jpg", ".", "c_inside.png would replace runs/a/checkpoint_5.pt"),
-    ):
+    ]
+    for source, target, message in cases:
         with pytest.raises(SystemExit) as end:
             main(evaluate, "--image", source, "--show", target, "--inside")
         assert end.value.code == 2

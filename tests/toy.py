@@ -25,6 +25,8 @@ import shutil
 from typing import NamedTuple
 
 import numpy as np
+from numpy import ndarray
+from numpy.random import Generator, default_rng
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter, map_coordinates, maximum_filter, minimum_filter
 
@@ -105,9 +107,9 @@ class Part(NamedTuple):
     the place where the thing stands: a list, an array (polygons, corners), or a number for all."""
 
     colour: Colour | None
-    x: list | np.ndarray | float
-    y: list | np.ndarray | float
-    z: list | np.ndarray | float = 0
+    x: list | ndarray | float
+    y: list | ndarray | float
+    z: list | ndarray | float = 0
 
 
 class Thing(NamedTuple):
@@ -117,62 +119,76 @@ class Thing(NamedTuple):
     parts: list[Part]
 
 
-def ring(n: int, x, y, rx: float, ry: float) -> tuple[np.ndarray, np.ndarray]:
-    """The n corners of a regular polygon around (x, y): a box for n = 4, rounder for more. rx, ry:
-    from the centre to the middle of a side. Lists make several polygons. -> x, y: (polygons, n)"""
+def regular_polygon(n: int, x, y, rx: float, ry: float) -> tuple[ndarray, ndarray]:
+    """The n corners around the centre (x, y): a box for n = 4, rounder for more. rx, ry: from the
+    centre to the middle of a side. Lists make several polygons. -> x, y: (polygons, n)"""
     x, y, rx, ry = (np.reshape(v, (-1, 1)) for v in (x, y, rx, ry))
-    turn = (np.arange(n) + 0.5) * 2 * np.pi / n
-    to_side = np.cos(np.pi / n)  # from the centre, where a corner is at the distance 1
+    corner = np.arange(n) + 0.5
+    angle = corner * 2 * np.pi / n
+    sine = np.sin(angle)
+    cosine = np.cos(angle)
 
-    across = rx * np.sin(turn) / to_side
-    up = -ry * np.cos(turn) / to_side
+    half_a_side = np.pi / n
+    to_side = np.cos(half_a_side)  # from the centre, where a corner is at the distance 1
+    across = rx * sine / to_side
+    up = -ry * cosine / to_side
     return x + across, y + up
+
+
+def ring(n: int, colour: Colour | None, x, y, rx: float, ry: float) -> Part:
+    """Regular polygons that face the eye."""
+    x, y = regular_polygon(n, x, y, rx, ry)
+    return Part(colour, x, y)
+
+
+def box(colour: Colour | None, x, y, rx: float, ry: float) -> Part:
+    """Rectangles that face the eye."""
+    return ring(4, colour, x, y, rx, ry)
 
 
 def windows() -> Part:
     """Panes on the wall x = 0 of a building, in rows along y and z."""
-    grid = np.mgrid[2:9:2.4, -11:0:1.9]
-    heights, depths = grid.reshape(2, -1)
-    y, z = ring(4, heights, depths, 0.7, 0.5)
+    heights, depths = np.mgrid[2:9:2.4, -11:0:1.9]
+    y, z = regular_polygon(4, heights, depths, 0.7, 0.5)
     return Part(GLASS, 0, y, z)
 
 
 THINGS = {
     "tree": Thing("tree", [
         Part(WOOD, [-0.2, 0.2, 0.1, -0.1], [0, 0, 3, 3]),
-        Part(SHADE, *ring(10, [0.3, 0], [2.9, 3.8], 1.5, 1.2)),
-        Part(LEAF, *ring(10, [-0.5, -0.2], [3.1, 4.1], 1, 0.8)),
-        Part(GRASS, *ring(10, -0.6, 3.8, 0.6, 0.6)),
+        ring(10, SHADE, [0.3, 0], [2.9, 3.8], 1.5, 1.2),
+        ring(10, LEAF, [-0.5, -0.2], [3.1, 4.1], 1, 0.8),
+        ring(10, GRASS, -0.6, 3.8, 0.6, 0.6),
     ]),
     "fir": Thing("tree", [
-        Part(SHADE, *ring(3, 0, [0.8, 2, 3.2], [0.9, 0.7, 0.5], 0.8)),
+        ring(3, SHADE, 0, [0.8, 2, 3.2], [0.9, 0.7, 0.5], 0.8),
         Part(LEAF, [-1.2, -0.3, 0], [0.1, 0, 4.6]),
     ]),
     "flower": Thing("flower", [
-        Part(SHADE, *ring(9, 0, 0.28, 0.9, 0.45)),
-        Part(None, *ring(6, [-0.55, 0.55, 0, -0.25, 0.25, 0.1],
-                         [0.36, 0.3, 0.56, 0.22, 0.1, 0.33], 0.22, 0.17)),
+        ring(9, SHADE, 0, 0.28, 0.9, 0.45),
+        ring(6, None, [-0.55, 0.55, 0, -0.25, 0.25, 0.1],
+             [0.36, 0.3, 0.56, 0.22, 0.1, 0.33], 0.22, 0.17),
     ]),
     "car": Thing("car", [
-        Part(DARK, *ring(4, [-0.6, 0.6], 0.25, 0.2, 0.25)),
+        box(DARK, [-0.6, 0.6], 0.25, 0.2, 0.25),
         Part(None, [-1, 1, 1, 0.7, -0.7, -1], [0.3, 0.3, 0.9, 1.5, 1.5, 0.9]),
         Part(GLASS, [-0.75, 0.75, 0.55, -0.55], [0.95, 0.95, 1.4, 1.4]),
-        Part(RED, *ring(4, [-0.75, 0.75], 0.75, 0.15, 0.1)),
+        box(RED, [-0.75, 0.75], 0.75, 0.15, 0.1),
     ]),
     "person": Thing("person", [
-        Part(DARK, *ring(4, [-0.16, 0.16], 0.6, 0.14, 0.6)),
+        box(DARK, [-0.16, 0.16], 0.6, 0.14, 0.6),
         Part(None, [-0.48, 0.48, 0.36, -0.36], [1, 1, 1.85, 1.85]),
-        Part(SKIN, *ring(8, 0, 2.06, 0.21, 0.22)),
-        Part(WOOD, *ring(4, 0, 2.24, 0.21, 0.09)),
+        ring(8, SKIN, 0, 2.06, 0.21, 0.22),
+        box(WOOD, 0, 2.24, 0.21, 0.09),
     ]),
     "house": Thing("house", [
         Part(CREAM, [-5, -2, -2, -3.5, -5], [0, 0, 2.8, 4.8, 2.8]),
-        Part(PAVING, *ring(4, 1.5, 1.4, 3.5, 1.4)),
+        box(PAVING, 1.5, 1.4, 3.5, 1.4),
         Part(RED, [-3.6, 3.5, 5.4, -1.9], [4.9, 4.9, 2.6, 2.6]),
-        Part(GLASS, *ring(4, [-3.5, -0.4, 2, 4], 1.5, 0.5, 0.5)),
+        box(GLASS, [-3.5, -0.4, 2, 4], 1.5, 0.5, 0.5),
     ]),
     "boat": Thing("boat", [
-        Part(WOOD, *ring(4, 0, 3.5, 0.1, 3.5)),
+        box(WOOD, 0, 3.5, 0.1, 3.5),
         Part(CREAM, [-0.2, -0.2, -2.6], [1.2, 6.8, 1.2]),
         Part(None, [0.2, 0.2, 2.2], [1.4, 6.2, 1.4]),
         Part(RED, [-2.6, 2.4, 3.2, -3], [0, 0, 1, 1]),
@@ -188,17 +204,17 @@ THINGS = {
         Part(SNOW, [0, -22, -9, 2, 24], [110, 93, 80, 88, 80]),
     ]),
     "hill": Thing("grass", [
-        Part(GRASS, *ring(16, 0, 0, 70, 11)),
+        ring(16, GRASS, 0, 0, 70, 11),
     ]),
     "lamp": Thing("nothing", [
-        Part(DARK, *ring(4, [0, -0.4], [2.4, 4.8], [0.1, 0.6], [2.4, 0.1])),
+        box(DARK, [0, -0.4], [2.4, 4.8], [0.1, 0.6], [2.4, 0.1]),
     ]),
     "parasol": Thing("nothing", [
-        Part(WOOD, *ring(4, 0, 1.1, 0.06, 1.1)),
+        box(WOOD, 0, 1.1, 0.06, 1.1),
         Part(None, [-1.5, 1.5, 0.8, 0, -0.8], [1.8, 1.8, 2.4, 2.6, 2.4]),
     ]),
     "balloon": Thing("nothing", [
-        Part(WOOD, *ring(4, 0, 12.7, 0.7, 0.6)),
+        box(WOOD, 0, 12.7, 0.7, 0.6),
         Part(None, [-0.7, 0.7, 3, 2.5, 0, -2.5, -3], [14, 14, 17, 20, 21, 20, 17]),
     ]),
 }
@@ -318,17 +334,17 @@ class View(NamedTuple):
     come first, (3, height, width), and are float32 throughout, for speed."""
 
     scene: Scene
-    sun: np.ndarray  # (3, 1, 1), as Light's
-    zenith: np.ndarray  # (3, 1, 1)
-    haze: np.ndarray  # (3, 1, 1)
-    shadow: np.ndarray  # (1, 1, 1)
+    sun: ndarray  # (3, 1, 1), as Light's
+    zenith: ndarray  # (3, 1, 1)
+    haze: ndarray  # (3, 1, 1)
+    shadow: ndarray  # (1, 1, 1)
     sun_side: int  # -1: the sun stands on the left, 1: on the right
     mirror: int  # -1: the scene is mirrored
     horizon: int  # its row
-    noise: np.ndarray  # (256, 256), soft, the same left and right and top and bottom
-    line: np.ndarray  # the scene's, straighter or more bent
-    depth: np.ndarray  # (HEIGHT - horizon, WIDTH): metres ahead
-    across: np.ndarray  # (HEIGHT - horizon, WIDTH): metres to the right
+    noise: ndarray  # (256, 256), soft, the same left and right and top and bottom
+    line: ndarray  # the scene's, straighter or more bent
+    depth: ndarray  # (HEIGHT - horizon, WIDTH): metres ahead
+    across: ndarray  # (HEIGHT - horizon, WIDTH): metres to the right
 
 
 class Place(NamedTuple):
@@ -339,17 +355,19 @@ class Place(NamedTuple):
     name: str
 
 
-def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_scene(rng: Generator) -> tuple[ndarray, ndarray]:
     """One toy scene: a picture (192, 256, 3) uint8 RGB and its label (192, 256) uint8 as ADE20K's
     files have it."""
     view = look(rng)
 
-    image = paint_sky(view, rng)  # (3, HEIGHT, WIDTH)
+    image = paint_sky(view)  # (3, HEIGHT, WIDTH)
     label = np.full((HEIGHT, WIDTH), VALUES["sky"], np.uint8)
 
-    # Below the horizon, as views: what is painted on them is painted on the picture.
+    # Above and below the horizon, as views: what is painted on them is painted on the picture.
+    sky = image[:, : view.horizon]
     land = image[:, view.horizon :]
     land_label = label[view.horizon :]
+    paint_clouds(view, sky, rng)
     paint_ground(view, land, land_label)
 
     places = place_things(view, rng)
@@ -359,14 +377,14 @@ def draw_scene(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return add_grain(view, image, label, rng)
 
 
-def pixel_centres() -> tuple[np.ndarray, np.ndarray]:
+def pixel_centres() -> tuple[ndarray, ndarray]:
     """-> row (HEIGHT, WIDTH), column (HEIGHT, WIDTH) of each pixel's centre, float32"""
     corners = np.mgrid[:HEIGHT, :WIDTH]
     row, column = corners.astype(np.float32) + 0.5
     return row, column
 
 
-def look(rng: np.random.Generator) -> View:
+def look(rng: Generator) -> View:
     """Choose a scene, a light, and which way the eye looks."""
     scene = SCENES[rng.integers(len(SCENES))]
     light = LIGHTS[rng.integers(len(LIGHTS))]
@@ -399,68 +417,97 @@ def look(rng: np.random.Generator) -> View:
     )
 
 
-def soft_noise(rng: np.random.Generator, sigma: int) -> np.ndarray:
+def soft_noise(rng: Generator, sigma: int) -> ndarray:
     """Noise in patches some sigma pixels wide, of about the same strength for any of them, the same
     left and right and top and bottom. -> (256, 256)"""
     noise = rng.standard_normal((256, 256), np.float32)
     return 2 * sigma * gaussian_filter(noise, sigma, mode="wrap")
 
 
-def texture(view: View, width: float, depth: float, strength: float) -> np.ndarray:
+def texture(view: View, width: float, depth: float, strength: float) -> ndarray:
     """Noise in patches of width x depth metres on the ground, (HEIGHT - horizon, WIDTH)."""
-    places = (view.depth / depth, view.across / width)
-    patches = map_coordinates(view.noise, places, order=1, mode="grid-wrap")
+    row = view.depth / depth
+    column = view.across / width
+    patches = map_coordinates(view.noise, (row, column), order=1, mode="grid-wrap")
 
     # A patch at this depth is FOCAL * eye * depth / z^2 rows high. Where it is smaller than a
     # pixel it would flicker, and fades instead.
-    three_patches = 3 * FOCAL * view.scene.eye * depth / view.depth**2
+    eye = view.scene.eye
+    three_patches = 3 * FOCAL * eye * depth / view.depth**2
     fade = three_patches.clip(0, 1)
     return strength * patches * fade
 
 
-def into_haze(view: View, colour: np.ndarray, depth: np.ndarray | float) -> np.ndarray:
+def into_haze(view: View, colour: ndarray, depth: ndarray | float) -> ndarray:
     """What is left of a colour behind so many metres of air."""
-    left = np.exp(-depth / HAZE)
-    return view.haze + (colour - view.haze) * left
+    share = np.exp(-depth / HAZE)
+    contrast = colour - view.haze
+    return view.haze + contrast * share
 
 
-def paint_sky(view: View, rng: np.random.Generator) -> np.ndarray:
-    """From the zenith's colour to the haze's, the sun and its glow, clouds. -> (3, HEIGHT, WIDTH),
-    the land below the horizon still empty"""
+def paint(canvas: ndarray, colour: ndarray, cover: ndarray) -> None:
+    """Lay a colour on the canvas. cover: the share of each pixel that it takes, 0..1"""
+    change = colour - canvas
+    canvas += cover * change
+
+
+def paint_sky(view: View) -> ndarray:
+    """From the zenith's colour to the haze's, the sun and its glow. -> (3, HEIGHT, WIDTH), the land
+    below the horizon still empty"""
     row, column = pixel_centres()
     down = (row / view.horizon).clip(0, 1)  # 0 at the zenith, 1 at the horizon
-    image = view.zenith + (view.haze - view.zenith) * down**1.3  # (3, HEIGHT, WIDTH)
+    change = view.haze - view.zenith
+    image = view.zenith + change * down**1.3  # (3, HEIGHT, WIDTH)
 
+    # Distances from the sun, in pixels.
     sun_row = view.horizon * 0.4
     sun_column = WIDTH * (0.5 + 0.42 * view.sun_side)
-    away = np.hypot(column - sun_column, row - sun_row)  # in pixels
+    below = row - sun_row
+    right = column - sun_column
+    away = np.hypot(right, below)
+
     glow = np.exp(-away / 30)
     disc = np.exp(-((away / 7) ** 4))
-    image += (glow + disc) * view.sun * 180 * view.shadow
-
-    # Clouds lie on a plane above, as the ground does below: the ground's noise, upside down.
-    eye = view.scene.eye
-    noise = texture(view, eye * 0.2, eye * 0.25, 1)
-    clouds = noise[view.horizon - 1 :: -1] + rng.uniform(-0.8, 0.2)
-    cover = (clouds * 0.8).clip(0, 0.85)  # share of the pixel
-    colour = 0.35 * view.haze + 165 - 8 * clouds
-
-    sky = image[:, : view.horizon]  # a view: painting on it paints the image
-    sky += cover * (colour - sky)
+    light = glow + disc
+    image += light * view.sun * 180 * view.shadow
     return image
 
 
-def paint_ground(view: View, land: np.ndarray, label: np.ndarray) -> None:
+def paint_clouds(view: View, sky: ndarray, rng: Generator) -> None:
+    """Paint clouds on sky (3, horizon, WIDTH). They lie on a plane above, as the ground does below:
+    the ground's noise, upside down."""
+    eye = view.scene.eye
+    noise = texture(view, eye * 0.2, eye * 0.25, 1)
+    upside_down = noise[view.horizon - 1 :: -1]
+    clouds = upside_down + rng.uniform(-0.8, 0.2)
+
+    brightest = 0.35 * view.haze + 165
+    colour = brightest - 8 * clouds
+    dense = clouds * 0.8
+    cover = dense.clip(0, 0.85)
+    paint(sky, colour, cover)
+
+
+def line_at(view: View, depth: ndarray | float) -> ndarray:
+    """How far to the right the line runs, so many metres ahead. From 60 on it runs straight."""
+    depth = np.minimum(depth, 60)
+    return np.polyval(view.line, depth)
+
+
+def paint_ground(view: View, land: ndarray, label: ndarray) -> None:
     """Paint the scene's strips on land (3, HEIGHT - horizon, WIDTH) and into its label."""
     # Metres from the road or shore, and how many of them one pixel covers, for smooth edges.
-    line = np.polyval(view.line, view.depth.clip(0, 60))
+    line = line_at(view, view.depth)
     beside = view.mirror * view.across - line
     down, across = np.gradient(beside)
     pixel = np.hypot(down, across)
 
     for strip in view.scene.strips:
-        inside = np.minimum(beside - strip.left, strip.right - beside)  # metres, negative outside
-        cover = (inside / pixel + 0.5).clip(0, 1)  # share of the pixel
+        from_left = beside - strip.left
+        from_right = strip.right - beside
+        inside = np.minimum(from_left, from_right)  # metres, negative outside
+        inside = inside / pixel  # pixels
+        cover = (inside + 0.5).clip(0, 1)
 
         brightness = 0.85
         if strip.grain:
@@ -469,52 +516,60 @@ def paint_ground(view: View, land: np.ndarray, label: np.ndarray) -> None:
         colour = colour * view.sun * brightness
         colour = into_haze(view, colour, view.depth)
 
-        land += cover * (colour - land)
+        paint(land, colour, cover)
         label[cover >= 0.5] = VALUES[strip.label]
 
 
-def place_things(view: View, rng: np.random.Generator) -> list[Place]:
+def place_things(view: View, rng: Generator) -> list[Place]:
     """Where the scene's things stand, the farthest first."""
+    scene = view.scene
     places = []
-    for name, crowd in view.scene.things.items():
-        for i in range(crowd.count):
-            # Distances grow by a factor, not by a step: as many things near as far in the picture.
-            share = (i + rng.random()) / crowd.count
-            z = crowd.near * (crowd.far / crowd.near) ** share
-            beside = rng.uniform(crowd.left, crowd.right)
-            if view.scene.both_sides and i % 2 == 1:
-                beside = -beside
+    for name, crowd in scene.things.items():
+        # Distances grow by a factor, not by a step: as many things near as far in the picture.
+        growth = crowd.far / crowd.near
 
-            # The line is nearly straight from 60 metres on.
-            line = float(np.polyval(view.line, min(z, 60)))
+        for i in range(crowd.count):
+            share = (i + rng.random()) / crowd.count
+            z = crowd.near * growth**share
+
+            beside = rng.uniform(crowd.left, crowd.right)
+            if scene.both_sides and i % 2 == 1:
+                beside = -beside
+            line = float(line_at(view, z))
             x = view.mirror * (beside + line)
             places.append(Place(z, x, name))
 
     return sorted(places, reverse=True)
 
 
-def cast_shadows(view: View, land: np.ndarray, places: list[Place]) -> None:
+def cast_shadows(view: View, land: ndarray, places: list[Place]) -> None:
     """Darken the ground where things stand: a soft round spot, on the side away from the sun, as
     wide as the thing's last part. All of them come before all things, which they lie under."""
     for z, x, name in places:
         last = THINGS[name].parts[-1]
-        radius = float(np.abs(last.x).max()) + 0.3
-        right = view.across - x + view.sun_side * radius / 2  # of the spot's middle, in metres
-        behind = view.depth - z
+        widths = np.abs(last.x)
+        radius = float(widths.max()) + 0.3
 
-        darkness = np.exp(-(right**2 + behind**2) / radius**2)
+        # Metres from the spot's middle.
+        shift = view.sun_side * radius / 2
+        right = view.across - x + shift
+        behind = view.depth - z
+        away_squared = right**2 + behind**2
+
+        darkness = np.exp(-away_squared / radius**2)
         land *= 1 - view.shadow * darkness
 
 
 def draw_things(
     view: View,
-    image: np.ndarray,
-    label: np.ndarray,
+    image: ndarray,
+    label: ndarray,
     places: list[Place],
-    rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
+    rng: Generator,
+) -> tuple[ndarray, ndarray]:
     """Draw them over image (3, HEIGHT, WIDTH) and label. -> (HEIGHT, WIDTH, 3), (HEIGHT, WIDTH)"""
-    image = np.uint8(image.transpose(1, 2, 0).clip(0, 255))
+    image = image.transpose(1, 2, 0).clip(0, 255)
+    image = image.astype(np.uint8)
     image_canvas = Image.fromarray(enlarge(image))
     label_canvas = Image.fromarray(enlarge(label))
     image_pen = ImageDraw.Draw(image_canvas)
@@ -525,17 +580,18 @@ def draw_things(
         wide, tall = rng.uniform(0.85, 1.15, 2)
 
         # Things turn their lit side to the sun, buildings their windows to the road.
-        side = np.sign(place.x) if place.name == "building" else -view.sun_side
-        in_shade = side == view.sun_side
-        brightness = rng.uniform(0.88, 1.1)
-        tint = view.sun * brightness * rng.uniform(0.94, 1.06, (3, 1, 1))
-        tint = tint * (1 - 0.5 * view.shadow * in_shade)
+        side = -view.sun_side
+        if place.name == "building":
+            side = np.sign(place.x)
+        light = light_on(view, side, rng)
 
         for part in thing.parts:
-            colour = part.colour or BRIGHT[rng.integers(len(BRIGHT))]
-            colour = np.reshape(colour, (3, 1, 1)) * tint
-            colour = into_haze(view, colour, place.z).clip(0, 255)
-            rgb = tuple(colour.astype(int).ravel())
+            colour = part.colour
+            if colour is None:
+                colour = BRIGHT[rng.integers(len(BRIGHT))]
+            lit = np.reshape(colour, (3, 1, 1)) * light
+            seen = into_haze(view, lit, place.z).clip(0, 255)
+            rgb = tuple(seen.astype(int).ravel())
 
             for polygon in project(view, place, part, side * wide, tall):
                 image_pen.polygon(polygon, rgb)
@@ -548,9 +604,23 @@ def draw_things(
     return image, label.copy()
 
 
-def enlarge(x: np.ndarray) -> np.ndarray:
+def light_on(view: View, side: float, rng: Generator) -> ndarray:
+    """What a thing's colours are multiplied by, (3, 1, 1): a little different for each thing. side:
+    -1 where the thing is drawn mirrored, else 1"""
+    brightness = rng.uniform(0.88, 1.1)
+    tint = rng.uniform(0.94, 1.06, (3, 1, 1))
+    light = view.sun * brightness * tint
+
+    in_shade = side == view.sun_side
+    if in_shade:
+        light = light * (1 - 0.5 * view.shadow)
+    return light
+
+
+def enlarge(x: ndarray) -> ndarray:
     """(H, W, ...) -> (ENLARGED H, ENLARGED W, ...), every pixel repeated."""
-    return x.repeat(ENLARGED, axis=0).repeat(ENLARGED, axis=1)
+    taller = x.repeat(ENLARGED, axis=0)
+    return taller.repeat(ENLARGED, axis=1)
 
 
 def project(view: View, place: Place, part: Part, wide: float, tall: float) -> list[list[float]]:
@@ -560,32 +630,41 @@ def project(view: View, place: Place, part: Part, wide: float, tall: float) -> l
     x, y, z = np.broadcast_arrays(*lists)  # (polygons, corners)
 
     across = place.x + wide * x
-    below = view.scene.eye - tall * y
+    height = tall * y
+    below = view.scene.eye - height
     depth = place.z + z
-    column = WIDTH / 2 + FOCAL * across / depth
-    row = view.horizon + FOCAL * below / depth
 
-    corners = ENLARGED * np.stack([column, row], axis=-1)  # (polygons, corners, 2)
-    return corners.reshape(len(x), -1).tolist()
+    right = FOCAL * across / depth
+    down = FOCAL * below / depth
+    column = WIDTH / 2 + right
+    row = view.horizon + down
+
+    corners = np.stack([column, row], axis=-1)  # (polygons, corners, 2)
+    polygons = ENLARGED * corners.reshape(len(x), -1)
+    return polygons.tolist()
 
 
 def add_grain(
-    view: View, image: np.ndarray, label: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+    view: View, image: ndarray, label: ndarray, rng: Generator
+) -> tuple[ndarray, ndarray]:
     """Roughness of surfaces, most of all of leaves, the camera's noise, and the gaps that
     annotators leave here and there where two classes meet."""
     noise = view.noise[:HEIGHT]
-    on_a_surface = label != VALUES["sky"]
-    leaf = label == VALUES["tree"]
-    rough = np.float32(0.025 * on_a_surface + 0.06 * leaf)
+    rough = np.full((HEIGHT, WIDTH), 0.025, np.float32)
+    rough[label == VALUES["sky"]] = 0
+    rough[label == VALUES["tree"]] = 0.085
 
     brightness = 1 + rough * noise
     image = image * brightness[:, :, None]
-    image = image + 4 * rng.standard_normal((HEIGHT, WIDTH, 3), np.float32)
+    camera = rng.standard_normal((HEIGHT, WIDTH, 3), np.float32)
+    image = image + 4 * camera
     image = image.clip(0, 255).astype(np.uint8)
 
-    meeting = maximum_filter(label, 2) > minimum_filter(label, 2)
-    label[meeting & (noise > 0.8)] = VALUES["nothing"]
+    highest = maximum_filter(label, 2)
+    lowest = minimum_filter(label, 2)
+    meeting = highest > lowest
+    gap = meeting & (noise > 0.8)
+    label[gap] = VALUES["nothing"]
     return image, label
 
 
@@ -599,17 +678,8 @@ def make_toy(root: str) -> str:
         return root
 
     part = f"{os.path.normpath(root)}.part{os.getpid()}"  # moved into place when whole
-    for s, (split, count) in enumerate([("training", 96), ("validation", 24)]):
-        images = os.path.join(part, "images", split)
-        labels = os.path.join(part, "annotations", split)
-        os.makedirs(images)
-        os.makedirs(labels)
-
-        for i in range(count):
-            rng = np.random.default_rng([s, i])
-            image, label = draw_scene(rng)
-            Image.fromarray(image).save(os.path.join(images, f"toy_{i:03d}.jpg"), quality=95)
-            Image.fromarray(label).save(os.path.join(labels, f"toy_{i:03d}.png"))
+    draw_split(part, "training", 0, 96)
+    draw_split(part, "validation", 1, 24)
 
     try:
         os.rename(part, root)
@@ -619,3 +689,21 @@ def make_toy(root: str) -> str:
         shutil.rmtree(part)  # another process was faster, with the same pictures
 
     return root
+
+
+def draw_split(root: str, split: str, seed: int, count: int) -> None:
+    """Draw `count` pictures and their labels. Each has a seed of its own, [seed, index]."""
+    images = os.path.join(root, "images", split)
+    labels = os.path.join(root, "annotations", split)
+    os.makedirs(images)
+    os.makedirs(labels)
+
+    for i in range(count):
+        rng = default_rng([seed, i])
+        image, label = draw_scene(rng)
+
+        name = f"toy_{i:03d}"
+        image_path = os.path.join(images, name + ".jpg")
+        label_path = os.path.join(labels, name + ".png")
+        Image.fromarray(image).save(image_path, quality=95)
+        Image.fromarray(label).save(label_path)
