@@ -64,7 +64,9 @@ def count_flops(arch, neck, height, width, training=False):
         maps = model.features(torch.zeros(2, 3, height, width))
         logits = model.decode_head(maps)
         if training:
-            (logits.sum() + model.auxiliary_head(maps).sum()).backward()
+            auxiliary = model.auxiliary_head(maps)
+            loss = logits.sum() + auxiliary.sum()
+            loss.backward()
     return counter.get_total_flops() / 2
 
 
@@ -72,14 +74,18 @@ def training_step(model, size, batch, device, dtype):
     """-> a function that takes one step of train.py's loop on random pictures."""
     rng = np.random.default_rng(0)
     optimizer = train.build_optimizer(model, "adamw", 6e-5)
-    images = torch.from_numpy(rng.integers(0, 256, (batch, 3, size, size), np.uint8))
-    labels = torch.from_numpy(rng.integers(0, 150, (batch, size, size), np.uint8))
+    pixels = rng.integers(0, 256, (batch, 3, size, size), np.uint8)
+    classes = rng.integers(0, 150, (batch, size, size), np.uint8)
+    images = torch.from_numpy(pixels)
+    labels = torch.from_numpy(classes)
+    layout = evaluate.memory_format(device, dtype)
 
     def step():
         x = ade20k.normalise(images.to(device))
-        x = x.contiguous(memory_format=evaluate.memory_format(device, dtype))
+        x = x.contiguous(memory_format=layout)
+        truth = labels.to(device).long()
         with evaluate.autocast(device, dtype):
-            loss, _ = model(x, labels.to(device).long())
+            loss, _ = model(x, truth)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -200,8 +206,10 @@ def their_training_step(model, cfg, size, batch):
     from mmseg.structures import SegDataSample
 
     rng = np.random.default_rng(0)
-    picture = torch.from_numpy(rng.integers(0, 256, (3, size, size), np.uint8))
-    label = PixelData(data=torch.from_numpy(rng.integers(0, 150, (1, size, size))))
+    pixels = rng.integers(0, 256, (3, size, size), np.uint8)
+    classes = rng.integers(0, 150, (1, size, size))
+    picture = torch.from_numpy(pixels)
+    label = PixelData(data=torch.from_numpy(classes))
 
     meta = dict(img_shape=(size, size))
     samples = [SegDataSample(gt_sem_seg=label, metainfo=meta) for _ in range(batch)]
@@ -238,7 +246,8 @@ def their_inference(model, size):
     from mmseg.structures import SegDataSample
 
     rng = np.random.default_rng(0)
-    picture = torch.from_numpy(rng.integers(0, 256, (3, size, size), np.uint8))
+    pixels = rng.integers(0, 256, (3, size, size), np.uint8)
+    picture = torch.from_numpy(pixels)
     meta = dict(ori_shape=(size, size), img_shape=(size, size), pad_shape=(size, size))
 
     def label():
@@ -276,7 +285,8 @@ def peak_memory(device):
         return float("nan")
 
     unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return unit * usage.ru_maxrss
 
 
 def matmul_rate(device, dtype):
@@ -441,10 +451,16 @@ def fastest_of_two(args, item):
     """-> the figures of mmsegmentation, of ours in float32 and of ours in --dtype, the better ones
     of two rounds, in which all three take turns."""
     sides = [("theirs", "float32"), ("ours", "float32"), ("ours", args.dtype)]
-    rounds = []
-    for _ in range(2):
-        rounds.append([figure(args, *item, side=side, dtype=dtype) for side, dtype in sides])
-    return [min(both, key=lambda f: f["seconds"]) for both in zip(*rounds)]
+
+    def one_round():
+        return [figure(args, *item, side=side, dtype=dtype) for side, dtype in sides]
+
+    first = one_round()
+    second = one_round()
+    best = []
+    for both in zip(first, second):
+        best.append(min(both, key=lambda f: f["seconds"]))
+    return best
 
 
 def main():

@@ -28,7 +28,14 @@ from ade20k import Classes, DataError
 
 def save(path, values, kind=None, **options):
     """Write an array as a picture file, in the format of its name or of `kind`."""
-    Image.fromarray(np.asarray(values, np.uint8)).save(path, kind, **options)
+    pixels = np.asarray(values, np.uint8)
+    picture = Image.fromarray(pixels)
+    picture.save(path, kind, **options)
+
+
+def save_label(path, value):
+    """Write a label file with one value all over, of the size of small_set's pictures."""
+    save(path, np.full((40, 60), value))
 
 
 def write(path, content):
@@ -37,12 +44,14 @@ def write(path, content):
 
 
 def name_of(path):
-    return os.path.splitext(os.path.basename(path))[0]
+    name, _ = os.path.splitext(os.path.basename(path))
+    return name
 
 
 def plain_classes(names, zero_ignored=False):
-    """Classes of one letter each, in greys."""
-    return Classes(tuple(names), [[k, k, k] for k in range(len(names))], zero_ignored)
+    """Classes with these names (or letters), in greys."""
+    greys = [[k, k, k] for k in range(len(names))]
+    return Classes(tuple(names), greys, zero_ignored)
 
 
 def refused(message, function, *args):
@@ -59,8 +68,9 @@ def small_set(tmp_path):
             os.makedirs(root / kind / split)
 
     for i in range(2):
-        save(root / f"images/training/p{i}.jpg", formulas.picture(40, 60, seed=i))
-        save(root / f"annotations/training/p{i}.png", np.full((40, 60), 1 + i))
+        picture = formulas.picture(40, 60, seed=i)
+        save(root / f"images/training/p{i}.jpg", picture)
+        save_label(root / f"annotations/training/p{i}.png", 1 + i)
     return str(root)
 
 
@@ -70,7 +80,8 @@ def small_set(tmp_path):
 def test_training_geometry_replays_the_references_random_stream(sample, golden, monkeypatch):
     gold = golden("transforms")
     monkeypatch.setattr(ade20k, "distort", lambda image, rng: image)
-    for i, (image_path, label_path) in enumerate(ade20k.find_pairs(sample, "training")):
+    pairs = ade20k.find_pairs(sample, "training")
+    for i, (image_path, label_path) in enumerate(pairs):
         image, label = ade20k.load(image_path, label_path)
         name = name_of(image_path)
 
@@ -84,7 +95,8 @@ def test_training_geometry_replays_the_references_random_stream(sample, golden, 
 
             exact = crc32(np.ascontiguousarray(y).tobytes())
             assert exact == gold[key + "_label"], "labels are exact to the last pixel"
-            some = x.reshape(3, -1).T[::397]
+            pixels = x.reshape(3, -1).T
+            some = pixels[::397]
             assert largest_error(some, gold[key + "_image"]) <= 1, key
             assert rng.random() == gold[key + "_next"], "as many random numbers were drawn"
 
@@ -97,11 +109,13 @@ def test_training_geometry_replays_the_references_random_stream(sample, golden, 
 def test_distortion_replays_the_reference_within_one_level(golden):
     gold = golden("transforms")
     for seed in range(24):
-        image = formulas.picture(seed=seed).transpose(2, 0, 1)
-        got = ade20k.distort(image, ReplayedRng(seed))
+        image = formulas.picture(seed=seed)
+        channels = image.transpose(2, 0, 1)
+        got = ade20k.distort(channels, ReplayedRng(seed))
 
-        some = got.transpose(1, 2, 0)[::5, ::5]
-        assert largest_error(some, gold[f"distort_{seed}"]) <= 1, seed
+        some = got[:, ::5, ::5].transpose(1, 2, 0)
+        want = gold[f"distort_{seed}"]
+        assert largest_error(some, want) <= 1, seed
 
 
 def test_test_resize_equals_cv2_within_one_level_on_real_pictures(sample, golden):
@@ -121,7 +135,8 @@ def test_test_resize_equals_cv2_within_one_level_on_real_pictures(sample, golden
             assert (h, w) == tuple(gold[key + "_size"])
 
             got = ade20k.resize_bilinear(image, h, w)
-            some = got.reshape(3, -1).T[::797]
+            pixels = got.reshape(3, -1).T
+            some = pixels[::797]
             assert largest_error(some, gold[key]) <= 1, key
 
 
@@ -136,13 +151,15 @@ def test_resize_of_a_box_is_the_box_of_the_resize():
         for box in (all_of_it, inside, corner):
             y0, x0, y1, x1 = box
             part = ade20k.resize_bilinear(image, h, w, box)
-            assert (part == whole[:, y0:y1, x0:x1]).all()
+            want = whole[:, y0:y1, x0:x1]
+            assert (part == want).all()
 
 
 def between(position, size, new_size):
     """Where a place on an axis of new_size pixels lies on one of size pixels: between the first and
     the second of what is returned, so far on the way as the third says."""
-    source = (position + 0.5) * size / new_size - 0.5
+    centre = position + 0.5
+    source = centre * size / new_size - 0.5
     source = np.clip(source, 0, size - 1)
     first = int(source)
     second = min(first + 1, size - 1)
@@ -164,21 +181,25 @@ def test_resize_is_plain_bilinear_interpolation():
             above = mixed(image[top, left], image[top, right], across)
             below = mixed(image[bottom, left], image[bottom, right], across)
             want = mixed(above, below, down)
-            assert largest_error(got[:, y, x], want) <= 0.5 + 1e-3
+            error = largest_error(got[:, y, x], want)
+            assert error <= 0.5 + 1e-3
 
 
 def replayed_crop(label, rng, side):
     """The rule of the crop, plainly: draw until two classes or more share it below 75%, at most
     ten times anew. -> the crop, and whether it was drawn anew"""
     h, w = label.shape
+    lowest = max(h - side, 0)
+    rightmost = max(w - side, 0)
     for attempt in range(11):
-        y = rng.integers(0, max(h - side, 0) + 1)
-        x = rng.integers(0, max(w - side, 0) + 1)
+        y = rng.integers(0, lowest + 1)
+        x = rng.integers(0, rightmost + 1)
         crop = label[y : y + side, x : x + side]
 
         labelled = crop[crop != 255]
         _, counts = np.unique(labelled, return_counts=True)
-        if len(counts) > 1 and counts.max() / counts.sum() < 0.75:
+        shares = counts / counts.sum()
+        if len(counts) > 1 and shares.max() < 0.75:
             break
     return crop, attempt > 0
 
@@ -193,7 +214,9 @@ def test_crop_is_redrawn_while_one_class_fills_it():
     for seed in range(40):
         rng = ReplayedRng(seed)
         ratio = rng.random() * 1.5 + 0.5
-        h, w = ade20k.scaled_size(100, 300, int(400 * ratio), int(100 * ratio))
+        longest = int(400 * ratio)
+        shortest = int(100 * ratio)
+        h, w = ade20k.scaled_size(100, 300, longest, shortest)
         rows = ade20k.nearest_indices(100, h)
         columns = ade20k.nearest_indices(300, w)
         scaled = label[rows][:, columns]
@@ -221,7 +244,8 @@ def test_padding_is_zero_after_normalisation_and_pixels_follow_the_formula():
 
     green = images[0, 1].double()
     want = (green - 116.28) / 57.12
-    torch.testing.assert_close(first[1].double(), want, rtol=1e-5, atol=1e-6)
+    got = first[1].double()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
     _, unpadded = ade20k.normalise(images)
     got = second[:, :4, :5]
@@ -237,11 +261,13 @@ def test_every_kind_of_picture_is_read_as_rgb(tmp_path):
     picture = Image.fromarray(rgb)
     grey = rgb[:, :, 0]
     grey_rgb = np.repeat(grey[:, :, None], 3, axis=2)
-    sixteen = Image.fromarray(grey.astype(np.uint16) * 256 + 77)
+    wide = grey.astype(np.uint16) * 256 + 77
+    sixteen = Image.fromarray(wide)
     quantised = picture.quantize(16)
+    rgba = np.dstack([rgb, grey])
     files = {
         "grey.png": (Image.fromarray(grey), grey_rgb),
-        "rgba.png": (Image.fromarray(np.dstack([rgb, grey])), rgb),
+        "rgba.png": (Image.fromarray(rgba), rgb),
         "palette.png": (quantised, np.asarray(quantised.convert("RGB"))),
         "sixteen.png": (sixteen, grey_rgb),
         "sixteen.tif": (sixteen, grey_rgb),
@@ -261,7 +287,8 @@ def test_every_kind_of_picture_is_read_as_rgb(tmp_path):
     exif[274] = 6  # "turn me by 90 degrees", as phones write it
     picture.save(path, exif=exif)
     got = ade20k.load_image(path)
-    assert (got == np.rot90(rgb, -1)).all()
+    turned = np.rot90(rgb, -1)
+    assert (got == turned).all()
 
 
 def exif_block(orientation):
@@ -269,13 +296,19 @@ def exif_block(orientation):
     nobody can write again."""
     entries = struct.pack("<HHIHH", 274, 3, 1, orientation, 0)
     entries += struct.pack("<HHI4s", 282, 2, 3, b"72")
-    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+
+    content = b"Exif\0\0II*\0"
+    content += struct.pack("<IH", 8, 2)
+    content += entries
+    content += struct.pack("<I", 0)
+    return content
 
 
 def test_orientation_is_read_whatever_else_the_exif_block_holds(tmp_path):
     y, x = np.mgrid[:200:10, :210:7]
     channels = [y, x, (x + y) // 2]  # smooth, for jpeg
-    rgb = np.stack(channels, axis=2).astype(np.uint8)
+    rgb = np.stack(channels, axis=2)
+    rgb = rgb.astype(np.uint8)
     upright = {
         1: rgb,
         2: rgb[:, ::-1],
@@ -299,12 +332,14 @@ def test_orientation_is_read_whatever_else_the_exif_block_holds(tmp_path):
             save(path, rgb, exif=exif_block(orientation), **options)
             got = ade20k.load_image(path).astype(int)
             assert got.shape == want.shape, (name, orientation)
-            assert np.abs(got - want).mean() <= allowed, (name, orientation)
+            error = np.abs(got - want)
+            assert error.mean() <= allowed, (name, orientation)
 
     # A TIFF has its orientation among its own tags.
     path = str(tmp_path / "x.tif")
     save(path, rgb, tiffinfo={274: 6})
-    assert (ade20k.load_image(path) == upright[6]).all()
+    got = ade20k.load_image(path)
+    assert (got == upright[6]).all()
 
 
 def test_bad_metadata_is_no_reason_to_refuse_good_pixels_and_cut_pixels_are(tmp_path):
@@ -320,13 +355,15 @@ def test_bad_metadata_is_no_reason_to_refuse_good_pixels_and_cut_pixels_are(tmp_
 
     cut = tmp_path / "cut.jpg"
     save(cut, rgb, exif=exif_block(6))
-    write(cut, cut.read_bytes()[:-200])
+    whole = cut.read_bytes()
+    write(cut, whole[:-200])
     refused("cut.jpg: cannot be read as a picture .*truncated", ade20k.load_image, str(cut))
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(small_set):
     """A few kilobytes of png that say they are 60000 x 60000 pixels."""
-    bomb = png_file(60000, 60000, 8, 2, bytes(1 << 20))
+    rows = bytes(1 << 20)
+    bomb = png_file(60000, 60000, 8, 2, rows)
     write(small_set + "/images/training/p0.jpg", bomb)
     message = "p0.jpg: cannot be read .*decompression bomb"
     refused(message, ade20k.find_pairs, small_set, "training")
@@ -355,11 +392,15 @@ def grey_png(bits, rows):
     """A grey png of 1, 2, 4, 8 or 16 bits."""
     content = b""
     for row in rows:
-        digits = "".join(f"{value:0{bits}b}" for value in row)
+        digits = ""
+        for value in row:
+            digits += f"{value:0{bits}b}"
         while len(digits) % 8 > 0:
             digits += "0"
+
         size = len(digits) // 8
-        content += b"\0" + int(digits, 2).to_bytes(size, "big")
+        number = int(digits, 2)
+        content += b"\0" + number.to_bytes(size, "big")
 
     height = len(rows)
     width = len(rows[0])
@@ -368,7 +409,8 @@ def grey_png(bits, rows):
 
 def test_labels_shift_once_and_zero_becomes_ignored(tmp_path):
     path = str(tmp_path / "a.png")
-    save(path, np.arange(151).reshape(1, -1))
+    every_value = np.arange(151)
+    save(path, every_value.reshape(1, -1))
     label = ade20k.load_label(path)
     assert label.tolist() == [[255, *range(150)]]
 
@@ -395,12 +437,16 @@ def test_labels_of_every_depth_are_read_by_their_values(tmp_path):
         assert got.tolist() == want.tolist(), bits
 
     # 256 would become 255, "not labelled", if it were shifted or cut to 8 bits before it is judged.
+    lists = (classes, plain_classes("ab", zero_ignored=True))
     for value in (3, 200, 256, 511, 65535):
-        write(path, grey_png(16, [[0, value]]))
-        for each in (classes, plain_classes("ab", zero_ignored=True)):
-            refused(f"x.png: label {value} is above the", ade20k.load_label, path, each)
+        png = grey_png(16, [[0, value]])
+        write(path, png)
+        message = f"x.png: label {value} is above the"
+        for each in lists:
+            refused(message, ade20k.load_label, path, each)
 
-    write(path, grey_png(16, [[255, 2]]))
+    png = grey_png(16, [[255, 2]])
+    write(path, png)
     label = ade20k.load_label(path, classes)
     assert label.tolist() == [[255, 2]]
 
@@ -422,13 +468,15 @@ def test_labels_in_a_format_that_loses_are_refused_by_what_the_file_is(small_set
 
 
 def test_labels_in_every_format_that_loses_nothing_are_read(tmp_path):
-    values = np.arange(40 * 60, dtype=np.uint8).reshape(40, 60) % 5
+    numbers = np.arange(40 * 60)
+    values = numbers.reshape(40, 60) % 5
     classes = plain_classes("abcde")
     names = ["a.png", "a.tif", "a.bmp", "a.tga", "a.pgm", "a.pcx", "b.tif"]
     for name in names:
         options = {"compression": "tiff_lzw"} if name == "b.tif" else {}
-        save(tmp_path / name, values, **options)
-        got = ade20k.load_label(str(tmp_path / name), classes)
+        path = str(tmp_path / name)
+        save(path, values, **options)
+        got = ade20k.load_label(path, classes)
         assert (got == values).all(), name
 
     colours = classes._replace(ignored_colours=[])
@@ -444,7 +492,8 @@ def test_labels_in_colours_are_read_through_the_class_list(small_set):
     label = small_set + "/annotations/training/p0.png"
     write_classes(small_set, "colours\nignore 255 255 255\nsky 0 0 200\nroad 128 64 128\n")
     classes = ade20k.read_classes(small_set)
-    want = np.array([[0, 1, 255, 0], [1, 1, 0, 255]], np.uint8)
+    rows = [[0, 1, 255, 0], [1, 1, 0, 255]]
+    want = np.array(rows, np.uint8)
     colours = np.zeros((256, 3), np.uint8)
     colours[0] = [0, 0, 200]
     colours[1] = [128, 64, 128]
@@ -452,7 +501,8 @@ def test_labels_in_colours_are_read_through_the_class_list(small_set):
     rgb = colours[want]
 
     picture = Image.fromarray(rgb)
-    for written in (picture, picture.quantize(8), picture.convert("RGBA")):
+    forms = [picture, picture.quantize(8), picture.convert("RGBA")]
+    for written in forms:
         written.save(label)
         got = ade20k.load_label(label, classes)
         assert got.dtype == np.uint8
@@ -468,18 +518,20 @@ def test_a_mask_of_black_and_white_is_read_through_the_class_list(small_set):
     label = small_set + "/annotations/training/p0.png"
     write_classes(small_set, "colours\nbackground 0 0 0\nlesion 255 255 255\n")
     classes = ade20k.read_classes(small_set)
-    values = np.array([[0, 255, 255], [255, 0, 0]], np.uint8)
-    mask = Image.fromarray(values)
+    values = [[0, 255, 255], [255, 0, 0]]
+    mask = Image.fromarray(np.array(values, np.uint8))
     want = [[0, 1, 1], [1, 0, 0]]
 
-    for written in (mask, mask.convert("1"), mask.convert("RGB")):
+    forms = [mask, mask.convert("1"), mask.convert("RGB")]
+    for written in forms:
         written.save(label)
         got = ade20k.load_label(label, classes)
         assert got.tolist() == want, written.mode
 
     for white in (255, 65535):  # of 16 bits, as programs write it
         rows = [[0, white, white], [white, 0, 0]]
-        write(label, grey_png(16, rows))
+        png = grey_png(16, rows)
+        write(label, png)
         got = ade20k.load_label(label, classes)
         assert got.tolist() == want, white
 
@@ -493,11 +545,14 @@ def test_colours_of_16_bits_are_refused_where_8_of_them_would_be_lost(small_set)
     rgb = [0x0109, 0x0209, 0x0309]
     rgba = [0x0101, 0x0202, 0x0303, 65535]
     for colour_type, pixel in ((2, rgb), (6, rgba)):
-        row = b"\0" + struct.pack(f">{len(pixel)}H", *pixel)
-        write(label, png_file(1, 1, 16, colour_type, row))
+        numbers = struct.pack(f">{len(pixel)}H", *pixel)
+        row = b"\0" + numbers
+        png = png_file(1, 1, 16, colour_type, row)
+        write(label, png)
         refused(message, ade20k.load_label, label, classes)
 
-    write(label, grey_png(16, [[300, 65535]]))
+    png = grey_png(16, [[300, 65535]])
+    write(label, png)
     refused(message, ade20k.load_label, label, classes)
 
 
@@ -530,7 +585,8 @@ def test_unlabelled_is_255_or_0_as_the_class_list_says(small_set):
     label = small_set + "/annotations/training/p0.png"
     save(label, [[0, 1, 2, 255]])
     classes = plain_classes("abc")
-    assert ade20k.load_label(label, classes).tolist() == [[0, 1, 2, 255]]
+    got = ade20k.load_label(label, classes)
+    assert got.tolist() == [[0, 1, 2, 255]]
     message = "p0.png: label 2 is above the 2 classes, 255 is for unlabelled"
     refused(message, ade20k.load_label, label, plain_classes("ab"))
 
@@ -538,7 +594,8 @@ def test_unlabelled_is_255_or_0_as_the_class_list_says(small_set):
     message = "p0.png: label 255 is above the 3 classes, 0 is for unlabelled"
     refused(message, ade20k.load_label, label, shifted)
     save(label, [[0, 1, 2]])
-    assert ade20k.load_label(label, shifted).tolist() == [[255, 0, 1]]
+    got = ade20k.load_label(label, shifted)
+    assert got.tolist() == [[255, 0, 1]]
 
 
 def test_comments_and_settings_in_any_case_are_no_classes(small_set):
@@ -570,9 +627,11 @@ def test_class_lists_that_are_not_utf_8_are_refused_by_line(small_set):
     text = "ciel\nmur \u00e0 gauche\n"
     for encoding in ("utf-8", "utf-8-sig"):
         write_classes(small_set, text, encoding)
-        assert ade20k.read_classes(small_set).names == ("ciel", "mur \u00e0 gauche"), encoding
+        classes = ade20k.read_classes(small_set)
+        assert classes.names == ("ciel", "mur \u00e0 gauche"), encoding
 
-    for encoding, line in (("utf-16", 1), ("utf-16-le", 1), ("utf-16-be", 1), ("latin-1", 2)):
+    first_wrong_lines = {"utf-16": 1, "utf-16-le": 1, "utf-16-be": 1, "latin-1": 2}
+    for encoding, line in first_wrong_lines.items():
         write_classes(small_set, text, encoding)
         message = f"classes.txt, line {line}: .*save the file as UTF-8"
         refused(message, ade20k.read_classes, small_set)
@@ -612,17 +671,20 @@ def test_colours_of_twenty_classes_without_any_can_be_told_apart(small_set):
     assert len(palette) == 20
 
     for first, second in itertools.combinations(palette, 2):
-        distance = np.abs(np.subtract(first, second)).sum()
+        difference = np.subtract(first, second)
+        distance = np.abs(difference).sum()
         assert distance >= 45, (first, second)
 
 
 def test_classes_and_palette_are_the_official_ones(sample):
-    colours = loadmat(os.path.join(sample, "color150.mat"))["colors"]
-    assert (ade20k.PALETTE == colours).all()
+    official = loadmat(os.path.join(sample, "color150.mat"))
+    assert (ade20k.PALETTE == official["colors"]).all()
 
     with open(os.path.join(sample, "objectInfo150.csv")) as file:
         rows = list(csv.DictReader(file))
-    assert len(set(ade20k.CLASSES)) == len(rows) == 150
+    assert len(rows) == 150
+    different = set(ade20k.CLASSES)
+    assert len(different) == 150
     for name, row in zip(ade20k.CLASSES, rows):
         first = name.split()[0]
         theirs = row["Name"]
@@ -638,7 +700,7 @@ def test_faults_are_named_with_file_and_value(small_set):
     label = small_set + "/annotations/training/p1.png"
     assert len(ade20k.find_pairs(small_set, "training")) == 2
 
-    save(label, np.full((40, 60), 151))
+    save_label(label, 151)
     refused("p1.png: label 151 is above the 150 classes", ade20k.load, image, label)
     save(label, np.ones((41, 60)))
     sizes = r"p1.jpg: the picture has 40x60 pixels.*p1.png 41x60, they must be equal"
@@ -671,8 +733,10 @@ def test_folders_and_files_that_are_missing_are_named(small_set):
 
 def test_a_folder_near_a_data_set_or_of_the_wrong_release_is_recognised(small_set, tmp_path):
     above = os.path.dirname(small_set)
-    for wrong in (above, small_set + "/images", small_set + "/images/training"):
-        refused(f"use --data {small_set}$", ade20k.find_pairs, wrong, "training")
+    images = small_set + "/images"
+    message = f"use --data {small_set}$"
+    for wrong in (above, images, images + "/training"):
+        refused(message, ade20k.find_pairs, wrong, "training")
 
     full = tmp_path / "ADE20K_2021_17_01"
     os.makedirs(full / "images" / "ADE" / "training")
@@ -684,8 +748,9 @@ def test_pictures_of_every_format_and_any_case_of_suffix_are_found(small_set):
     images = small_set + "/images/validation/"
     labels = small_set + "/annotations/validation/"
     names = ["a.tif", "b.WEBP", "c.bmp", "d.JPG", "e.Jpeg", "f.PNG", "g.ppm", "h.jfif"]
+    picture = formulas.picture(8, 9)
     for name in names:
-        save(images + name, formulas.picture(8, 9))
+        save(images + name, picture)
     for name in ("a.png", "b.PNG", "c.tif", "d.bmp", "e.png", "f.PNG", "g.tif", "h.bmp"):
         save(labels + name, np.ones((8, 9)))
     for name in ("notes.txt", "Thumbs.db", "a.json"):
@@ -750,11 +815,11 @@ def test_a_set_without_validation_is_legal_where_that_is_asked_for(small_set, ca
 
 def test_labels_that_teach_nothing_are_warned_of(small_set, capsys):
     pairs = ade20k.find_pairs(small_set, "training")
-    classes = Classes(("back", "front"), [[0, 0, 0], [255, 255, 255]], False)
+    classes = plain_classes(["back", "front"])
 
     def warnings(*values):
         for value, (_, label) in zip(values, pairs):
-            save(label, np.full((40, 60), value))
+            save_label(label, value)
         return ade20k.label_warnings(pairs, classes)
 
     assert warnings(0, 1) == []
@@ -779,8 +844,10 @@ def test_many_labels_are_looked_at_evenly_and_rare_classes_are_not_missed(monkey
     pairs = [("", str(i)) for i in range(1000)]
 
     def read(path, classes):
-        seen.append(int(path))
-        return np.arange(7 if int(path) % 2 else 3, dtype=np.uint8)
+        position = int(path)
+        seen.append(position)
+        count = 7 if position % 2 else 3
+        return np.arange(count, dtype=np.uint8)
 
     monkeypatch.setattr(ade20k, "load_label", read)
     assert ade20k.label_warnings(pairs, classes, most=90) == []  # h alone is not there
@@ -807,15 +874,19 @@ def test_a_warning_names_twenty_missing_classes_and_counts_the_others(small_set)
 
 
 def test_check_reports_every_fault_by_file_in_one_pass(small_set):
-    write(small_set + "/images/training/bad.jpg", b"not a jpeg")
-    save(small_set + "/annotations/training/bad.png", np.ones((9, 9)))
-    save(small_set + "/annotations/training/p0.png", np.full((40, 60), 200))
-    save(small_set + "/annotations/training/alone.png", np.ones((9, 9)))
+    images = small_set + "/images/training/"
+    labels = small_set + "/annotations/training/"
+    write(images + "bad.jpg", b"not a jpeg")
+    save(labels + "bad.png", np.ones((9, 9)))
+    save_label(labels + "p0.png", 200)
+    save(labels + "alone.png", np.ones((9, 9)))
 
-    command = [sys.executable, os.path.join(ROOT, "ade20k.py"), "check", small_set]
+    script = os.path.join(ROOT, "ade20k.py")
+    command = [sys.executable, script, "check", small_set]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
-    faults = [line for line in done.stdout.splitlines() if "FAULT" in line]
+    lines = done.stdout.splitlines()
+    faults = [line for line in lines if "FAULT" in line]
     assert len(faults) == 3
     for name in ("bad.jpg", "p0.png", "alone.png"):
         named = [fault for fault in faults if name in fault]
@@ -826,10 +897,11 @@ def test_check_reports_every_fault_by_file_in_one_pass(small_set):
 
 
 def test_an_interrupted_check_ends_at_once_and_quietly(small_set):
-    for folder, suffix in (("images", ".jpg"), ("annotations", ".png")):
-        good = f"{small_set}/{folder}/training/p0{suffix}"
+    for kind, suffix in (("images", ".jpg"), ("annotations", ".png")):
+        folder = f"{small_set}/{kind}/training"
+        good = f"{folder}/p0{suffix}"
         for i in range(3000):
-            os.link(good, f"{small_set}/{folder}/training/q{i}{suffix}")
+            os.link(good, f"{folder}/q{i}{suffix}")
 
     code = """if True:
         import os, signal, ade20k
@@ -886,16 +958,21 @@ def test_samples_depend_on_seed_and_position_alone(small_set):
     equal = []
     for position in range(4):
         image = other[position][0]
-        equal.append(torch.equal(image, direct[position][0]))
+        first_image = direct[position][0]
+        equal.append(torch.equal(image, first_image))
     assert not all(equal)
 
 
 def test_every_pass_over_the_data_sees_every_picture_once():
     names = [str(i) for i in range(7)]
-    data = ade20k.TrainSet([(name, "") for name in names], seed=0)
+    pairs = [(name, "") for name in names]
+    data = ade20k.TrainSet(pairs, seed=0)
     passes = []
     for start in (0, 7, 14):
-        seen = [data.paths(start + i)[0] for i in range(7)]
+        seen = []
+        for position in range(start, start + 7):
+            image_path, _ = data.paths(position)
+            seen.append(image_path)
         assert sorted(seen) == names
         passes.append(seen)
     assert passes[0] != passes[1]
@@ -921,7 +998,8 @@ def test_every_seed_gives_samples_of_its_own(seed, small_set):
 def test_pictures_of_any_size_are_read_and_cut(height, width, tmp_path):
     down = height // 3 + 1
     across = width // 5 + 1
-    rgb = np.tile(formulas.picture(3, 5), (down, across, 1))
+    tile = formulas.picture(3, 5)
+    rgb = np.tile(tile, (down, across, 1))
     rgb = rgb[:height, :width]
     image_path = str(tmp_path / "x.png")
     label_path = str(tmp_path / "y.png")
@@ -961,7 +1039,8 @@ def drawn(tmp_path_factory):
     for name in ("ade20k.py", "model.py", "upernet.py", "tests/toy.py"):
         shutil.copy(os.path.join(ROOT, name), copy / name)
 
-    command = [sys.executable, str(copy / "ade20k.py"), "toy", "toy"]
+    script = str(copy / "ade20k.py")
+    command = [sys.executable, script, "toy", "toy"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "toy"
@@ -975,7 +1054,8 @@ def test_toy_set_is_deterministic_and_as_described(drawn):
 
     seen = set()
     unlabelled = []
-    for s, (split, count) in enumerate((("training", 96), ("validation", 24))):
+    splits = [("training", 96), ("validation", 24)]
+    for s, (split, count) in enumerate(splits):
         pairs = ade20k.find_pairs(root, split)
         assert len(pairs) == count
 
@@ -988,7 +1068,8 @@ def test_toy_set_is_deterministic_and_as_described(drawn):
                 again, values = toy.draw_scene(rng)
                 shifted = np.where(values == 0, 255, values - 1)
                 assert (shifted == label).all()
-                error = np.abs(again.astype(int) - image)
+                difference = again.astype(int) - image
+                error = np.abs(difference)
                 assert error.mean() < 6  # jpeg
 
     assert len(seen - {255}) >= 12
@@ -1026,7 +1107,8 @@ def test_the_toy_scenes_are_the_ones_that_numbers_were_measured_on():
 
 def test_a_copy_without_the_scenes_says_what_is_missing(drawn, tmp_path):
     _, command = drawn
-    shutil.rmtree(os.path.join(os.path.dirname(command[1]), "tests"))
+    copy = os.path.dirname(command[1])
+    shutil.rmtree(os.path.join(copy, "tests"))
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert os.listdir(tmp_path) == []
@@ -1068,7 +1150,8 @@ def test_fetch_resumes_checks_and_moves_into_place(server, tmp_path):
     assert os.listdir(tmp_path / "sub") == ["a.bin"]
     assert server.starts == [0, 100_000, 150_000], "each try went on where the one before broke off"
 
-    start = hashlib.sha256(content).hexdigest()[:8]
+    whole = hashlib.sha256(content).hexdigest()
+    start = whole[:8]
     fetch(url, tmp_path / "b", start)
     wrong = "00000000"
     message = "hash is .* not 00000000"
@@ -1079,21 +1162,24 @@ def test_fetch_resumes_checks_and_moves_into_place(server, tmp_path):
     server.faults[:] = [1000]
     message = "broke off after 1000 of 200000 bytes"
     fetch_fails(OSError, message, url, tmp_path / "e", attempts=1)
-    assert sorted(os.listdir(tmp_path)) == ["b", "e.part", "sub"]
+    files = os.listdir(tmp_path)
+    assert sorted(files) == ["b", "e.part", "sub"]
 
 
 def test_fetch_begins_anew_where_a_server_knows_no_ranges(server, tmp_path):
     url, content = serve(server, faults=[50_000], ranges=False)
-    fetch(url, tmp_path / "a", sha1(content))
-    assert (tmp_path / "a").read_bytes() == content
+    path = tmp_path / "a"
+    fetch(url, path, sha1(content))
+    assert path.read_bytes() == content
     assert server.starts == [0, 0]
 
 
 def test_fetch_deletes_a_part_that_is_not_of_this_file_and_begins_anew(server, tmp_path):
     url, content = serve(server)
     write(tmp_path / "a.part", content + b"more")  # the server answers 416
-    fetch(url, tmp_path / "a")
-    assert (tmp_path / "a").read_bytes() == content
+    path = tmp_path / "a"
+    fetch(url, path)
+    assert path.read_bytes() == content
     assert server.starts == [200_004, 0]
 
     write(tmp_path / "b.part", b"of another version")
@@ -1111,8 +1197,9 @@ def test_fetch_survives_a_server_that_stalls_and_sees_one_that_lies_about_the_le
     server, tmp_path
 ):
     url, content = serve(server, faults=[-50_000])
-    fetch(url, tmp_path / "a", timeout=0.5)
-    assert (tmp_path / "a").read_bytes() == content
+    path = tmp_path / "a"
+    fetch(url, path, timeout=0.5)
+    assert path.read_bytes() == content
     assert server.starts == [0, 50_000]
 
     server.length = 300_000
@@ -1158,10 +1245,11 @@ def test_download_resumes_unpacks_once_and_asks_nobody_again(server, official):
     server.files.clear()
     assert ade20k.download(str(folder)) == root
     shutil.rmtree(root)  # stopped between fetching and unpacking: the zip is there, and is enough
-    os.makedirs(folder / "unpacked.part" / "ADEChallengeData2016" / "images")
+    os.makedirs(folder / "unpacked.part/ADEChallengeData2016/images")
     assert ade20k.download(str(folder)) == root
     assert (folder / PICTURE).exists()
-    assert sorted(os.listdir(folder)) == ["ADEChallengeData2016", "ade.zip"]
+    files = os.listdir(folder)
+    assert sorted(files) == ["ADEChallengeData2016", "ade.zip"]
 
 
 def test_the_readmes_download_puts_the_data_where_training_looks_for_it(

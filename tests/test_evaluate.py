@@ -111,12 +111,16 @@ def test_metric_equals_the_references(sample, golden):
     result = evaluate.scores(matrix)
 
     for name in ("IoU", "Acc"):
-        ours = np.array([np.nan if x is None else x for x in result[name]])
-        np.testing.assert_allclose(ours, 100 * gold[name], atol=0.01)
-        assert abs(result["m" + name] - 100 * np.nanmean(gold[name])) < 0.01
+        ours = [np.nan if x is None else x for x in result[name]]
+        theirs = 100 * gold[name]
+        np.testing.assert_allclose(ours, theirs, atol=0.01)
+        mean = np.nanmean(theirs)
+        assert abs(result["m" + name] - mean) < 0.01
 
-    assert abs(result["aAcc"] - 100 * gold["aAcc"]) < 0.01
-    assert sum(x is None for x in result["IoU"]) > 50  # absent classes are there, as absent
+    accuracy = 100 * gold["aAcc"]
+    assert abs(result["aAcc"] - accuracy) < 0.01
+    absent = result["IoU"].count(None)
+    assert absent > 50  # absent classes are there, as absent
 
 
 def test_confusion_matrix_and_scores_equal_a_plain_loop():
@@ -137,10 +141,14 @@ def test_confusion_matrix_and_scores_equal_a_plain_loop():
 
     ious = []
     for k in range(4):
-        inside = ((label == k) & (guess == k)).sum()
-        union = (((label == k) | (guess == k)) & (label != 255)).sum()
-        ious.append(100 * inside / union)
-        assert result["IoU"][k] == pytest.approx(ious[-1])
+        true = label == k
+        guessed = guess == k
+        inside = (true & guessed).sum()
+        either = true | guessed
+        union = (either & (label != 255)).sum()
+        iou = 100 * inside / union
+        assert result["IoU"][k] == pytest.approx(iou)
+        ious.append(iou)
 
     assert result["IoU"][4] is None
     assert result["Acc"][3] is None
@@ -188,13 +196,14 @@ def test_multi_scale_with_flip_is_the_mean_of_softmaxes_of_single_views():
 def test_a_picture_one_pixel_wide_is_labelled_and_trained_on():
     image = formulas.picture(3000, 2)[:, :1]
     label = np.arange(3000, dtype=np.uint8)[:, None] % 6
-    got = evaluate.predict(
-        build_model("toy_p8", "none", 6).eval(), image, (0.05, 1), flip=True, short=64
-    )
+    net = build_model("toy_p8", "none", 6).eval()
+    got = evaluate.predict(net, image, (0.05, 1), flip=True, short=64)
 
     assert got.shape == (3000, 1)
     assert ade20k.scaled_size(3000, 1, 256, 64) == (256, 1)
-    x, y, size = ade20k.train_transform(image, label, np.random.default_rng(0), 32, 32)
+
+    rng = np.random.default_rng(0)
+    x, y, size = ade20k.train_transform(image, label, rng, 32, 32)
     assert x.shape == (3, 32, 32)
     assert size[1] == 1
     assert (y[:, 1:] == 255).all()
@@ -253,15 +262,15 @@ def run(tmp_path):
 
     for i in range(5):
         size = (40 + 3 * i, 60)
-        Image.fromarray(formulas.picture(*size, seed=i)).save(
-            tmp_path / f"set/images/validation/p{i}.jpg"
-        )
+        picture = Image.fromarray(formulas.picture(*size, seed=i))
+        picture.save(tmp_path / f"set/images/validation/p{i}.jpg")
         label = formulas.labels(*size, seed=i)[0]
         label = np.where(label == 255, 0, label + 1).astype(np.uint8)
         Image.fromarray(label).save(tmp_path / f"set/annotations/validation/p{i}.png")
 
     def call(*arguments, launch=()):
-        command = [sys.executable, *launch, os.path.join(ROOT, "evaluate.py"), *arguments]
+        script = os.path.join(ROOT, "evaluate.py")
+        command = [sys.executable, *launch, script, *arguments]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     call.folder = tmp_path
@@ -324,7 +333,9 @@ class Accelerator:
     """torch.accelerator of a machine with so many GPUs of this kind, or none."""
 
     def __init__(self, kind, count):
-        self.kind, self.count, self.set_device_index = kind, count, lambda index: None
+        self.kind = kind
+        self.count = count
+        self.set_device_index = lambda index: None
 
     def current_accelerator(self, check_available):
         assert check_available  # torch that is built for GPUs also runs where there are none
@@ -418,7 +429,7 @@ def test_evaluate_yields_every_picture_counts_it_and_leaves_the_model_as_it_was(
     seen = []
     pictures = run.folder / "set/images/validation"
     pairs = [(str(pictures / f"p{i}.jpg"), None) for i in range(5)]
-    label = np.zeros((40, 60), np.uint8) + 1
+    label = np.ones((40, 60), np.uint8)
     Image.fromarray(label).save(run.folder / "label.png")
     pairs[0] = (pairs[0][0], str(run.folder / "label.png"))
     how = dict(workers=0, short=32)
@@ -427,7 +438,8 @@ def test_evaluate_yields_every_picture_counts_it_and_leaves_the_model_as_it_was(
     for i, path, image, label, prediction in evaluate.evaluate(net, pairs, classes, matrix, **how):
         seen.append(path)
         assert not net.training
-        assert (path, label is None) == (pairs[i][0], i > 0)
+        assert path == pairs[i][0]
+        assert (label is None) == (i > 0)
         assert prediction.shape == image.shape[:2]
         assert prediction.max() < 6
         assert matrix.sum() == 40 * 60
@@ -436,7 +448,8 @@ def test_evaluate_yields_every_picture_counts_it_and_leaves_the_model_as_it_was(
             break
 
     assert net.training
-    assert seen == [path for path, _ in pairs][: 1 if left_early else 5]
+    paths = [path for path, _ in pairs]
+    assert seen == (paths[:1] if left_early else paths)
     net.eval()
     list(evaluate.evaluate(net, pairs[:1], classes, matrix, **how))
 
@@ -482,7 +495,8 @@ def test_without_what_a_platform_lacks_and_with_spawn_evaluation_works(lacking, 
     command = [sys.executable, "a folder/program.py", ROOT, *arguments, "--workers", str(workers)]
     done = subprocess.run(command, cwd=run.folder, capture_output=True, text=True)
 
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     assert os.listdir(run.folder / "a folder" / "out") == ["p0.png"]
 
 
@@ -549,7 +563,8 @@ def test_no_output_replaces_what_was_read_or_another_output(run, main, monkeypat
         assert "made of own/x.jpg and of own/x.png" in error
 
     assert not os.path.exists("new")
-    assert all(p.read_bytes() == b for p, b in before.items())
+    for path, content in before.items():
+        assert path.read_bytes() == content
 
 
 def test_two_and_three_processes_give_the_same_result_as_one(run):
@@ -602,7 +617,8 @@ def test_unreadable_files_of_a_folder_are_named_at_the_end_and_the_others_labell
     arguments = ("--image", "set/images/validation", "--save-labels", "out")
     done = run(*arguments, launch=launch if processes > 1 else ())
 
-    assert done.returncode == 1 and "out: 5 files written" in done.stdout, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "out: 5 files written" in done.stdout
     names = [f"{name}.png" for name in ("p0", "p1", "p3", "p4", "z")]
     assert sorted(os.listdir(run.folder / "out")) == names
 
@@ -682,8 +698,10 @@ def test_of_a_work_directory_the_best_checkpoint_is_taken_of_many_the_newest(
     monkeypatch.chdir(run.folder)
     content = torch.load("runs/a/checkpoint_5.pt", weights_only=True)
     for n in (10, 15):
-        torch.save(content | {"iteration": n}, f"runs/a/checkpoint_{n}.pt")
-        os.utime(f"runs/a/checkpoint_{n}.pt", (2e9 + n, 2e9 + n))
+        path = f"runs/a/checkpoint_{n}.pt"
+        time = 2e9 + n
+        torch.save(content | {"iteration": n}, path)
+        os.utime(path, (time, time))
 
     newest = os.path.join("runs", "a", "checkpoint_15.pt")
     main(evaluate, "--checkpoint", "runs/a", "--dry-run")
@@ -768,19 +786,23 @@ def test_an_architecture_that_a_file_claims_and_its_weights_are_not_is_refused(
     run, main, small, monkeypatch, capsys
 ):
     monkeypatch.chdir(run.folder)
-    torch.save({"model": small[0].state_dict(), "args": {"arch": "deit_t16"}}, "claims.pt")
+    net, _ = small
+    torch.save({"model": net.state_dict(), "args": {"arch": "deit_t16"}}, "claims.pt")
     with pytest.raises(SystemExit) as end:
         main(evaluate, "--checkpoint", "claims.pt")
-    assert end.value.code == 2 and "claims.pt: a ours file for deit_t16" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert "claims.pt: a ours file for deit_t16" in capsys.readouterr().err
 
 
 def test_more_classes_than_labels_can_hold_are_refused(run, main, monkeypatch, capsys):
     monkeypatch.chdir(run.folder)
     for n, words in ((255, "knows 255 classes (class 0"), (256, "labels of 8 bits hold 255")):
-        torch.save(build_model("toy_p8", "none", n).state_dict(), "many.pt")
+        net = build_model("toy_p8", "none", n)
+        torch.save(net.state_dict(), "many.pt")
         with pytest.raises(SystemExit) as end:
             main(evaluate, "--checkpoint", "many.pt")
-        assert end.value.code == 2 and words in capsys.readouterr().err
+        assert end.value.code == 2
+        assert words in capsys.readouterr().err
 
 
 def test_nobody_waits_for_a_pipe(run, main, monkeypatch, capsys):
@@ -799,7 +821,9 @@ def test_nobody_waits_for_a_pipe(run, main, monkeypatch, capsys):
     ):
         with pytest.raises(SystemExit) as end:
             main(evaluate, *arguments, "--workers", 0)
-        assert end.value.code == 2 and words in capsys.readouterr().err
+        assert end.value.code == 2
+        assert words in capsys.readouterr().err
+
     main(evaluate, "--image", "own", "--save-labels", "labels", "--workers", 0)
     assert os.listdir("labels") == ["good.png"]
 
@@ -807,11 +831,14 @@ def test_nobody_waits_for_a_pipe(run, main, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         main(evaluate, "--workers", 0)
     error = capsys.readouterr().err
-    assert end.value.code == 2 and f"q.jpg: cannot be read as a picture ({none})" in error
+    assert end.value.code == 2
+    assert f"q.jpg: cannot be read as a picture ({none})" in error
+
     os.mkfifo("set/classes.txt")
     with pytest.raises(SystemExit) as end:
         main(evaluate, "--workers", 0)
-    assert end.value.code == 2 and "set/classes.txt: is a folder, a pipe" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert "set/classes.txt: is a folder, a pipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -819,10 +846,12 @@ def test_nobody_waits_for_a_pipe(run, main, monkeypatch, capsys):
 )
 def test_a_log_that_says_something_else_is_named(line, run, main, monkeypatch, capsys):
     monkeypatch.chdir(run.folder)
-    (run.folder / "runs/a/log.jsonl").write_bytes(line.encode("latin-1") + b"\n")
+    content = line.encode("latin-1") + b"\n"
+    (run.folder / "runs/a/log.jsonl").write_bytes(content)
     with pytest.raises(SystemExit) as end:
         main(evaluate, "--checkpoint", "runs/a", "--dry-run")
-    assert end.value.code == 2 and "log.jsonl: a line of it is damaged" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert "log.jsonl: a line of it is damaged" in capsys.readouterr().err
 
 
 def test_damage_met_on_the_way_is_named_too(run):

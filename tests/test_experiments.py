@@ -13,8 +13,9 @@ def test_each_change_applies_once_and_leaves_a_file_that_compiles(experiment, tm
 
     with open(f"{experiments.PROJECT}/{experiment.file}", encoding="utf-8") as file:
         original = file.read()
-    pairs = zip(original.splitlines(), changed.splitlines(), strict=True)
-    different = [new for old, new in pairs if old != new]
+    before = original.splitlines()
+    after = changed.splitlines()
+    different = [new for old, new in zip(before, after, strict=True) if old != new]
     assert len(different) == 1
 
 

@@ -9,7 +9,7 @@ import pytest
 import speed
 import torch
 import torch.nn.functional as F
-from conftest import Watch, assert_equal, tensors, write_mmseg
+from conftest import Watch, assert_equal, largest_error, load, tensors, write_mmseg
 
 import ade20k
 import evaluate
@@ -32,20 +32,35 @@ def assert_exact(got, want):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+def formula_batch(count):
+    """The pictures and labels that the reference was given."""
+    images = formulas.image(97, 131, count)
+    labels = formulas.labels(97, 131, count)
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def random_batch(height, width, classes):
+    """Two pictures and their labels."""
+    images = torch.randn(2, 3, height, width)
+    labels = torch.randint(0, classes, (2, height, width))
+    return images, labels
+
+
 def check_logits(net, gold):
     for h, w in formulas.SIZES:
+        image = formulas.image(h, w)
         with torch.inference_mode():
-            logits = net(torch.from_numpy(formulas.image(h, w)))
+            logits = net(torch.from_numpy(image))
         assert logits.shape == (1, 150, h, w)
 
-        error = formulas.samples(logits) - gold[f"logits_{h}x{w}"]
+        got = formulas.samples(logits)
+        want = gold[f"logits_{h}x{w}"]
         largest = gold[f"max_{h}x{w}"]
-        assert np.abs(error).max() <= 1e-4 * largest, (h, w)
+        assert largest_error(got, want) <= 1e-4 * largest, (h, w)
 
 
 def check_loss(net, gold):
-    images = torch.from_numpy(formulas.image(97, 131, 4))
-    labels = torch.from_numpy(formulas.labels(97, 131, 4))
+    images, labels = formula_batch(4)
     with torch.no_grad():
         loss, parts = net(images, labels)
 
@@ -56,27 +71,33 @@ def check_loss(net, gold):
 def check_gradients(net, gold):
     """In float64 on both sides: in float32 an activation within rounding of 0 is on either side of
     its ReLU by chance."""
-    images = torch.from_numpy(formulas.image(97, 131, 2)).double()
-    labels = torch.from_numpy(formulas.labels(97, 131, 2))
-    loss, _ = net.double()(images, labels)
+    images, labels = formula_batch(2)
+    net.double()
+    loss, _ = net(images.double(), labels)
     loss.backward()
 
     theirs = {ours: name for name, ours in MMSEG.items()}
     grads = {}
     for name, parameter in net.named_parameters():
         grads[rename(name, theirs)] = parameter.grad
-    assert set(grads) == set(gold["grad_names"])
+    names = gold["grad_names"]
+    assert set(grads) == set(names)
 
-    largest = gold["grad_max"].max()
-    for name, want, scale in zip(gold["grad_names"], gold["grads"], gold["grad_max"]):
-        if scale > 1e-12 * largest:  # a bias in front of a BatchNorm has an exact gradient of 0
+    scales = gold["grad_max"]
+    smallest = 1e-12 * scales.max()
+    for name, want, scale in zip(names, gold["grads"], scales):
+        if scale > smallest:  # a bias in front of a BatchNorm has an exact gradient of 0
             got = formulas.samples(grads[name], len(want))
-            error = np.abs(got - want).max()
+            error = largest_error(got, want)
             assert error <= 1e-3 * scale, (name, error, scale)
 
 
 def without_drop_path(arch):
-    return {key: value for key, value in model.ARCHS[arch].items() if "drop_path" not in key}
+    settings = {}
+    for key, value in model.ARCHS[arch].items():
+        if "drop_path" not in key:
+            settings[key] = value
+    return settings
 
 
 @pytest.mark.parametrize("arch,neck", formulas.PAIRS)
@@ -86,14 +107,17 @@ def test_logits_loss_and_gradients_equal_the_reference(arch, neck, golden, fille
     # But for drop path, DeiT-B with a neck is ViT-B again: for the reference, and so for us.
     if arch == "deit_b16" and neck != "none":
         twin = golden(f"vit_b16_{neck}")
-        for key in set(gold.files) - {"drop_path"}:
+        answers = set(gold.files) - {"drop_path"}
+        for key in answers:
             assert np.array_equal(gold[key], twin[key]), key
         assert without_drop_path(arch) == without_drop_path("vit_b16")
         return
 
     net = filled(arch, neck)
-    assert sum(p.numel() for p in net.parameters()) == gold["parameters"]
-    check_logits(net.eval(), gold)
+    sizes = [parameter.numel() for parameter in net.parameters()]
+    assert sum(sizes) == gold["parameters"]
+    net.eval()
+    check_logits(net, gold)
 
     net.train()
     check_loss(net, gold)
@@ -103,17 +127,20 @@ def test_logits_loss_and_gradients_equal_the_reference(arch, neck, golden, fille
 @pytest.mark.parametrize("arch,neck", formulas.PAIRS)
 def test_drop_path_rates_are_the_released_configs(arch, neck, golden):
     with torch.device("meta"):
-        blocks = build_model(arch, neck).backbone.blocks
-    rates = [block.drop_path.rate for block in blocks]
+        net = build_model(arch, neck)
+    rates = [block.drop_path.rate for block in net.backbone.blocks]
 
-    last = golden(f"{arch}_{neck}")["drop_path"]
-    np.testing.assert_allclose(rates, np.linspace(0, last, 12), atol=1e-12)
+    gold = golden(f"{arch}_{neck}")
+    want = np.linspace(0, gold["drop_path"], 12)
+    np.testing.assert_allclose(rates, want, atol=1e-12)
 
 
 def test_state_dict_in_their_names_has_exactly_their_keys(golden):
     with torch.device("meta"):
-        names = set(to_mmseg(build_model("deit_s16", "ln_mln").state_dict()))
-    assert names == set(golden("deit_s16_ln_mln")["keys"])
+        net = build_model("deit_s16", "ln_mln")
+    got = to_mmseg(net.state_dict())
+    want = golden("deit_s16_ln_mln")["keys"]
+    assert set(got) == set(want)
 
 
 def test_deit_t16_is_192_wide_with_3_heads():
@@ -131,23 +158,25 @@ def cubic_kernel(t, a=-0.75):
     if t <= 1:
         return (a + 2) * t**3 - (a + 3) * t**2 + 1
     if t < 2:
-        return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+        return a * (t**3 - 5 * t**2 + 8 * t - 4)
     return 0
 
 
 def test_pos_embed_is_resized_whenever_the_grid_differs_not_the_number_of_tokens():
-    pos = torch.randn(1, 1 + 32 * 32, 8)
+    pos = torch.randn(1, 1025, 8)
 
     resized = model.resize_pos_embed(pos, (32, 32), (16, 64))  # 1024 tokens too
     assert resized.shape == pos.shape
     assert not torch.equal(resized, pos)
-    assert torch.equal(resized[:, :1], pos[:, :1])
+    of_class_token = pos[:, 0]
+    assert torch.equal(resized[:, 0], of_class_token)
 
     # By hand, along one axis of a 4 x 1 grid doubled.
     column = normal(4)
     class_token = torch.zeros(1, dtype=torch.float64)
-    table = torch.cat([class_token, column]).view(1, 5, 1)
-    got = model.resize_pos_embed(table, (4, 1), (8, 1))[0, 1:, 0]
+    table = torch.cat([class_token, column])
+    resized = model.resize_pos_embed(table.view(1, 5, 1), (4, 1), (8, 1))
+    got = resized[0, 1:, 0]
 
     for i in range(8):
         place = (i + 0.5) / 2 - 0.5
@@ -158,7 +187,9 @@ def test_pos_embed_is_resized_whenever_the_grid_differs_not_the_number_of_tokens
             inside = min(max(near, 0), 3)
             weight = cubic_kernel(place - near)
             want += weight * column[inside]
-        assert abs(got[i] - want) < 1e-12
+
+        error = abs(got[i] - want)
+        assert error < 1e-12
 
 
 def test_drop_path_zeroes_whole_pictures_and_keeps_the_mean():
@@ -171,8 +202,11 @@ def test_drop_path_zeroes_whole_pictures_and_keeps_the_mean():
     assert sorted(values) == pytest.approx([0, 1 / 0.7])
     of_a_picture = y[:, :1, :1]
     assert (y == of_a_picture).all()
-    assert abs(y.mean() - 1) < 0.02
-    assert drop.eval()(x) is x
+    off = abs(y.mean() - 1)
+    assert off < 0.02
+
+    drop.eval()
+    assert drop(x) is x
 
 
 def test_attention_is_the_plain_formula():
@@ -180,11 +214,14 @@ def test_attention_is_the_plain_formula():
     layer = model.Attention(12, 3).double()
     x = normal(2, 5, 12)
     qkv = F.linear(x, layer.qkv.weight, layer.qkv.bias)
+    queries, keys, values = qkv.chunk(3, dim=-1)
 
     heads = []
-    for i in range(3):
-        part = slice(4 * i, 4 * i + 4)
-        q, k, v = (y[..., part] for y in qkv.chunk(3, dim=-1))
+    for first in (0, 4, 8):
+        head = slice(first, first + 4)
+        q = queries[..., head]
+        k = keys[..., head]
+        v = values[..., head]
         scores = q @ k.transpose(1, 2)
         scores = scores / 4**0.5
         weights = scores.softmax(-1)
@@ -212,19 +249,34 @@ RESIZED = [
 
 @pytest.mark.parametrize("old,new", RESIZED)
 def test_resize_matrices_are_bilinear_resizing(old, new):
-    x = normal(2, 3, *old)
-    rows = upernet.resize_matrix(old[0], new[0], x)
-    columns = upernet.resize_matrix(old[1], new[1], x)
+    h, w = old
+    H, W = new
+    x = normal(2, 3, h, w)
+    rows = upernet.resize_matrix(h, H, x)
+    columns = upernet.resize_matrix(w, W, x)
     got = rows @ x @ columns.mT
 
     want = bilinear(x, new)
     assert_exact(got, want)
-    assert rows.count_nonzero(1).max() <= 2
-    ones = torch.ones(new[0], dtype=torch.float64)
+    read = rows.count_nonzero(1)
+    assert read.max() <= 2
+    ones = torch.ones(H, dtype=torch.float64)
     torch.testing.assert_close(rows.sum(1), ones)
 
 
-@pytest.mark.parametrize("old,new", [(32, 6), (7, 3), (5, 6), (1, 2), (40, 1), (13, 6), (6, 6)])
+# From so many pixels to so many averages.
+POOLED = [
+    (32, 6),
+    (7, 3),
+    (5, 6),  # more averages than pixels
+    (1, 2),
+    (40, 1),
+    (13, 6),
+    (6, 6),
+]
+
+
+@pytest.mark.parametrize("old,new", POOLED)
 def test_pool_matrix_is_adaptive_average_pooling_also_where_sizes_do_not_divide(old, new):
     x = normal(2, 3, old, 4)
     rows = upernet.pool_matrix(old, new, x)
@@ -263,12 +315,24 @@ def test_convolution_over_maps_of_many_sizes_equals_the_one_of_all_resized_side_
     weight = normal(5, sum(widths), 3, 3)
 
     resized = [bilinear(x, (9, 13)) for x in maps]
-    want = F.conv2d(torch.cat(resized, 1), weight, padding=1)
+    beside = torch.cat(resized, 1)
+    want = F.conv2d(beside, weight, padding=1)
     got = upernet.conv3x3_of_resized(maps, weight)
     assert_exact(got, want)
 
 
-@pytest.mark.parametrize("old,new", [(4, 11), (32, 512), (7, 3), (1, 9), (9, 9), (128, 683)])
+# From so many rows to so many.
+ROWS = [
+    (4, 11),
+    (32, 512),  # patches of 16 pixels
+    (7, 3),
+    (1, 9),
+    (9, 9),
+    (128, 683),
+]
+
+
+@pytest.mark.parametrize("old,new", ROWS)
 def test_source_rows_are_all_the_rows_that_are_read_and_hardly_more(old, new):
     like = torch.zeros((), dtype=torch.float64)
     matrix = upernet.resize_matrix(old, new, like)
@@ -279,7 +343,7 @@ def test_source_rows_are_all_the_rows_that_are_read_and_hardly_more(old, new):
         assert last <= old
 
         used = matrix[start:stop].any(0)
-        read = used.nonzero().flatten().tolist()
+        (read,) = used.nonzero(as_tuple=True)
         top = read[0]
         bottom = read[-1]
         assert first <= top <= first + 1
@@ -297,13 +361,15 @@ MOST_OPERATIONS = [
 @pytest.mark.parametrize("arch,neck,most", MOST_OPERATIONS)
 def test_operations_of_a_512x512_picture_stay_below(arch, neck, most):
     """In units of 10^9. With each map resized before it is convolved: 122, 550, 277, 887."""
-    assert speed.count_flops(arch, neck, 512, 512) <= most * 1e9
+    operations = speed.count_flops(arch, neck, 512, 512)
+    assert operations <= most * 1e9
 
 
 def test_operations_are_counted_as_the_formula_does():
     """deit_t16 at 64x96: 24 patches and the class token, 12 layers; the head's maps are all 4x6."""
     n, d, c = 25, 192, 512
-    patches = 24 * d * 3 * 16 * 16
+    patch = 3 * 16 * 16
+    patches = 24 * patch * d
     layer = 12 * n * d * d  # qkv, proj, MLP
     layer += 2 * n * n * d  # scores and mixing
 
@@ -315,27 +381,31 @@ def test_operations_are_counted_as_the_formula_does():
 
     pooled = 0
     for k in (1, 2, 3, 6):
-        pooled += d * (k * 4 * 6 + k * 6 * k)  # the averages along y and x
+        pooled += k * 4 * 6 * d  # the averages along y: from (4, 6) to (k, 6)
+        pooled += k * 6 * k * d  # and along x: to (k, k)
         pooled += k * k * d * c  # 1x1
         pooled += 9 * k * k * c * c  # nine taps, each a product with a (c, c) matrix
         pooled += 3 * k * (6 * 3 * k * c)  # along x: (6, 3 k), for each of three rows of taps
         pooled += 3 * 4 * k * (6 * c)  # along y: (4, k), for each of them
 
-    multiplications = patches + 12 * layer + 24 * place + pooled
-    assert speed.count_flops("deit_t16", "none", 64, 96) == 2 * multiplications
+    backbone = patches + 12 * layer
+    head = 24 * place + pooled
+    multiplications = backbone + head
+    operations = speed.count_flops("deit_t16", "none", 64, 96)
+    assert operations == 2 * multiplications
 
 
 def test_neither_a_training_step_nor_a_prediction_waits_for_the_device_or_needs_float64_there():
     net = build_model("toy_p8", "ln_mln", 6)
-    images = torch.randn(2, 3, 64, 64)
-    labels = torch.randint(0, 6, (2, 64, 64))
+    images, labels = random_batch(64, 64, 6)
     picture = formulas.picture(70, 95)
 
     with Watch() as training:
         loss, _ = net(images, labels)
         loss.backward()
+    net.eval()
     with Watch() as prediction:
-        evaluate.predict(net.eval(), picture, (0.5, 1.0), flip=True, short=64)
+        evaluate.predict(net, picture, (0.5, 1.0), flip=True, short=64)
     with Watch() as windows:
         evaluate.predict(net, picture, short=64, slide=(48, 32))
     for seen in (training, prediction, windows):
@@ -344,7 +414,9 @@ def test_neither_a_training_step_nor_a_prediction_waits_for_the_device_or_needs_
         assert not seen.doubles
 
     with Watch() as seen:  # what would be seen
-        labels[labels != 255].double().to("meta").sum()
+        labelled = labels[labels != 255]
+        doubles = labelled.double()
+        doubles.to("meta").sum()
         labels.sum().item()
     assert seen.waits == ["index", "_to_copy", "_local_scalar_dense"]
     assert "sum" in seen.doubles
@@ -368,16 +440,16 @@ def test_nothing_but_pictures_comes_from_the_cpu(monkeypatch):
     assert not seen.waits
 
     picture = formulas.picture(70, 95)
+    net.eval()
     with Watch() as seen:
-        evaluate.predict(net.eval(), picture, (0.5, 1.0, 1.5), flip=True, short=64)
+        evaluate.predict(net, picture, (0.5, 1.0, 1.5), flip=True, short=64)
     assert len(seen.operations) > 100
     assert not seen.waits  # (torch.tensor, the picture, is not seen)
 
 
 def test_loss_without_gradient_computes_none():
     net = build_model("toy_p8", "none", 6)
-    images = torch.randn(2, 3, 64, 64)
-    labels = torch.randint(0, 6, (2, 64, 64))
+    images, labels = random_batch(64, 64, 6)
 
     seen = []
     for wanted in (True, False):
@@ -401,7 +473,11 @@ def test_loss_in_blocks_equals_the_whole_and_passes_gradcheck(size, monkeypatch)
     (want,) = torch.autograd.grad(whole, logits)
 
     for block in (1, 2**20):  # row by row, and all rows at once
-        monkeypatch.setattr(upernet, "rows_at_once", lambda _, n, block=block: max(1, block // n))
+
+        def rows_at_once(_, n, block=block):
+            return max(1, block // n)
+
+        monkeypatch.setattr(upernet, "rows_at_once", rows_at_once)
         loss = upernet.cross_entropy(logits, labels)
         (got,) = torch.autograd.grad(loss, logits)
 
@@ -416,7 +492,8 @@ def test_ignored_pixels_count_in_the_divisor():
     labels[0, 0, 0] = 0
 
     loss = upernet.cross_entropy(logits, labels)
-    assert loss.item() == pytest.approx(np.log(4) / 4)
+    want = np.log(4) / 4
+    assert loss.item() == pytest.approx(want)
 
 
 def test_compiles_without_a_graph_break_and_exports():
@@ -427,9 +504,10 @@ def test_compiles_without_a_graph_break_and_exports():
 
     with torch.no_grad():
         want = net(x)
-        exported = torch.export.export(net, (x,)).module()
-        torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(exported(x), want, rtol=1e-4, atol=1e-5)
+        exported = torch.export.export(net, (x,))
+        for form in (compiled, exported.module()):
+            got = form(x)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_names_are_refused():
@@ -445,10 +523,11 @@ def test_timm_backbone_gives_the_features_of_the_references_own_converter(tmp_pa
     for line in gold["shapes"]:
         name, *dims = line.split()
         shape = tuple(int(dim) for dim in dims)
-        weights[name] = torch.from_numpy(formulas.weight(name, shape))
-    torch.save({"model": weights}, tmp_path / "deit.pth")  # as DeiT wraps it
+        values = formulas.weight(name, shape)
+        weights[name] = torch.from_numpy(values)
 
-    state_dict, facts = load_weights(str(tmp_path / "deit.pth"))
+    wrapped = {"model": weights}  # as DeiT does it
+    state_dict, facts = load(wrapped, tmp_path / "deit.pth")
     assert facts["arch"] == "deit_s16"
     assert facts["kind"] == "timm"
     assert facts["resolution"] == "224x224"
@@ -459,9 +538,9 @@ def test_timm_backbone_gives_the_features_of_the_references_own_converter(tmp_pa
 
     net = build_model("deit_s16", "ln").eval()
     load_into(net, state_dict, facts)
-    x = torch.from_numpy(formulas.image(300, 401))
+    image = formulas.image(300, 401)
     with torch.inference_mode():
-        maps = net.backbone(x)
+        maps = net.backbone(torch.from_numpy(image))
     for features, want in zip(maps, gold["maps"], strict=True):
         got = formulas.samples(features)
         largest = np.abs(want).max()
@@ -473,8 +552,7 @@ def test_timm_backbone_gives_the_features_of_the_references_own_converter(tmp_pa
         theirs[name.removeprefix("backbone.")] = value
     assert set(theirs) == set(gold["keys"])
 
-    torch.save(theirs, tmp_path / "mmseg_backbone.pth")
-    again, facts = load_weights(str(tmp_path / "mmseg_backbone.pth"))
+    again, facts = load(theirs, tmp_path / "mmseg_backbone.pth")
     assert facts["kind"] == "mmsegmentation backbone"
     assert_equal(again, state_dict)
 
@@ -490,7 +568,8 @@ def test_toy_model_loads_from_a_file_of_their_names(tmp_path):
 
     load_into(net, state_dict, facts)
     got = to_mmseg(net.state_dict())
-    assert_equal(got, tensors(formulas.fill(got)))
+    want = formulas.fill(got)
+    assert_equal(got, tensors(want))
 
 
 @pytest.mark.parametrize("neck", ["none", "ln", "mln", "ln_mln"])
@@ -498,8 +577,7 @@ def test_toy_model_loads_from_a_file_of_their_names(tmp_path):
 def test_a_strip_one_patch_thick_passes_every_neck(neck, height, width):
     torch.manual_seed(0)
     net = build_model("toy_p8", neck, 5)
-    images = torch.randn(2, 3, height, width)
-    labels = torch.randint(0, 5, (2, height, width))
+    images, labels = random_batch(height, width, 5)
 
     net.eval()
     logits = net(images)

@@ -32,7 +32,8 @@ def test_learning_rates_equal_the_reference(name, golden):
         train.learning_rate(i, 160000, **train.OPTIMIZERS[name])
         for i in (0, 1, 749, 1499, 1500, 80000, 159999)
     ]
-    np.testing.assert_allclose(ours, golden("optimizers")[f"{name}_lr"], rtol=1e-12)
+    theirs = golden("optimizers")[f"{name}_lr"]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name,tolerance", [("sgd", 1e-5), ("adamw", 1e-4)])
@@ -41,7 +42,8 @@ def test_four_steps_give_the_references_weights(name, tolerance, golden, filled)
     net = filled("small", "mln").double().train()
     schedule = train.OPTIMIZERS[name]
     optimizer = train.build_optimizer(net, name, schedule["lr"])
-    images = torch.from_numpy(formulas.image(97, 131, 4)).double()
+    images = torch.from_numpy(formulas.image(97, 131, 4))
+    images = images.double()
     labels = torch.from_numpy(formulas.labels(97, 131, 4))
 
     for i in range(1500, 1504):
@@ -53,16 +55,21 @@ def test_four_steps_give_the_references_weights(name, tolerance, golden, filled)
         optimizer.step()
 
     theirs = {ours: name for name, ours in MMSEG.items()}
-    ours = {rename(k, theirs): p.detach().numpy() for k, p in net.named_parameters()}
+    ours = {}
+    for key, parameter in net.named_parameters():
+        ours[rename(key, theirs)] = parameter.detach().numpy()
     assert set(ours) == set(gold["names"])
 
     compared = 0
-    for key, weights, moved in zip(gold["names"], gold[f"{name}_weights"], gold[f"{name}_moved"]):
-        got = formulas.samples(ours[key], weights.shape[0])
+    all_weights = gold[f"{name}_weights"]
+    all_moved = gold[f"{name}_moved"]
+    for key, weights, moved in zip(gold["names"], all_weights, all_moved):
+        got = formulas.samples(ours[key], len(weights))
         if key.endswith("in_proj_bias"):  # of the keys: softmax does not see it, gradient 0
             width = formulas.SMALL["width"]
-            positions = np.linspace(0, 3 * width - 1, len(got)).astype(int)
-            others = positions // width != 1
+            positions = np.linspace(0, 3 * width - 1, len(got))
+            part = positions.astype(int) // width  # 0 queries, 1 keys, 2 values
+            others = part != 1
             got = got[others]
             weights = weights[others]
         if key.startswith("neck.convs") and key.endswith("bias"):
@@ -76,18 +83,27 @@ def test_four_steps_give_the_references_weights(name, tolerance, golden, filled)
     assert compared > 100
 
 
+TOKENS = ("backbone.cls_token", "backbone.pos_embed")
+
+
+def names_by_id(net):
+    """{id of a parameter: its name}"""
+    return {id(parameter): name for name, parameter in net.named_parameters()}
+
+
 def test_only_cls_token_and_pos_embed_have_no_weight_decay():
     net = build_model("toy_p8", "ln_mln")
-    names = {id(p): n for n, p in net.named_parameters()}
+    names = names_by_id(net)
     groups = train.build_optimizer(net, "adamw", 1e-3).param_groups
 
     free = []
     count = 0
     for group in groups:
-        count += len(group["params"])
+        members = [names[id(p)] for p in group["params"]]
+        count += len(members)
         if group["weight_decay"] == 0:
-            free += [names[id(p)] for p in group["params"]]
-    assert sorted(free) == ["backbone.cls_token", "backbone.pos_embed"]
+            free += members
+    assert sorted(free) == list(TOKENS)
     assert count == len(names)
 
 
@@ -95,18 +111,20 @@ def test_layer_decay_gives_layer_k_its_power_of_it():
     """Against BEiT's get_num_layer_for_vit and LayerDecayValueAssigner, written down again."""
 
     def beits_scale(name, layers, decay):
-        values = [decay ** (layers + 1 - i) for i in range(layers + 2)]
-        if name in ("backbone.cls_token", "backbone.pos_embed"):
+        last = layers + 1
+        values = [decay ** (last - i) for i in range(last + 1)]
+        if name in TOKENS:
             return values[0]
         if name.startswith("backbone.patch_embed"):
             return values[0]
         if name.startswith("backbone.blocks"):
-            return values[int(name.split(".")[2]) + 1]
-        return values[layers + 1]
+            block = name.split(".")[2]
+            return values[int(block) + 1]
+        return values[last]
 
     net = build_model("toy_p8", "ln_mln", 6)
     optimizer = train.build_optimizer(net, "adamw", 1e-3, 0.05, 0.65)
-    names = {id(p): n for n, p in net.named_parameters()}
+    names = names_by_id(net)
     found = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -115,8 +133,8 @@ def test_layer_decay_gives_layer_k_its_power_of_it():
 
     for name, group in found.items():
         assert group["scale"] == beits_scale(name, 4, 0.65), name
-        free = name in ("backbone.cls_token", "backbone.pos_embed")
-        assert group["weight_decay"] == (0 if free else 0.05)
+        weight_decay = 0 if name in TOKENS else 0.05
+        assert group["weight_decay"] == weight_decay
 
     assert found["decode_head.classifier.weight"]["scale"] == 1
     assert found["backbone.norm.weight"]["scale"] == 1
@@ -130,7 +148,7 @@ def test_without_layer_decay_the_groups_are_those_of_old_checkpoints(name, sizes
     tokens = []
     others = []
     for key, weight in net.named_parameters():
-        exempt = name == "adamw" and key.endswith(("cls_token", "pos_embed"))
+        exempt = name == "adamw" and key in TOKENS
         members = tokens if exempt else others
         members.append(id(weight))
     expected = [members for members in (others, tokens) if members]
@@ -199,10 +217,14 @@ def test_bfloat16_changes_a_step_and_the_labels_by_its_rounding_alone():
     torch.manual_seed(0)
     device = torch.device("cpu")
     net = build_model("toy_p8", "ln_mln", 6)
-    net.decode_head.dropout.p = net.auxiliary_head.dropout.p = 0.0
-    picture = formulas.picture(64, 96).transpose(2, 0, 1)  # (3, 64, 96)
-    images = torch.from_numpy(picture[None].repeat(4, 0))
+    net.decode_head.dropout.p = 0.0
+    net.auxiliary_head.dropout.p = 0.0
+
+    small = formulas.picture(64, 96).transpose(2, 0, 1)  # (3, 64, 96)
+    four = small[None].repeat(4, 0)
+    images = torch.from_numpy(four)
     truth = torch.randint(0, 6, (4, 64, 96))
+    large = formulas.picture(200, 300)
     found = {}
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -214,23 +236,27 @@ def test_bfloat16_changes_a_step_and_the_labels_by_its_rounding_alone():
         loss.backward()
         assert loss.dtype == torch.float32
 
-        picture = formulas.picture(200, 300)
-        labels = evaluate.predict(net.eval(), picture, (1, 1.5), True, 96, dtype)
+        net.eval()
+        labels = evaluate.predict(net, large, (1, 1.5), True, 96, dtype)
         net.train()
-        grad = torch.cat([p.grad.flatten() for p in net.parameters()])
-        found[dtype] = loss, grad, labels
+        gradients = [p.grad.flatten() for p in net.parameters()]
+        found[dtype] = loss, torch.cat(gradients), labels
 
-    (loss, grad, labels), (loss16, grad16, labels16) = found.values()
+    loss, grad, labels = found[torch.float32]
+    loss16, grad16, labels16 = found[torch.bfloat16]
     assert not torch.equal(grad, grad16)
-    assert torch.cosine_similarity(grad, grad16, dim=0) > 0.98
+    cosine = torch.cosine_similarity(grad, grad16, dim=0)
+    assert cosine > 0.98
     torch.testing.assert_close(loss16, loss, rtol=1e-2, atol=0)
-    assert (labels == labels16).mean() > 0.95
+    same = labels == labels16
+    assert same.mean() > 0.95
 
 
 def test_dropout_seeds_are_those_of_old_and_differ_for_any_seed():
     """Torch takes what fits 64 bits; below 2^24 no run may change."""
     for seed in (0, 7, 2**24 - 1):
-        assert train.dropout_seed(seed, 159999, 3) == (seed << 40) + (159999 << 10) + 3
+        of_old = (seed << 40) + (159999 << 10) + 3
+        assert train.dropout_seed(seed, 159999, 3) == of_old
 
     seeds = [0, 1, 20240101]
     seeds += [2**24, 2**25, 2**48]
@@ -238,7 +264,8 @@ def test_dropout_seeds_are_those_of_old_and_differ_for_any_seed():
     drawn = []
     for seed in seeds:
         for i in (0, 1, 159999):
-            drawn += [train.dropout_seed(seed, i, rank) for rank in (0, 1)]
+            for rank in (0, 1):
+                drawn.append(train.dropout_seed(seed, i, rank))
     assert len(set(drawn)) == len(drawn)
     for value in drawn:
         torch.manual_seed(value)
@@ -247,8 +274,8 @@ def test_dropout_seeds_are_those_of_old_and_differ_for_any_seed():
 @pytest.mark.parametrize(
     "arch,drop_path,freeze,rates",
     [
-        ("deit_t16", None, False, [0.1 * i / 11 for i in range(12)]),
-        ("deit_t16", 0.3, False, [0.3 * i / 11 for i in range(12)]),
+        ("deit_t16", None, False, np.linspace(0, 0.1, 12)),
+        ("deit_t16", 0.3, False, np.linspace(0, 0.3, 12)),
         ("deit_t16", None, True, [0] * 12),
         ("toy_p8", 0.3, True, [0, 0.1, 0.2, 0.3]),
     ],
@@ -287,13 +314,16 @@ def test_a_frozen_backbone_keeps_no_activations():
     whole, _ = saved_numbers(net, images, labels)
 
     train.adapt(net, None, True)
-    assert not any(x.requires_grad for x in net.backbone(images))
+    for features in net.backbone(images):
+        assert not features.requires_grad
     frozen, loss = saved_numbers(net, images, labels)
     assert frozen < 0.8 * whole
 
     loss.backward()
-    assert all(p.grad is None for p in net.backbone.parameters())
-    assert all(p.grad is not None for p in net.neck.parameters())
+    for parameter in net.backbone.parameters():
+        assert parameter.grad is None
+    for parameter in net.neck.parameters():
+        assert parameter.grad is not None
 
 
 @pytest.mark.parametrize("kind,pinned", [("cuda", True), ("mps", False), ("cpu", False)])
@@ -364,7 +394,11 @@ def read_log(folder):
 
 def validations(folder):
     """[(iteration, mIoU)] of a run's log."""
-    return [(e["iteration"], e["mIoU"]) for e in read_log(folder) if "mIoU" in e]
+    found = []
+    for entry in read_log(folder):
+        if "mIoU" in entry:
+            found.append((entry["iteration"], entry["mIoU"]))
+    return found
 
 
 def content_of(path):
@@ -375,8 +409,11 @@ def weights(path):
     return content_of(path)["model"]
 
 
-def assert_same_weights(path, other):
-    assert_equal(weights(path), weights(other))
+def assert_ends_alike(work, other):
+    """Two runs of six iterations end with the same weights."""
+    got = weights(work / "checkpoint_6.pt")
+    want = weights(other / "checkpoint_6.pt")
+    assert_equal(got, want)
 
 
 @pytest.fixture(scope="module")
@@ -416,13 +453,16 @@ def test_run_leaves_checkpoints_log_and_picture(straight):
     steps = [entry for entry in log if "loss" in entry]
     last = steps[-1]
     assert last["iteration"] == 6
-    assert last["loss"] == pytest.approx(last["decode"] + last["aux"], rel=1e-5)
+    both = last["decode"] + last["aux"]
+    assert last["loss"] == pytest.approx(both, rel=1e-5)
     assert {"lr", "seconds", "data_seconds", "images_per_second"} <= set(last)
-    assert [iteration for iteration, _ in validations(work)] == [3, 6]
+    validated = [iteration for iteration, _ in validations(work)]
+    assert validated == [3, 6]
 
     content = content_of(work / "checkpoint_6.pt")
     assert {"model", "optimizer", "scaler", "iteration", "seed", "args"} <= set(content)
-    assert content["iteration"] == 6 and content["args"]["arch"] == "toy_p8"
+    assert content["iteration"] == 6
+    assert content["args"]["arch"] == "toy_p8"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -433,7 +473,7 @@ def test_resumed_run_ends_with_the_same_weights_and_log(straight, folder, worker
         shutil.copy(straight[0] / name, work)
 
     run(folder, "--resume", "--work-dir", work, "--workers", workers)
-    assert_same_weights(work / "checkpoint_6.pt", straight[0] / "checkpoint_6.pt")
+    assert_ends_alike(work, straight[0])
     assert validations(work) == validations(straight[0])
 
 
@@ -462,19 +502,21 @@ def test_a_checkpoint_as_it_was_written_before_goes_on_to_the_last_bit(straight,
 
     done = run(folder, "--resume", "--work-dir", work)
     assert "until here" not in done.stderr
-    assert_same_weights(work / "checkpoint_6.pt", straight[0] / "checkpoint_6.pt")
+    assert_ends_alike(work, straight[0])
     assert not (folder / "elsewhere").exists()
 
 
 def test_architecture_of_the_checkpoint_wins_on_resume(straight, folder, capsys):
     args, content = parse("--resume", "--work-dir", straight[0], "--arch", "deit_t16")
     assert "--arch deit_t16 is ignored" in capsys.readouterr().err
-    assert args.arch == "toy_p8" and content["iteration"] == 6
+    assert args.arch == "toy_p8"
+    assert content["iteration"] == 6
 
 
 def test_resume_writes_where_the_checkpoint_lies(straight, folder):
-    args, _ = parse("--resume", "--work-dir", straight[0].parent)
-    assert os.path.dirname(args.work_dir) == str(straight[0].parent)
+    runs = straight[0].parent
+    args, _ = parse("--resume", "--work-dir", runs)
+    assert os.path.dirname(args.work_dir) == str(runs)
 
 
 def test_the_same_command_again_and_again_starts_goes_on_and_is_done(straight, folder, capsys):
@@ -487,15 +529,17 @@ def test_the_same_command_again_and_again_starts_goes_on_and_is_done(straight, f
 
     os.remove(work / "checkpoint_6.pt")
     done = run(folder, *same)
-    assert "iterations 3 to 6" in done.stdout and not done.stderr
-    assert_same_weights(work / "checkpoint_6.pt", straight[0] / "checkpoint_6.pt")
+    assert "iterations 3 to 6" in done.stdout
+    assert not done.stderr
+    assert_ends_alike(work, straight[0])
 
 
 def test_resume_of_nothing_in_particular_needs_something(main, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         main(train, "--resume")
-    assert end.value.code == 2 and "runs: no checkpoint_" in capsys.readouterr().err
+    assert end.value.code == 2
+    assert "runs: no checkpoint_" in capsys.readouterr().err
 
 
 NO_ARGUMENTS = "checkpoint_3.pt: does not hold arguments of train.py, argument --"
@@ -504,6 +548,8 @@ NO_STATE = "checkpoint_3.pt: the optimizer's state cannot be used ("
 SCALER = {"scale": 1.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000}
 SCALER["_growth_tracker"] = 0
 OTHER_CLASSES = "set: its classes are not those that"
+MANY_NAMES = tuple(f"class {k}" for k in range(10000))
+STEP = {"step": torch.zeros(())}
 
 
 @pytest.mark.parametrize(
@@ -545,14 +591,14 @@ OTHER_CLASSES = "set: its classes are not those that"
         ("classes", {"names": []}, NO_CHECKPOINT),
         ("classes", (None,) * 9, OTHER_CLASSES),
         ("classes", (("wall",), torch.zeros(3), True, None), OTHER_CLASSES),
-        ("classes", (tuple("class %d" % k for k in range(10000)), [], True, None), OTHER_CLASSES),
+        ("classes", (MANY_NAMES, [], True, None), OTHER_CLASSES),
         ("model", {}, "checkpoint_3.pt: no known kind of checkpoint"),
         ("model", [], NO_CHECKPOINT),
         ("model", {"backbone.patch_embed.proj.weight": "x"}, "checkpoint_3.pt: no known kind"),
         ("optimizer", {}, NO_STATE),
         ("optimizer", {"state": 5, "param_groups": 5}, NO_STATE),
-        ("optimizer.state", {0: {"step": torch.zeros(()), "exp_avg": torch.zeros(7)}}, NO_STATE),
-        ("optimizer.state", {0: {"step": torch.zeros(())}}, NO_STATE),
+        ("optimizer.state", {0: STEP | {"exp_avg": torch.zeros(7)}}, NO_STATE),
+        ("optimizer.state", {0: STEP}, NO_STATE),
         ("scaler", {"scale": "large"}, NO_STATE),
         ("scaler", SCALER | {"scale": float("nan")}, NO_STATE),
         ("scaler", SCALER | {"growth_factor": "x"}, NO_STATE),
@@ -561,7 +607,7 @@ OTHER_CLASSES = "set: its classes are not those that"
 def test_whatever_a_checkpoint_holds_resume_ends_with_one_sentence(
     key, value, message, straight, folder, main, monkeypatch, capsys, tmp_path
 ):
-    content = torch.load(straight[0] / "checkpoint_3.pt", weights_only=True)
+    content = content_of(straight[0] / "checkpoint_3.pt")
     *outer, last = key.split(".")
     holder = content[outer[0]] if outer else content
     holder[last] = value
@@ -572,8 +618,10 @@ def test_whatever_a_checkpoint_holds_resume_ends_with_one_sentence(
     with pytest.raises(SystemExit) as end:
         main(train, "--resume", "--work-dir", tmp_path, "--workers", 0, *more)
     error = capsys.readouterr().err
-    assert end.value.code == 2 and message in error, error
-    assert error.count("error: ") == 1 and set(os.listdir(tmp_path)) == {"checkpoint_3.pt"}
+    assert end.value.code == 2, error
+    assert message in error
+    assert error.count("error: ") == 1
+    assert os.listdir(tmp_path) == ["checkpoint_3.pt"]
 
 
 def test_the_optimizers_settings_follow_from_the_arguments_whatever_the_file_says(straight, folder):
@@ -585,7 +633,7 @@ def test_the_optimizers_settings_follow_from_the_arguments_whatever_the_file_say
         group |= hostile
     torch.save(content, work / "checkpoint_3.pt")
     run(folder, "--resume", "--work-dir", work)
-    assert_same_weights(work / "checkpoint_6.pt", straight[0] / "checkpoint_6.pt")
+    assert_ends_alike(work, straight[0])
 
 
 def test_files_that_are_none_of_a_runs_own_disturb_nothing(straight, folder):
@@ -598,9 +646,13 @@ def test_files_that_are_none_of_a_runs_own_disturb_nothing(straight, folder):
         shutil.copy(straight[0] / "checkpoint_3.pt", work / name)
     os.utime(work / "checkpoint_best.pt", (1, 1))
     for n, name in enumerate(("checkpoint_3.pt", "checkpoint_8.pt", "checkpoint_9.pt")):
-        os.utime(work / name, (2e9 + n, 2e9 + n))
+        time = 2e9 + n
+        os.utime(work / name, (time, time))
+
     with open(work / "log.jsonl", "w") as file:
-        file.write('5\n[]\n{"iteration": 1, "mIoU": "much"}\n{"iteration": 3, "mIoU": 1.5}\n')
+        file.write("5\n[]\n")
+        file.write('{"iteration": 1, "mIoU": "much"}\n')
+        file.write('{"iteration": 3, "mIoU": 1.5}\n')
 
     done = run(folder, "--resume", "--work-dir", work, "--keep", 1)
     assert done.returncode == 0, done.stderr
@@ -610,7 +662,7 @@ def test_files_that_are_none_of_a_runs_own_disturb_nothing(straight, folder):
         assert f"log.jsonl: line {line} is damaged, left out" in done.stderr
     assert "iterations 3 to 6" in done.stdout
     assert {"checkpoint_best.pt", "checkpoint_6.pt"} <= set(os.listdir(work))
-    assert_same_weights(work / "checkpoint_6.pt", straight[0] / "checkpoint_6.pt")
+    assert_ends_alike(work, straight[0])
 
 
 def test_without_validation_pictures_a_run_trains_and_says_so(folder):
@@ -621,20 +673,32 @@ def test_without_validation_pictures_a_run_trains_and_says_so(folder):
     done = run(folder, *TINY, *TWO_STEPS, "--data", "unvalidated", "--work-dir", "runs/without")
     assert not done.stderr
     assert "has no images/validation, this run trains without validating" in done.stdout
-    assert {".lock", "checkpoint_2.pt", "log.jsonl"} == set(os.listdir(folder / "runs/without"))
+    files = os.listdir(folder / "runs/without")
+    assert set(files) == {".lock", "checkpoint_2.pt", "log.jsonl"}
 
     done = run(folder, "--resume", "--work-dir", "runs/without")
     assert "nothing is left to train" in done.stderr
 
 
+def relabelled(folder, name, change):
+    """A copy of the data set with every label changed. -> its root"""
+    root = folder / name
+    shutil.copytree(folder / "set", root)
+    for path in (root / "annotations").glob("*/*.png"):
+        label = np.array(Image.open(path))
+        changed = change(label).astype(np.uint8)
+        Image.fromarray(changed).save(path)
+    return root
+
+
 def test_labels_that_teach_nothing_are_said_before_training(folder):
     """A mask of 0 and 255, where 255 is no class: the only class left is always right."""
-    shutil.copytree(folder / "set", folder / "mask")
-    for path in (folder / "mask" / "annotations").glob("*/*.png"):
-        label = np.array(Image.open(path))
-        mask = np.where(label % 2, 0, 255)
-        Image.fromarray(mask.astype(np.uint8)).save(path)
-    (folder / "mask" / "classes.txt").write_text("background\nthing\n")
+
+    def mask(label):
+        return np.where(label % 2, 0, 255)
+
+    root = relabelled(folder, "mask", mask)
+    (root / "classes.txt").write_text("background\nthing\n")
 
     done = run(folder, *TINY, *TWO_STEPS, "--data", "mask", "--work-dir", "runs/mask")
     assert "warning: 1 of 2 classes are in none of the training labels" in done.stdout
@@ -645,16 +709,18 @@ def test_labels_that_teach_nothing_are_said_before_training(folder):
 def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
     args, _ = parse("--iters", 200)
     recipe = train.OPTIMIZERS["adamw"]
-    highest = max(train.learning_rate(i, 200, **recipe) for i in range(200))
+    rates = [train.learning_rate(i, 200, **recipe) for i in range(200)]
+    highest = max(rates)
     assert highest == pytest.approx(args.lr / 30, rel=0.01)
 
     def doubted(*arguments):
         args, _ = parse(*arguments)
+        schedule = recipe | dict(lr=args.lr, warmup=args.warmup)
         run = SimpleNamespace(
             args=args,
             training=[1],
             validation=[1],
-            schedule=recipe | dict(lr=args.lr, warmup=args.warmup),
+            schedule=schedule,
             classes=None,
             fingerprint="",
             fingerprint_before="",
@@ -664,8 +730,9 @@ def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
     monkeypatch.setattr(train, "label_warnings", lambda pairs, classes: [])
     (said,) = doubted("--iters", 200)
     assert f"--warmup 1500 of 200 iterations the learning rate rises to {highest:.1e} " in said
-    for fine in ((), ("--iters", 80000), ("--data", "toy"), ("--iters", 200, "--warmup", 20)):
-        assert not doubted(*fine)
+    fine = [(), ("--iters", 80000), ("--data", "toy"), ("--iters", 200, "--warmup", 20)]
+    for arguments in fine:
+        assert not doubted(*arguments)
 
     assert "warning: with --warmup 1500 of 6 iterations" in straight[1].stdout
 
@@ -678,8 +745,10 @@ def test_a_frozen_run_changes_neck_and_heads_alone(straight, folder):
 
     before = weights(start)
     after = weights(work / "checkpoint_2.pt")
-    changed = [key for key, value in after.items() if not torch.equal(value, before[key])]
-    parts = {key.split(".")[0] for key in changed}
+    parts = set()
+    for key, value in after.items():
+        if not torch.equal(value, before[key]):
+            parts.add(key.split(".")[0])
     assert parts == {"decode_head", "auxiliary_head"}
 
     groups = content_of(work / "checkpoint_2.pt")["optimizer"]["param_groups"]
@@ -702,8 +771,10 @@ def test_what_the_optimizers_state_does_not_fit_cannot_change_on_resume(change, 
 def test_pretrained_file_is_used(launch, folder):
     """In several processes one reads it, and has the others have it."""
     torch.manual_seed(5)
-    whole = build_model("toy_p8").state_dict()
-    backbone = {key: value for key, value in whole.items() if key.startswith("backbone.")}
+    backbone = {}
+    for key, value in build_model("toy_p8").state_dict().items():
+        if key.startswith("backbone."):
+            backbone[key] = value
     path = write_mmseg(backbone, folder / "backbone.pth")
 
     work = f"runs/pretrained{len(launch)}"
@@ -718,19 +789,22 @@ def test_pretrained_file_is_used(launch, folder):
 
 def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
     """Without torchrun, which would kill the others: none may wait for the one that has ended."""
-    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20000, 40000))}
-    both = [
-        subprocess.Popen(
+    port = random.randrange(20000, 40000)
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    both = []
+    for rank in (1, 0):
+        process = subprocess.Popen(
             command(*TINY, "--pretrained", "absent.pth"),
             cwd=folder,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | port | {"RANK": str(rank), "WORLD_SIZE": "2"},
+            env=os.environ | group | {"RANK": str(rank)},
         )
-        for rank in (1, 0)
-    ]
+        both.append(process)
+
     for process in both:
-        assert "error: absent.pth: no such file" in process.communicate(timeout=60)[1]
+        _, error = process.communicate(timeout=60)
+        assert "error: absent.pth: no such file" in error
         assert process.returncode == 2
 
 
@@ -766,10 +840,12 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
 )
 def test_wrong_inputs_end_with_one_sentence(folder, main, arguments, message, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    torch.save({"model": build_model("toy_p8").state_dict()}, "toy.pt")
+    net = build_model("toy_p8")
+    torch.save({"model": net.state_dict()}, "toy.pt")
     with pytest.raises(SystemExit) as end:
         main(train, *arguments)
-    assert end.value.code == 2 and message in capsys.readouterr().err
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("launch", [(), TWO])
@@ -780,9 +856,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(launch, data, folder):
     said = run(folder, "--dry-run", *recipe, launch=launch).stdout
 
     assert f"runs/vit_b16_mln_{data}_80000: vit_b16, neck mln, 144,173,612 parameters" in said
-    world = 2 if launch else 1
-    assert f"batch 16 = {world} processes x {16 // world} pictures x 1 accumulated" in said
-    assert ("8 training pictures" if data == "set" else "the data is not there yet") in said
+    batch = "2 processes x 8" if launch else "1 processes x 16"
+    assert f"batch 16 = {batch} pictures x 1 accumulated" in said
+    pictures = "8 training pictures" if data == "set" else "the data is not there yet"
+    assert pictures in said
     assert said.count("parameters") == 1
     assert sorted(os.walk(folder)) == before
 
@@ -797,21 +874,24 @@ def test_compiled_training_computes_the_same_losses(folder, compiled):
     run(folder, *TINY, *TWO_STEPS, "--work-dir", plain)
     losses = []
     for path in (work, plain):
-        losses += [entry["decode"] for entry in read_log(path) if "decode" in entry]
+        for entry in read_log(path):
+            if "decode" in entry:
+                losses.append(entry["decode"])
+
     # (Dropout draws other numbers in compiled code.)
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    first, second = losses
+    assert first == pytest.approx(second, rel=0.05)
 
 
 @pytest.fixture(scope="module")
 def own(folder, straight):
     """A run on three classes of one's own, from a model of ADE20K's 150."""
-    shutil.copytree(folder / "set", folder / "own")
-    for path in (folder / "own" / "annotations").glob("*/*.png"):
-        label = np.array(Image.open(path))
-        three = np.where(label == 0, 255, label % 3)
-        Image.fromarray(three.astype(np.uint8)).save(path)
 
-    (folder / "own" / "classes.txt").write_text("first thing 250 0 0\nsecond\nthird 0 0 250\n")
+    def three(label):
+        return np.where(label == 0, 255, label % 3)
+
+    root = relabelled(folder, "own", three)
+    (root / "classes.txt").write_text("first thing 250 0 0\nsecond\nthird 0 0 250\n")
     start = ("--pretrained", straight[0] / "checkpoint_6.pt", "--work-dir", "runs/own")
     return run(folder, *TINY, "--data", "own", *start)
 
@@ -827,8 +907,9 @@ def test_classes_of_ones_own_travel_with_the_checkpoint(own, folder):
     assert classes.zero_ignored is False
 
     def call(*arguments, code=0):
-        script = (sys.executable, os.path.join(ROOT, "evaluate.py"), "--checkpoint", "runs/own")
-        done = subprocess.run((*script, *arguments), cwd=folder, capture_output=True, text=True)
+        script = os.path.join(ROOT, "evaluate.py")
+        line = [sys.executable, script, "--checkpoint", "runs/own", *arguments]
+        done = subprocess.run(line, cwd=folder, capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         return done
 
@@ -844,8 +925,9 @@ def test_classes_of_ones_own_travel_with_the_checkpoint(own, folder):
     picture = ("--image", "set/images/validation/s0.jpg", "--show", "own_overlay")
     call(*picture, "--opacity", "1")
     overlay = Image.open(folder / "own_overlay/s0.png").convert("RGB")
-    colours = {colour for count, colour in overlay.getcolors(1 << 20)}
-    assert colours & {(250, 0, 0), (0, 0, 250), tuple(classes.palette[1])}
+    seen = {colour for count, colour in overlay.getcolors(1 << 20)}
+    second = tuple(classes.palette[1])
+    assert seen & {(250, 0, 0), second, (0, 0, 250)}
 
 
 def test_a_run_goes_on_with_its_own_classes_alone(own, folder):
@@ -857,7 +939,8 @@ def test_a_run_goes_on_with_its_own_classes_alone(own, folder):
 def test_damaged_training_data_is_named(folder):
     shutil.copytree(folder / "set", folder / "broken")
     for i in range(8):
-        with open(folder / f"broken/images/training/s{i}.jpg", "r+b") as file:
+        path = folder / f"broken/images/training/s{i}.jpg"
+        with open(path, "r+b") as file:
             file.truncate(900)  # the header is whole, the picture is not
     done = run(folder, *TINY, "--data", "broken", code=2)
     assert "cannot be read as a picture" in done.stderr
@@ -875,27 +958,29 @@ def test_an_iteration_waits_for_the_device_where_the_losses_come_and_needs_no_fl
     stretches = []
     agreed = []
 
-    def begin(run, batches):
-        batch = next_batch(run, batches)
+    def begin():
         stretches.append(Watch())
         stretches[-1].__enter__()
+
+    def end(*arguments):
+        stretches[-1].__exit__(None, None, None)
+
+    def watched_batch(run, batches):
+        batch = next_batch(run, batches)
+        begin()
         return batch
 
-    def end(run, losses):
+    def watched_agreement(run, losses):
         """All that is on the device was asked for by now; only the update is still to come."""
-        stretches[-1].__exit__(None, None, None)
+        end()
         agreed.append(losses.shape)
         answer = agree(run, losses)
-        stretches.append(Watch())
-        stretches[-1].__enter__()
+        begin()
         return answer
 
-    def stop(*arguments):
-        stretches[-1].__exit__(None, None, None)
-
-    monkeypatch.setattr(train, "next_batch", begin)
-    monkeypatch.setattr(train, "agree", end)
-    monkeypatch.setattr(train, "log", stop)
+    monkeypatch.setattr(train, "next_batch", watched_batch)
+    monkeypatch.setattr(train, "agree", watched_agreement)
+    monkeypatch.setattr(train, "log", end)
     options = (*TINY, "--optimizer", optimizer, "--micro-batch", 2, "--workers", 0)
     train.train(*parse(*options, "--work-dir", tmp_path))
 
@@ -909,8 +994,10 @@ def test_an_iteration_waits_for_the_device_where_the_losses_come_and_needs_no_fl
 
 def test_toy_has_defaults_of_its_own_and_what_is_given_wins():
     args, _ = parse("--data", "toy", "--iters", 9)
-    found = args.arch, args.pretrained, args.iters, args.crop_size
-    assert found == ("toy_p8", "none", 9, train.TOY["crop_size"])
+    assert args.arch == "toy_p8"
+    assert args.pretrained == "none"
+    assert args.iters == 9
+    assert args.crop_size == train.TOY["crop_size"]
 
 
 @pytest.mark.parametrize("given", [(), ("--data", "toy"), ("--optimizer", "sgd")])
@@ -926,8 +1013,9 @@ def test_help_shows_the_defaults_that_hold(given, capsys):
         option = key.replace("_", "-")
         start = text.index(f" --{option} ")
         end = text.index(")", start) + 1
+        help_text = text[start:end]
         default = getattr(args, key)
-        assert f"({default})" in text[start:end], key
+        assert f"({default})" in help_text, key
 
 
 def test_plain_defaults_are_the_published_recipe():
@@ -936,5 +1024,7 @@ def test_plain_defaults_are_the_published_recipe():
     assert args.pretrained == "auto"
     assert (args.iters, args.interval, args.batch_size) == (160000, 16000, 16)
     assert (args.crop_size, args.short_side) == (512, 512)
-    assert (args.optimizer, args.lr, args.warmup) == ("adamw", 6e-5, 1500)
+    assert args.optimizer == "adamw"
+    assert args.lr == 6e-5
+    assert args.warmup == 1500
     assert args.data == "data/ade/ADEChallengeData2016"

@@ -33,7 +33,11 @@ def convert(*arguments, cwd):
 
 
 def of_backbone(state_dict):
-    return {k: v for k, v in state_dict.items() if k.startswith("backbone.")}
+    found = {}
+    for name, value in state_dict.items():
+        if name.startswith("backbone."):
+            found[name] = value
+    return found
 
 
 @pytest.mark.parametrize("middle", ["mmseg", "timm"])
@@ -53,7 +57,9 @@ def test_there_and_back_is_bit_equal(net, middle, tmp_path, main):
 
 
 def test_prefixes_of_data_parallel_are_taken_off(net, tmp_path):
-    theirs = {"module." + k: v for k, v in to_mmseg(net.state_dict()).items()}
+    theirs = {}
+    for name, value in to_mmseg(net.state_dict()).items():
+        theirs["module." + name] = value
     optimizer = {"state": {}, "param_groups": []}
     content = {"state_dict": theirs, "optimizer": optimizer}
     state_dict, facts = load(content, tmp_path / "x.pth")
@@ -66,9 +72,11 @@ def test_prefixes_of_data_parallel_are_taken_off(net, tmp_path):
 
 def test_deit_b_is_told_from_vit_b_by_the_config_in_the_file(tmp_path):
     with torch.device("meta"):
-        names = to_mmseg(build_model("deit_b16").state_dict())
+        net = build_model("deit_b16")
     # One value each, however large the shape.
-    weights = {k: torch.zeros(()).expand(v.shape) for k, v in names.items()}
+    weights = {}
+    for name, value in to_mmseg(net.state_dict()).items():
+        weights[name] = torch.zeros(()).expand(value.shape)
 
     for config, arch in (
         ("pretrained='pretrain/deit_base_patch16_224-b5f2ef4d.pth'", "deit_b16"),
@@ -122,7 +130,8 @@ def test_what_does_not_fit_is_listed(net, damage, message, tmp_path):
 
 
 def test_a_whole_model_does_not_load_into_another(net, tmp_path):
-    state_dict, facts = load_weights(write_mmseg(net.state_dict(), tmp_path / "x.pth"))
+    path = write_mmseg(net.state_dict(), tmp_path / "x.pth")
+    state_dict, facts = load_weights(path)
     reshaped = r"decode_head.classifier.weight is \(9, .* in the file, \(150"
 
     with pytest.raises(WeightsError, match=reshaped):
@@ -162,7 +171,8 @@ def test_no_pickle_is_executed_and_no_damage_passes(net, tmp_path):
 
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Bomb()))
     good = (tmp_path / "good.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(good[: len(good) // 2])
+    half = len(good) // 2
+    (tmp_path / "cut.pt").write_bytes(good[:half])
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "page.pth").write_bytes(b"<!DOCTYPE html><html>404</html>")
 
@@ -276,16 +286,19 @@ def test_a_failed_load_leaves_the_grid_as_it_was(tmp_path):
 
 def parse_safetensors(path):
     """-> {name: numpy array}, by the format's specification; 16 bit numbers as uint16."""
-    data = path.read_bytes()
-    (size,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + size])
-    data = data[8 + size :]
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    content = content[8:]
+    header = json.loads(content[:size])
+    data = content[size:]
     assert size % 8 == 0
     assert header.pop("__metadata__") == {"format": "pt"}
     dtypes = {"F64": "<f8", "F32": "<f4", "F16": "<u2", "BF16": "<u2", "I64": "<i8"}
 
-    out, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+    out = {}
+    end = 0
+    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    for name, entry in entries:
         begin, stop = entry["data_offsets"]
         dtype = np.dtype(dtypes[entry["dtype"]])
         assert begin == end, "no holes"
@@ -300,7 +313,9 @@ def parse_safetensors(path):
 @pytest.mark.parametrize("to", ["ours", "mmseg", "timm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_what_is_called_safetensors_is_one(net, to, dtype, tmp_path, main):
-    want = {k: v.to(dtype) if v.ndim > 1 else v for k, v in net.state_dict().items()}
+    want = {}
+    for name, value in net.state_dict().items():
+        want[name] = value.to(dtype) if value.ndim > 1 else value
     write({"model": want}, tmp_path / "a.pt")
     path = tmp_path / "b.safetensors"
     main(convert_weights, tmp_path / "a.pt", path, "--to", to)
@@ -334,7 +349,8 @@ def test_what_is_called_safetensors_is_one(net, to, dtype, tmp_path, main):
 
 @pytest.mark.parametrize("same", ["itself", "symbolic link", "hard link", "part"])
 def test_a_file_is_not_written_over_itself(net, same, tmp_path, main, capsys):
-    src, dst = tmp_path / "a.pt", tmp_path / "b.pt"
+    src = tmp_path / "a.pt"
+    dst = tmp_path / "b.pt"
     if same == "itself":
         dst = tmp_path / "." / "a.pt"
     if same == "part":
@@ -372,7 +388,8 @@ def test_colours_of_unlabelled_pixels_come_back_as_they_were_saved(tmp_path):
     palette = [[0, 0, 0], [9, 0, 255]]
     classes = ade20k.Classes(("a", "b"), palette, False, [[1, 2, 3]])
     args = dict(arch="toy_p8", neck="none")
-    content = {"model": build_model("toy_p8", "none", 2).state_dict(), "args": args}
+    net = build_model("toy_p8", "none", 2)
+    content = {"model": net.state_dict(), "args": args}
 
     def loaded(classes):
         _, facts = load(content | {"classes": tuple(classes)}, tmp_path / "a.pt")
@@ -380,4 +397,5 @@ def test_colours_of_unlabelled_pixels_come_back_as_they_were_saved(tmp_path):
 
     assert loaded(classes) == tuple(classes)
     for wrong in ([[1, 2]], [[1, 2, 256]], "red"):
-        assert loaded(classes._replace(ignored_colours=wrong)) is None
+        damaged = classes._replace(ignored_colours=wrong)
+        assert loaded(damaged) is None
