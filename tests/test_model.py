@@ -264,6 +264,20 @@ def test_resize_matrices_are_bilinear_resizing(old, new):
     torch.testing.assert_close(rows.sum(1), ones)
 
 
+@pytest.mark.parametrize("old,new", [(4, 8), (32, 512), (7, 3), (1, 9), (9, 1), (128, 97)])
+def test_resize_matrix_mixes_the_two_nearest_pixels_by_distance(old, new):
+    like = torch.zeros((), dtype=torch.float64)
+    got = upernet.resize_matrix(old, new, like).numpy()
+
+    pixels = np.arange(old)
+    for i in range(new):
+        place = (i + 0.5) * old / new - 0.5
+        place = np.clip(place, 0, old - 1)
+        want = 1 - np.abs(place - pixels)
+        want = np.maximum(want, 0)
+        assert largest_error(got[i], want) < 1e-12
+
+
 # From so many pixels to so many averages.
 POOLED = [
     (32, 6),
