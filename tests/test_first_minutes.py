@@ -104,7 +104,7 @@ def test_a_toy_run_ends_with_its_sheet_and_what_to_try_next(data):
     said = []
     run = SimpleNamespace(
         saved="runs/a/checkpoint_2.pt",
-        validation=[1],
+        val_pairs=[1],
         world=1,
         args=SimpleNamespace(data=data, iters=2),
         say=said.append,

@@ -718,8 +718,8 @@ def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
         schedule = recipe | dict(lr=args.lr, warmup=args.warmup)
         run = SimpleNamespace(
             args=args,
-            training=[1],
-            validation=[1],
+            train_pairs=[1],
+            val_pairs=[1],
             schedule=schedule,
             classes=None,
             fingerprint="",
