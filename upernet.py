@@ -44,8 +44,8 @@ AUX_WEIGHT = 0.4  # of the auxiliary head's loss (PSPNet, section 5.2)
 #          from that of old 0 to that of old 1
 #
 # Three things follow:
-# - A 3x3 convolution of an upsampled map, of which neck and head are made, is a product along the
-#   channels and three shifts along each axis. The product does not care about the axes, so it can
+# - Neck and head convolve upsampled maps, 3x3. That is a sum of nine shifted maps, each times a
+#   (C, O) matrix. The matrix acts on channels, shifting and resizing on y and x, so the product can
 #   come first, on the small map (conv3x3_of_resized).
 # - Two resizings in a row are one, whose matrix is the product of both (evaluate.resized_rows).
 # - The loss and the prediction want the logits at the picture's size, but read them pixel by pixel:
@@ -56,19 +56,20 @@ def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """The (new, old) matrix of bilinear resizing along one axis, align_corners=False.
 
     New pixel i has its centre at x = (i + 1/2) old / new - 1/2 of the old pixels, and mixes the two
-    on either side by how near they are. A matrix's columns are what it makes of the unit vectors:
-    resizing these gives it. On the device of `like`, in its dtype."""
+    on either side by how near they are; beyond the outermost centres it is the edge pixel alone. A
+    matrix's columns are what it makes of the unit vectors: resizing these gives it. On the device
+    of `like`, in its dtype."""
     unit = torch.eye(old, dtype=like.dtype, device=like.device)
-    columns = F.interpolate(unit[None], size=new, mode="linear", align_corners=False)
-    return columns[0].T
+    resized = F.interpolate(unit[None], size=new, mode="linear", align_corners=False)
+    return resized[0].T  # from (old, new)
 
 
 def source_rows(start: int, stop: int, old: int, new: int) -> tuple[int, int]:
-    """-> (first, end): all that rows start to stop - 1 of resize_matrix read are the old rows first
-    to end - 1."""
+    """-> (first, end): rows start to stop - 1 of resize_matrix are 0 but for its columns first to
+    end - 1."""
     first_place = (start + 0.5) * old / new - 0.5
     last_place = (stop - 0.5) * old / new - 0.5
-    first = max(int(first_place), 0)
+    first = int(first_place)  # it is above -1/2, and int rounds towards 0
     end = min(int(last_place) + 2, old)
     return first, end
 
@@ -76,15 +77,15 @@ def source_rows(start: int, stop: int, old: int, new: int) -> tuple[int, int]:
 def pool_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """The (new, old) matrix of adaptive average pooling along one axis.
 
-    New cell i averages the old pixels from floor(i old / new) to ceil((i + 1) old / new). (Written
+    New cell i averages the old pixels floor(i old / new) to ceil((i + 1) old / new) - 1. (Written
     out, as ONNX has no such pooling for maps of any size.)"""
     i = torch.arange(new, device=like.device)
     i = i[:, None]  # (new, 1)
     k = torch.arange(old, device=like.device)
 
-    behind_first = k >= i * old // new  # (new, old)
+    from_first = k >= i * old // new  # (new, old)
     before_end = k * new < (i + 1) * old
-    inside = behind_first & before_end
+    inside = from_first & before_end
     count = inside.sum(1, keepdim=True)  # (new, 1)
     return inside.to(like.dtype) / count
 
@@ -123,22 +124,22 @@ def conv3x3_of_resized(maps: list[Tensor], weight: Tensor) -> Tensor:
 
 def add_upsampled_conv3x3(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """total (B, O, H, W) plus the convolution of x (B, C, h, w), brought to (H, W), with weight
-    (O, C, 3, 3). total may be written over: it belongs to this function. Exact. The plain form:
+    (O, C, 3, 3). total may be written over: it belongs to this function. Exact but for rounding.
+    The plain form:
 
         total + F.conv2d(resize(x, (H, W)), weight, padding=1)
 
-    A 3x3 convolution adds up nine taps: the map, shifted by a pixel or not along y and x, times a
-    (C, O) matrix each. That product acts on the channels, resizing and shifting act along the axes,
-    so their order is free. Here the product comes first, on the small map. After 2x upsampling that
-    takes a third of the operations, after 8x 3%."""
+    Each of the nine taps is the map, shifted by a pixel or not along y and x, times a (C, O)
+    matrix. The product comes first, on the small map (see above). After 2x upsampling that takes a
+    third of the operations, after 8x 3%."""
     B, C, h, w = x.shape
     _, O, H, W = total.shape  # noqa: E741
-    rows = resize_matrix(h, H, x)  # (H, h)
-    rows = three_shifts(rows)  # (3, H, h)
-    columns = resize_matrix(w, W, x)  # (W, w)
-    columns = three_shifts(columns)  # (3, W, w)
-    columns = columns.permute(1, 2, 0)  # (W, w, 3)
-    columns = columns.flatten(1)  # (W, w 3)
+    along_y = resize_matrix(h, H, x)  # My, (H, h)
+    along_y = three_shifts(along_y)  # (3, H, h)
+    along_x = resize_matrix(w, W, x)  # Mx, (W, w)
+    along_x = three_shifts(along_x)  # (3, W, w)
+    along_x = along_x.permute(1, 2, 0)  # (W, w, 3)
+    along_x = along_x.flatten(1)  # (W, w 3)
     weight = weight.permute(2, 1, 3, 0)  # (3, C, 3, O): for each ky from C to (kx, O)
     weight = weight.flatten(2)  # (3, C, 3 O)
 
@@ -149,14 +150,14 @@ def add_upsampled_conv3x3(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     total = total.flatten(2)  # (B, H, W O)
 
     # The three ky one after the other, added in place: a third of the memory.
-    for along_y, of_row in zip(rows, weight):  # (H, h) and (C, 3 O)
+    for shifted, of_row in zip(along_y, weight):  # (H, h) and (C, 3 O)
         part = x @ of_row  # (B, h w, 3 O), laid out as (B, h, w, kx, O)
         part = part.view(B, h, w * 3, O)
-        part = columns @ part  # (B, h, W, O): the three kx, added up
+        part = along_x @ part  # (B, h, W, O): the three kx, added up
         part = part.flatten(2)  # (B, h, W O)
-        along_y = along_y.to(part.dtype)  # autocast leaves alone what works in place
-        along_y = along_y.expand(B, H, h)
-        total = total.baddbmm_(along_y, part)  # total + along_y @ part
+        shifted = shifted.to(part.dtype)  # autocast casts nothing for what works in place
+        shifted = shifted.expand(B, H, h)
+        total = total.baddbmm_(shifted, part)  # total + shifted @ part
 
     total = total.unflatten(2, (W, O))
     return total.permute(0, 3, 1, 2)
@@ -208,17 +209,18 @@ class MultiLevelNeck(nn.Module):
         levels = zip(maps, self.scales, self.lateral_convs, self.convs)
         for x, scale, lateral, conv in levels:
             x = lateral(x)
-            if scale < 1:
-                x = self.downsampled(x, scale)
             if scale > 1:
-                x = self.upsampled(x, scale, conv)
+                x = self.conv_of_upsampled(x, scale, conv)
+            elif scale == 1:
+                x = conv(x)
             else:
+                x = self.downsampled(x, scale)
                 x = conv(x)
             out.append(x)
         return out
 
     @staticmethod
-    def upsampled(x: Tensor, scale: int, conv: nn.Conv2d) -> Tensor:
+    def conv_of_upsampled(x: Tensor, scale: int, conv: nn.Conv2d) -> Tensor:
         """conv(resize(x, by scale)): its bias everywhere, and the rest added to that."""
         B, D, h, w = x.shape
         size = (scale * h, scale * w)
@@ -230,7 +232,7 @@ class MultiLevelNeck(nn.Module):
 
     @staticmethod
     def downsampled(x: Tensor, scale: float) -> Tensor:
-        """Resize by the factor: the points lie 2 pixels apart also where 7 become 3 (not 7/3)."""
+        """Resize by the factor: the samples lie 2 pixels apart also where 7 become 3 (not 7/3)."""
         h, w = x.shape[2:]
         if h == 1 or w == 1:  # a strip one patch thick, of which half would be nothing
             enough = (max(h, 2), max(w, 2))
@@ -257,7 +259,8 @@ class ConvBNReLU(nn.Module):
         return F.relu(x, inplace=True)
 
     def of_resized(self, maps: list[Tensor]) -> Tensor:
-        """The same of maps that are resized to the first one's size and laid side by side."""
+        """The same of maps that are resized to the first one's size and laid side by side; empties
+        the list."""
         x = conv3x3_of_resized(maps, self.conv.weight)
         x = self.bn(x)
         return F.relu(x, inplace=True)
@@ -282,8 +285,8 @@ class UPerHead(nn.Module):
         self.ppm = nn.ModuleList()
         for _ in self.pool_sizes:
             self.ppm.append(ConvBNReLU(width, channels, 1))
-        pyramid = width + len(self.ppm) * channels
-        self.bottleneck = ConvBNReLU(pyramid, channels, 3)
+        side_by_side = width + len(self.ppm) * channels
+        self.bottleneck = ConvBNReLU(side_by_side, channels, 3)
 
         self.lateral_convs = nn.ModuleList()
         for _ in range(3):
@@ -308,13 +311,13 @@ class UPerHead(nn.Module):
             pooled = along_y @ top  # (B, width, n, w)
             pooled = pooled @ along_x.mT  # (B, width, n, n)
             pyramid.append(conv(pooled))
-        top = self.bottleneck.of_resized(pyramid)  # (B, channels, h_4, w_4)
+        scene = self.bottleneck.of_resized(pyramid)  # (B, channels, h_4, w_4)
 
-        # Laterals: all levels get the same number of channels.
+        # Laterals: levels 1 to 3 get the number of channels that level 4 has now.
         levels = []
-        for conv, x in zip(self.lateral_convs, maps):
+        for conv, x in zip(self.lateral_convs, maps[:3]):
             levels.append(conv(x))  # (B, channels, h_i, w_i)
-        levels.append(top)
+        levels.append(scene)
 
         # Top-down: each level is told what the coarser one has understood.
         for i in (2, 1, 0):
@@ -332,8 +335,8 @@ class UPerHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """The auxiliary head, a classifier straight on level 4. It serves training alone: it brings
-    gradient to the backbone past the whole other head (PSPNet, section 4: deep supervision).
+    """The auxiliary head, a convolution and a classifier on level 4 alone. It serves training: it
+    brings gradient to the backbone past the whole other head (PSPNet, section 4: deep supervision).
 
     Four maps, of which it reads the last (B, width, h_4, w_4) -> logits (B, C, h_4, w_4)."""
 
@@ -362,8 +365,24 @@ def rows_at_once(device: torch.device, numbers: int) -> int:
     return max(1, block // numbers)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of logits (B, C, h, w) against labels (B, H, W) int64. The plain form:
+
+        losses = F.cross_entropy(resize(logits, labels.shape[1:]), labels, ignore_index=255,
+                                 reduction="none")
+        return losses.mean()
+
+    The mean is over all pixels: ignored ones add no loss but count in the divisor, as in the
+    reference. So a labelled pixel weighs the same, 1 / (B H W), however much of the batch is
+    labelled."""
+    with torch.autocast(logits.device.type, enabled=False):  # as the reference
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        logits = logits.to(dtype)
+        return UpsampledCrossEntropy.apply(logits, labels)
+
+
 class UpsampledCrossEntropy(torch.autograd.Function):
-    """cross_entropy below, some rows of pixels after the other, so that the logits at the picture's
+    """cross_entropy above, some rows of pixels after the other, so that the logits at the picture's
     size never exist as a whole. They, their softmax and the gradients of both would be the largest
     tensors of a training step: 2.5 GB each for 16 x 150 x 512 x 512 floats.
 
@@ -375,16 +394,16 @@ class UpsampledCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
         B, C, h, w = logits.shape
         _, H, W = labels.shape
-        rows = resize_matrix(h, H, logits)  # My, (H, h)
-        columns = resize_matrix(w, W, logits)  # Mx, (W, w)
+        along_y = resize_matrix(h, H, logits)  # My, (H, h)
+        along_x = resize_matrix(w, W, logits)  # Mx, (W, w)
 
         wide = logits.permute(0, 2, 3, 1)  # (B, h, w, C)
-        wide = columns @ wide  # (B, h, W, C)
+        wide = along_x @ wide  # (B, h, W, C)
         wide = wide.flatten(2)  # (B, h, W C): the C logits of a pixel side by side
-        wanted = ctx.needs_input_grad[0]
-        grad = None
-        if wanted:
-            grad = torch.zeros_like(wide)
+        with_grad = ctx.needs_input_grad[0]
+        wide_grad = None
+        if with_grad:
+            wide_grad = torch.zeros_like(wide)
 
         total = logits.new_zeros(())
         numbers = B * W * C  # of a row of pixels
@@ -392,21 +411,21 @@ class UpsampledCrossEntropy(torch.autograd.Function):
         for start in range(0, H, step):
             stop = min(start + step, H)
             first, end = source_rows(start, stop, h, H)
-            m = rows[start:stop, first:end]
+            m = along_y[start:stop, first:end]
             large = m @ wide[:, first:end]  # (B, stop - start, W C)
             large = large.unflatten(2, (W, C))
 
-            label = labels[:, start:stop]  # (B, stop - start, W)
-            loss, large_grad = summed_cross_entropy(large, label, wanted)
+            some = labels[:, start:stop]  # (B, stop - start, W)
+            loss, large_grad = summed_cross_entropy(large, some, with_grad)
             total += loss
-            if wanted:
+            if with_grad:
                 large_grad = large_grad.flatten(2)  # (B, stop - start, W C)
-                grad[:, first:end] += m.mT @ large_grad
+                wide_grad[:, first:end] += m.mT @ large_grad
 
         count = labels.numel()
-        if wanted:
-            grad = grad.unflatten(2, (W, C))
-            grad = columns.mT @ grad  # (B, h, w, C)
+        if with_grad:
+            wide_grad = wide_grad.unflatten(2, (W, C))
+            grad = along_x.mT @ wide_grad  # (B, h, w, C)
             grad = grad.permute(0, 3, 1, 2)
             ctx.save_for_backward(grad / count)
         return total / count
@@ -436,22 +455,6 @@ def summed_cross_entropy(
     grad.scatter_add_(3, label, minus_one)
     grad *= kept
     return loss, grad
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of logits (B, C, h, w) against labels (B, H, W) int64. The plain form:
-
-        losses = F.cross_entropy(resize(logits, labels.shape[1:]), labels, ignore_index=255,
-                                 reduction="none")
-        return losses.mean()
-
-    The mean is over all pixels: ignored ones add no loss but count in the divisor, as in the
-    reference. A mean over the labelled ones alone would give the few labelled pixels of a picture
-    that is hardly labelled the weight of a whole picture."""
-    with torch.autocast(logits.device.type, enabled=False):  # as the reference
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        logits = logits.to(dtype)
-        return UpsampledCrossEntropy.apply(logits, labels)
 
 
 # ---- The whole model -----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from evaluate import caption, legend, palette, stack, view_logits
 from upernet import Segmenter, resize
 
 SIDE = 200  # of a panel, in pixels: the longer one
-RAMP = (  # black, violet, red, orange, white
+RAMP = (  # red, green and blue of black, violet, red, orange, white
     (0, 87, 205, 252, 255),
     (0, 16, 65, 175, 255),
     (0, 110, 70, 60, 235),
@@ -94,7 +94,8 @@ def heat(values: Tensor) -> ndarray:
 
 def watch(model: Segmenter, x: Tensor, dtype: torch.dtype) -> dict:
     """Label a normalised picture (1, 3, H, W) -> {module: (input, output)} of those worth a look.
-    (What leaves a BatchNorm has passed the ReLU too, which works in place.)"""
+    (The bottleneck is called by of_resized, which runs no hooks. Its BatchNorm stands for it, whose
+    output the ReLU changes in place.)"""
     backbone, head = model.backbone, model.decode_head
     modules = [
         backbone,
@@ -137,7 +138,7 @@ def panel_row(title: str, panels: dict[str, ndarray], size: tuple[int, int]) -> 
 
 
 def attention_rows(model: Segmenter, seen: dict, at: tuple, size: tuple) -> list[ndarray]:
-    """What each head of the last layer takes for the class token, and for the patch at a place."""
+    """Where each head of the last layer looks, for the class token and for the patch at a place."""
     backbone = model.backbone
     attention = backbone.blocks[-1].attn
     _, maps = seen[backbone]
@@ -167,7 +168,8 @@ def attention_rows(model: Segmenter, seen: dict, at: tuple, size: tuple) -> list
 
 
 def map_rows(model: Segmenter, seen: dict, size: tuple) -> list[ndarray]:
-    """What becomes of the four maps, from the backbone to the classifier, a level a column."""
+    """What becomes of the four maps, from the backbone to the classifier, a level a column; the
+    last panel is all of them as one."""
     head = model.decode_head
     laterals = [seen[module][1] for module in (*head.lateral_convs, head.bottleneck.bn)]
     top_down = [seen[module][0] for module in head.fpn_convs]
@@ -222,22 +224,22 @@ def look_inside(
     short: int = 512,
     dtype: torch.dtype = torch.float32,
 ) -> Image.Image:
-    """The sheet of a picture (H, W, 3) and its label (H, W), both uint8, at scale 1. at: the place
-    (x, y) whose attention is shown, from 0, left and top, to below 1."""
+    """The sheet of a picture (H, W, 3) and its label (H, W), both uint8; the network sees it as at
+    scale 1. at: the place (x, y) whose attention is shown, from 0, left and top, to below 1."""
     backbone = model.backbone
-    H, W = scaled_size(*image.shape[:2], 4 * short, short)
-    x = torch.tensor(resize_bilinear(image, H, W))
-    x = x[None].to(backbone.pos_embed.device)  # (1, 3, H, W)
+    h, w = scaled_size(*image.shape[:2], 4 * short, short)
+    x = torch.tensor(resize_bilinear(image, h, w))
+    x = x[None].to(backbone.pos_embed.device)  # (1, 3, h, w)
     seen = watch(model, normalise(x), dtype)
 
     # All panels have one size. A strip is drawn thicker than it is, to be seen.
-    size = [max(SIDE // 8, SIDE * n // max(H, W)) for n in (W, H)]
+    size = tuple(max(SIDE // 8, SIDE * n // max(h, w)) for n in (w, h))
 
     _, logits = seen[model.decode_head]
     cosines = position_similarity(backbone.pos_embed, backbone.grid)
     left = [
         panel_row(
-            f"The picture, {W} x {H} pixels for the network; its label; how sure that is: "
+            f"The picture, {w} x {h} pixels for the network; its label; how sure that is: "
             "1 - entropy / log C, white where certain, black where all classes are alike.",
             overview(image, palette(classes)[prediction], logits, at, size),
             size,
