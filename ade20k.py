@@ -451,8 +451,8 @@ def source_places(first: int, end: int, old: int, new: int) -> ndarray:
 
 
 def interpolate(x: ndarray, place: ndarray, axis: int) -> ndarray:
-    """x (3, H, W) float32 at places between its pixels along an axis: 2.25 is a quarter of the way
-    from pixel 2 to pixel 3."""
+    """x (3, H, W) float32 at places between its pixels along an axis: 2.25 is a quarter of the
+    way from pixel 2 to pixel 3."""
     index = np.floor(place).astype(np.intp)
     weight = (place - index).astype(np.float32)
     if axis == 1:
@@ -584,9 +584,9 @@ def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
 
 @dataclass
 class TrainSet(torch.utils.data.Dataset):
-    """Sample number `position` of the run: which picture, and how it is cut and distorted, follow
-    from (seed, position) alone. So neither the number of workers nor of processes changes a run,
-    and one resumed at iteration i goes on with the samples it would have seen, at once."""
+    """Sample number `position` of the run: which picture it is, and how it is cut and distorted,
+    follows from (seed, position) alone. So neither the number of workers nor of processes changes a
+    run, and one resumed at iteration i goes on with the samples it would have seen, at once."""
 
     pairs: list[Pair]
     seed: int

@@ -6,7 +6,7 @@ metric; the pictures.
             --> confusion matrix (C, C) --> IoU per class --> mIoU
 
 The metric is that of FCN (Long et al. 2015, arXiv:1411.4038, section 5): intersection over union,
-from one confusion matrix of the whole data set (not a mean over pictures). A class that is neither
+of one confusion matrix for the whole data set, not a mean over pictures. A class that is neither
 there nor predicted has no IoU (0 / 0) and is left out of the mean. The protocol is the reference's:
 two bilinear steps (to the resized picture, then to its own size), the mean of the softmax outputs
 rather than of the logits.
@@ -674,7 +674,10 @@ def label_and_report(args: Namespace) -> None:
 
 
 def open_outputs(args: Namespace, rank: int) -> None:
-    """Make the folders and try to write the scores: an error comes now, not after an hour."""
+    """Look for what draws, make the folders, try to write the scores: an error comes now, not after
+    an hour."""
+    if args.inside:
+        from_tests("inside")  # which a copy of the scripts may lack
     for folder in args.folders:
         os.makedirs(folder, exist_ok=True)
     if args.json and rank == 0:

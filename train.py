@@ -102,8 +102,8 @@ LOG_EVERY = 50  # iterations
 
 
 def learning_rate(i: int, iters: int, lr: float, power: float, floor: float, warmup: int) -> float:
-    """The rate of iteration i = 0 .. iters - 1: poly decay from lr to floor, times a linear warmup
-    from 1e-6 to 1.
+    """The rate of iteration i = 0 .. iters - 1: poly decay from lr to floor, times a warmup that is
+    linear from 1e-6 to 1.
 
     Poly (DeepLab, Chen et al. 2017, arXiv:1606.00915, section 4.1): far from a minimum large steps
     help, near it their noise is all that is left, and a rate that falls all the time needs nobody
@@ -196,8 +196,8 @@ def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tup
 
 
 def train(args: Namespace, checkpoint: dict) -> None:
-    """A run from its first iteration, or the checkpoint's, to its last. All that is random follows
-    from (seed, iteration, process), so a resumed run is the run that was never stopped."""
+    """A run from its first iteration, or the checkpoint's, to its last. All that is random is set
+    by (seed, iteration, process), so a resumed run is the run that was never stopped."""
     run = Run(args, checkpoint)
     if args.dry_run:
         return run.say(plan(run))

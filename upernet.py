@@ -117,7 +117,8 @@ def conv3x3_of_resized(maps: list[Tensor], weight: Tensor) -> Tensor:
         if same_size(x.shape[2:], size):
             total = total + F.conv2d(x, share, padding=1)
         else:
-            total = total.contiguous(memory_format=torch.channels_last)  # the layout it works in
+            # The layout that it adds in: made here, as the other one is let go here.
+            total = total.contiguous(memory_format=torch.channels_last)
             total = add_upsampled_conv3x3(total, x, share)
     return total
 

@@ -49,6 +49,16 @@ def tensors(arrays):
     return {name: torch.from_numpy(np.asarray(value)) for name, value in arrays.items()}
 
 
+def by_formula(gold):
+    """A golden's "shapes", lines of a name and its sizes -> {name: values of formulas.weight}"""
+    weights = {}
+    for line in gold["shapes"]:
+        name, *dims = line.split()
+        shape = tuple(int(dim) for dim in dims)
+        weights[name] = formulas.weight(name, shape)
+    return weights
+
+
 def write(content, path):
     """Write with torch.save. -> the path as text"""
     torch.save(content, path)

@@ -443,8 +443,8 @@ def peers(args):
         ]
         row(" ".join(item[:3]), *cells)
 
-    machine = best[-1]
-    print(f"\nseconds a picture; {machine['device']}, {machine['threads']} threads (data: one)")
+    threads = torch.get_num_threads()
+    print(f"\nseconds a picture; {best[-1]['device']}, {threads} threads (data: one)")
 
 
 def fastest_of_two(args, item):

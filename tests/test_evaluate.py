@@ -335,7 +335,9 @@ class Accelerator:
     def __init__(self, kind, count):
         self.kind = kind
         self.count = count
-        self.set_device_index = lambda index: None
+
+    def set_device_index(self, index):
+        pass
 
     def current_accelerator(self, check_available):
         assert check_available  # torch that is built for GPUs also runs where there are none

@@ -392,6 +392,21 @@ def test_the_option_writes_one_more_sheet_a_picture(folder, main, capsys):
     assert (middle != corner).any()
 
 
+def test_where_the_sheets_cannot_be_drawn_that_is_said_before_anything_is_written(
+    folder, main, monkeypatch, capsys
+):
+    def missing(name):
+        raise ade20k.DataError(f"tests/{name}.py: is missing")
+
+    monkeypatch.setattr(evaluate, "from_tests", missing)
+    with pytest.raises(SystemExit) as end:
+        main(evaluate, "--image", "in", "--show", "out", "--inside", "--workers", 0)
+
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: tests/inside.py: is missing\n"
+    assert not os.path.exists("out")
+
+
 IMPOSSIBLE = [
     (["--save-labels", "out", "--inside"], "--inside needs --show DIR"),
     (["--show", "out", "--at", "0.5", "0.5"], "add --inside"),

@@ -9,7 +9,7 @@ import pytest
 import speed
 import torch
 import torch.nn.functional as F
-from conftest import Watch, assert_equal, largest_error, load, tensors, write_mmseg
+from conftest import Watch, assert_equal, by_formula, largest_error, load, tensors, write_mmseg
 
 import ade20k
 import evaluate
@@ -533,14 +533,8 @@ def test_unknown_names_are_refused():
 
 def test_timm_backbone_gives_the_features_of_the_references_own_converter(tmp_path, golden):
     gold = golden("backbone")
-    weights = {}
-    for line in gold["shapes"]:
-        name, *dims = line.split()
-        shape = tuple(int(dim) for dim in dims)
-        values = formulas.weight(name, shape)
-        weights[name] = torch.from_numpy(values)
-
-    wrapped = {"model": weights}  # as DeiT does it
+    weights = by_formula(gold)
+    wrapped = {"model": tensors(weights)}  # as DeiT does it
     state_dict, facts = load(wrapped, tmp_path / "deit.pth")
     assert facts["arch"] == "deit_s16"
     assert facts["kind"] == "timm"

@@ -20,7 +20,7 @@ import formulas
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_equal, load, tensors, write_mmseg
+from conftest import ROOT, assert_equal, by_formula, load, tensors, write, write_mmseg
 from scipy.special import erf
 
 import ade20k
@@ -60,8 +60,7 @@ def write_safetensors(weights, path, **changes):
 
 
 def write_torch(weights, path, **more):
-    torch.save({"model": tensors(weights), **more}, path)
-    return str(path)
+    return write({"model": tensors(weights), **more}, path)
 
 
 def read_torch(weights, path):
@@ -83,15 +82,6 @@ def assert_same(got, want):
     """The same names, and the same bits."""
     assert got.keys() == want.keys()
     assert_equal(got, want)
-
-
-def by_formula(gold):
-    weights = {}
-    for line in gold["shapes"]:
-        name, *dims = line.split()
-        shape = tuple(int(dim) for dim in dims)
-        weights[name] = formulas.weight(name, shape)
-    return weights
 
 
 def timm_weights(arch="toy_p8", neck="ln"):
