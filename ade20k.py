@@ -88,8 +88,42 @@ b8ff000085ffffd60019c2c266ff005c00ff
 """), np.uint8).reshape(150, 3)
 
 
-class DataError(Exception):
-    """A fault in the data, in one sentence: the file, the value, the way out."""
+class UserError(Exception):
+    """What the user can mend, in one sentence: the file or the option, its value, the way out."""
+
+
+class DataError(UserError):
+    """A fault in the data."""
+
+
+@contextmanager
+def about(path: str, kind: type[UserError] = DataError) -> Iterator[None]:
+    """Whatever goes wrong inside becomes one sentence that begins with the file's name."""
+    try:
+        yield
+    except Exception as error:  # readers of damaged files raise almost anything
+        raise kind(f"{path}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, without the advice that follows; its kind where it says nothing."""
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return words.splitlines()[0]
+
+
+@contextmanager
+def errors_in_one_sentence() -> Iterator[None]:
+    """Errors that the user can mend end the program with one sentence and exit code 2, without a
+    traceback. All four programs run inside it."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        # A loader's process puts its traceback before the sentence.
+        sentence = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+        print(f"error: {one_line(sentence)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 class Classes(NamedTuple):
@@ -1001,16 +1035,11 @@ def main() -> None:
     parser.add_argument("dir", metavar="DIR")
     args = parser.parse_args()
 
-    try:
+    with errors_in_one_sentence():
         if args.action == "check":
             sys.exit(1 if check(args.dir) else 0)
         make = download if args.action == "download" else make_toy
         print(make(args.dir))
-    except (DataError, OSError, ValueError, zipfile.BadZipFile) as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

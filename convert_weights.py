@@ -21,7 +21,6 @@ import json
 import math
 import os
 import re
-import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade20k import fetch, listed, one_line
+from ade20k import UserError, errors_in_one_sentence, fetch, first_line, listed, one_line
 from model import ARCHS, NECKS, resize_pos_embed
 from upernet import build_model
 
@@ -258,7 +257,7 @@ def describe(facts: dict) -> str:
     return one_line(text)
 
 
-class WeightsError(Exception):
+class WeightsError(UserError):
     """A weight file that cannot be used, in one sentence: the file, what is wrong, the way out."""
 
 
@@ -272,11 +271,6 @@ def about(path: str) -> Iterator[None]:
         raise WeightsError(f"{path}: {error}") from error
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise WeightsError(f"{path}: damaged, {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, without the advice that follows; its kind where it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # ---- Unwrap --------------------------------------------------------------------------------------
@@ -942,11 +936,8 @@ def convert(src: str, dst: str, to: str, bicubic: bool) -> None:
 
 def main() -> None:
     args = options().parse_args()
-    try:
+    with errors_in_one_sentence():
         convert(args.src, args.dst, args.to, args.bicubic)
-    except (WeightsError, OSError, RuntimeError) as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

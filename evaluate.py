@@ -19,13 +19,11 @@ import ctypes
 import json
 import math
 import os
-import re
 import signal
 import sys
 import textwrap
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from glob import glob
@@ -56,7 +54,9 @@ from ade20k import (
     DEFAULT_ROOT,
     Classes,
     DataError,
+    UserError,
     data_root,
+    errors_in_one_sentence,
     find_pairs,
     from_tests,
     load,
@@ -873,28 +873,8 @@ FACTOR = number(float, "a number from 0 to 1", 0, math.nextafter(1, 2))
 RATE = number(float, "a number of 0 or more and below 1", 0, 1)
 
 
-class UsageError(Exception):
-    """An option that cannot be met, in one sentence."""
-
-
-@contextmanager
-def errors_in_one_sentence() -> Iterator[None]:
-    """What the user can mend ends the program with its one sentence and code 2, without a
-    traceback."""
-    try:
-        yield
-    except (DataError, WeightsError, UsageError, OSError, RuntimeError) as error:
-        # A loader's process wraps the sentence in its traceback: keep the sentence.
-        sentence = str(error).rsplit("DataError: ", 1)[-1].strip()
-        if re.search("Bus error|shared memory|</torch_", sentence):
-            sentence = (
-                "too little shared memory (/dev/shm) for the loader's processes to hand over their "
-                "pictures: use --workers 0, or start the container with --shm-size 8g"
-            )
-        elif isinstance(error, RuntimeError):
-            raise
-        print(f"error: {one_line(sentence)}", file=sys.stderr)
-        sys.exit(2)
+class UsageError(UserError):
+    """An option that cannot be met."""
 
 
 # ---- where and how to compute --------------------------------------------------------------------
