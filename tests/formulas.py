@@ -27,7 +27,6 @@ SMALL = dict(
     grid=32,
     channels=32,
     drop_path=0.0,
-    drop_path_ln=0.0,
 )
 SIZES = [(512, 512), (300, 401), (97, 131)]
 
