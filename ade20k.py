@@ -180,8 +180,8 @@ def random_crop(label: ndarray, crop: int, rng: Generator) -> tuple:
     covers 75% or more of the labelled pixels teaches little: it is redrawn, at most ten times."""
     h, w = label.shape
     for _ in range(11):
-        y = rng.integers(0, max(h - crop, 0) + 1)
-        x = rng.integers(0, max(w - crop, 0) + 1)
+        y = rng.integers(max(h - crop, 0) + 1)
+        x = rng.integers(max(w - crop, 0) + 1)
         cropped = label[y : y + crop, x : x + crop]
 
         histogram = Image.fromarray(cropped).histogram()  # (bincount takes twice as long)
@@ -205,9 +205,7 @@ def nearest_indices(old: int, new: int) -> ndarray:
     return np.minimum(index.astype(np.int64), old - 1)
 
 
-def resize_bilinear(
-    image: ndarray, h: int, w: int, box: tuple[int, int, int, int] | None = None
-) -> ndarray:
+def resize_bilinear(image: ndarray, h: int, w: int, box: tuple | None = None) -> ndarray:
     """What cv2.resize(image, (w, h))[y0:y1, x0:x1] gives, within one grey level, computing only
     box = (y0, x0, y1, x1).
 
@@ -292,13 +290,14 @@ MEAN, STD = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]]).v
 def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
     """(B, 3, H, W) uint8 -> (x - mean) / std, float32, on the images' device; 0 outside each
     picture's (h, w) in sizes (B, 2), where the picture was padded."""
+    # (A copy that blocks would wait for all that the GPU has still to do.)
     device = images.device
     x = images.float() - MEAN.to(device, non_blocking=True)
     x = x / STD.to(device, non_blocking=True)
     if sizes is None:
         return x
 
-    h, w = sizes.view(-1, 2, 1, 1, 1).unbind(1)  # each (B, 1, 1, 1)
+    h, w = sizes.T[..., None, None, None]  # each (B, 1, 1, 1)
     in_rows = torch.arange(x.shape[2], device=device)[:, None] < h  # (B, 1, H, 1)
     in_columns = torch.arange(x.shape[3], device=device) < w  # (B, 1, 1, W)
     return x * (in_rows & in_columns)
@@ -307,8 +306,8 @@ def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
 # ---- HSV, as the reference's cv2 rounds it -------------------------------------------------------
 
 # cv2 has HSV in uint8: hue 0..179 (2 degrees a step), saturation and value 0..255. The rounding is
-# part of the recipe, since hue and saturation distortion see the picture through it. Who believes
-# that both functions equal cv2's may skip them.
+# part of the recipe, since hue and saturation distortion see the picture through it. If you take it
+# on trust that both functions equal cv2's, continue with the next part.
 
 
 def fixed_point(numerator: int) -> ndarray:
@@ -333,10 +332,12 @@ def rgb_to_hsv(image: ndarray) -> tuple:
     hue = np.where(value == g, b - r + 2 * spread, r - g + 4 * spread)
     hue = np.where(value == r, g - b, hue)
 
-    half = 1 << 11  # so that the shift rounds
-    saturation = (spread * SATURATION_STEP.take(value, mode="clip") + half) >> 12
-    hue = (hue * HUE_STEP.take(spread, mode="clip") + half) >> 12
-    hue = np.where(hue < 0, hue + 180, hue)
+    saturation = spread * SATURATION_STEP.take(value, mode="clip")
+    hue = hue * HUE_STEP.take(spread, mode="clip")
+    for x in (saturation, hue):
+        x += 1 << 11  # so that the shift rounds
+        x >>= 12
+    hue[hue < 0] += 180
     return hue.astype(np.intp), saturation, value  # (hue: an index)
 
 
@@ -356,14 +357,22 @@ def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
     value = np.float32(value) * (1 / 255)
     saturation = np.float64(np.float32(saturation) * (1 / 255))
 
-    # float64 up to the bracket's end, rounded once: cv2 uses a fused multiply-add there.
-    channels = [np.float32(1 - fade.take(hue) * saturation) * value * 255 for fade in FADE]
-    return np.array(channels).astype(np.uint8)
+    image = np.empty((3, *hue.shape), np.uint8)
+    for channel, fade in zip(image, FADE):
+        # float64 up to the bracket's end, rounded once: cv2 uses a fused multiply-add there. In
+        # place, because new memory costs more than the sums.
+        x = fade.take(hue)
+        x *= saturation
+        x = np.float32(1 - x)
+        x *= value
+        x *= 255
+        channel[:] = x
+    return image
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
-# The formats of label files: they keep every value. (A TIFF does if its compression does.)
+# The formats of label files, which keep every value. (TIFF does so in most compressions.)
 LOSSLESS = ("PNG", "BMP", "TIFF")
 
 # Pillow refuses a png with more than 1 MB of text; accept it up to 16 MB.
@@ -371,7 +380,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 24
 
 
 class UserError(Exception):
-    """What the user can mend, in one sentence: the file or the option, its value, the way out."""
+    """An error that the user can mend, in one sentence: the file or option, its value, the way
+    out."""
 
 
 class DataError(UserError):
@@ -435,59 +445,61 @@ def load_image(path: str) -> ndarray:
 
 
 def load_label(path: str, classes: Classes = Classes()) -> ndarray:
-    """A label file -> (H, W) uint8, 0..C-1, or 255 where nobody labelled.
+    """A label file -> (H, W) uint8, 0..C-1, or 255 where there is no label.
 
     The file has one channel of 1, 8 or 16 bits (of a palette, the indices), or the classes'
     colours. DataError if its format may have changed labels, or it holds a value or a colour that
     is no class."""
     with about(path), Image.open(path) as file:
-        lossy = file.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
-        if lossy or file.format not in LOSSLESS:
+        compression = file.info.get("compression")  # of a TIFF
+        if file.format not in LOSSLESS or compression in ("jpeg", "tiff_jpeg", "webp"):
             raise ValueError(f"is a {file.format} file that may change labels, save them as png")
         if re.search("L;[24]", str(file.tile)):
             raise ValueError("is grey of 2 or 4 bits, which Pillow stretches: save it with 8")
-        if classes.ignored_colours is not None:
-            return label_of_colours(file, classes)
 
-        values = np.asarray(file)
-        if values.ndim != 2 or values.dtype.kind not in "biu":
-            raise ValueError(
-                "labels must be one channel of integers; for colours, begin classes.txt with a "
-                "line `colours`"
-            )
+        if classes.ignored_colours is None:
+            values = np.asarray(file)
+            label = label_of_numbers(values, classes)
+        elif ";16" in str(file.tile):
+            raise ValueError("has 16 bits a colour, those in classes.txt have 8: save it with 8")
+        else:
+            values = np.asarray(file.convert("RGB"))
+            label = label_of_colours(values, classes)
 
-        # What the file holds for the first class, the last class, and no class.
-        first, unlabelled = (1, 0) if classes.zero_ignored else (0, IGNORE_INDEX)
-        last = first + len(classes.names) - 1
-        wrong = values[(values != unlabelled) & ((values < first) | (values > last))]
+        wrong = values[label < 0]
         if wrong.size:
             raise ValueError(
-                f"label {wrong[0]} is not one of {first} to {last}, nor {unlabelled} for "
-                "unlabelled pixels; classes.txt says what labels mean"
+                f"holds {wrong[0]}, which is neither a class nor ignored; classes.txt says what "
+                "labels mean"
             )
-
-        # Labels are shifted here, and back only where evaluate.py saves predictions as labels.
-        label = np.where(values == unlabelled, IGNORE_INDEX, values - first)
         return label.astype(np.uint8)
 
 
-def label_of_colours(file: Image.Image, classes: Classes) -> ndarray:
-    """A label file in the colours of classes -> (H, W) uint8, 0..C-1 or 255."""
-    if ";16" in str(file.tile):
-        raise ValueError("has 16 bits a colour, those in classes.txt have 8: save it with 8")
+def label_of_numbers(values: ndarray, classes: Classes) -> ndarray:
+    """(H, W), 1 to 16 bits -> (H, W) int16 0..C-1, 255, or -1 where a value has no meaning"""
+    if values.ndim != 2:
+        raise ValueError(
+            "labels must be one channel of numbers; for colours, begin classes.txt with a line "
+            "`colours`"
+        )
 
-    # Colours as one number each: 256 (256 R + G) + B.
-    rgb = np.asarray(file.convert("RGB"))
-    pixels = rgb @ [1 << 16, 1 << 8, 1]  # (H, W)
+    # Labels are shifted here, and back only where evaluate.py saves predictions as label files.
+    first, unlabelled = (1, 0) if classes.zero_ignored else (0, IGNORE_INDEX)
+    count = len(classes.names)
+    table = np.full(1 << 16, -1, np.int16)  # what each value of a file means
+    table[first : first + count] = range(count)
+    table[unlabelled] = IGNORE_INDEX
+    return table.take(values)
+
+
+def label_of_colours(rgb: ndarray, classes: Classes) -> ndarray:
+    """(H, W, 3) uint8 -> (H, W) integers 0..C-1, 255, or -1 where a colour has no meaning"""
+    pixels = rgb @ [1 << 16, 1 << 8, 1]  # (H, W), a colour as one number
     label = np.full(pixels.shape, -1)
     for k, colour in enumerate(classes.palette + classes.ignored_colours):
         label[pixels == int.from_bytes(colour)] = k
-
-    unknown = rgb[label < 0]
-    if unknown.size:
-        raise ValueError(f"the colour {unknown[0]} is in no line of classes.txt")
     label[label >= len(classes.palette)] = IGNORE_INDEX
-    return label.astype(np.uint8)
+    return label
 
 
 def read_classes(root: str) -> Classes:
@@ -588,23 +600,19 @@ def files_by_stem(folder: str) -> dict[str, str]:
 def label_warnings(pairs: list[Pair], classes: Classes) -> list[str]:
     """A sentence about the classes that no label holds, if there are any, by at most 300 label
     files spread evenly."""
-    some = pairs[:: len(pairs) // 300 + 1]
-    pixels = sum(count_labels(load_label(path, classes)) for _, path in some)  # (256,)
-    missing = [name for name, n in zip(classes.names, pixels) if n == 0]
+    some = pairs[:: len(pairs) // 301 + 1]  # (of 300 or fewer, all)
+    seen = set()
+    for _, path in some:
+        seen.update(np.unique(load_label(path, classes)))
+    missing = [name for k, name in enumerate(classes.names) if k not in seen]
 
-    # Rare classes may be absent from a part of a large set; a third of all classes should not.
-    allowed = len(classes.names) / 3 if len(some) < len(pairs) else 0
-    if len(missing) <= allowed:
+    # A part of a large set may lack rare classes, but hardly a third of all.
+    if not missing or (len(some) < len(pairs) and len(missing) < len(classes.names) / 3):
         return []
     return [
         f"{len(missing)} classes are in none of the {len(some)} label files that were looked at: "
         f"{listed(missing)}"
     ]
-
-
-def count_labels(label: ndarray) -> ndarray:
-    """-> (256,), how many pixels have each label"""
-    return np.bincount(label.ravel(), minlength=256)
 
 
 def listed(texts: list[str], separator: str = ", ") -> str:
@@ -628,7 +636,7 @@ def check(root: str) -> int:
             try:
                 _, label = load(*pair, classes)
                 sizes.append(label.shape)
-                counts.append(count_labels(label))
+                counts.append(np.bincount(label.ravel(), minlength=256))
             except DataError as fault:
                 print(f"FAULT {one_line(str(fault))}")
                 faults += 1
