@@ -111,7 +111,7 @@ class TrainSet(torch.utils.data.Dataset):
     classes: Classes = Classes()
 
     def paths(self, position: int) -> Pair:
-        """Of the picture and its label. Every pass over the data has an order of its own."""
+        """The picture and its label file. Every pass over the data has an order of its own."""
         epoch, i = divmod(position, len(self.pairs))
         rng = default_rng([self.seed, epoch, 0])
         return self.pairs[rng.permutation(len(self.pairs))[i]]
@@ -131,8 +131,8 @@ class TrainSet(torch.utils.data.Dataset):
 def positions(
     start: int, iters: int, batch: int, rank: int = 0, world: int = 1
 ) -> Iterator[list[int]]:
-    """For each iteration i from start on: one process's equal part of the batch, whose positions
-    are i * batch to (i + 1) * batch - 1."""
+    """Iteration i takes the positions i * batch to (i + 1) * batch - 1. Yields, for each iteration
+    from start on, the equal part of them that one process takes."""
     count = batch // world
     for i in range(start, iters):
         first = i * batch + rank * count
@@ -282,7 +282,7 @@ def scale_levels(x: ndarray, factor: float, offset: float = 0) -> ndarray:
     return np.clip(x, 0, 255).astype(np.uint8)
 
 
-# Of ImageNet, RGB. The reference uses them for ViT-B too, although its weights were pretrained with
+# ImageNet's, RGB. The reference uses them for ViT-B too, although its weights were pretrained with
 # 127.5 / 127.5.
 MEAN, STD = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]]).view(2, 3, 1, 1)
 
@@ -430,8 +430,8 @@ def load_image(path: str) -> ndarray:
         except Image.DecompressionBombError as error:
             raise ValueError("has more than 178 million pixels, cut it into tiles") from error
 
-        # Pixels that are cut short end it here. A broken EXIF block does not: exif_transpose turns
-        # the pixels before it raises.
+        # A file that is cut short ends it here. A broken EXIF block does not: exif_transpose turns
+        # the pixels before it raises an error.
         picture.load()
         with suppress(Exception):
             ImageOps.exif_transpose(picture, in_place=True)
@@ -503,11 +503,11 @@ def label_of_colours(rgb: ndarray, classes: Classes) -> ndarray:
 
 
 def read_classes(root: str) -> Classes:
-    """Those of ROOT/classes.txt, or ADE20K's where there is no such file.
+    """The classes of ROOT/classes.txt, or ADE20K's where there is no such file.
 
     One name a line, with `R G B` behind it or without; # begins a comment. The first line may be
     `ignore 0` (see zero_ignored), `ignore 255`, or `colours` (see ignored_colours): then each name
-    has its colour, and lines `ignore R G B` have those of unlabelled pixels. DataError with the
+    has its colour, and lines `ignore R G B` name colours of unlabelled pixels. DataError with the
     line that cannot be used."""
     path = join(root, "classes.txt")
     if not lexists(path):
@@ -554,13 +554,11 @@ def default_colour(k: int) -> list[int]:
 # ---- finding the files, and checking them --------------------------------------------------------
 
 
-def find_pairs(
-    root: str, split: str, optional: bool = False, complete: bool = True
-) -> list[Pair]:
+def find_pairs(root: str, split: str, optional: bool = False, complete: bool = True) -> list[Pair]:
     """The (image, label) paths of ROOT/images/SPLIT and ROOT/annotations/SPLIT, sorted by name.
 
     DataError if there are no pictures, or if a file has no partner. optional: [] where neither
-    folder exists. Not complete: what is missing has a path at which nothing can be read."""
+    folder exists. complete=False, for check(): a missing partner gets a path where no file is."""
     folders = [join(root, kind, split) for kind in ("images", "annotations")]
     if optional and not any(map(isdir, folders)):
         return []
