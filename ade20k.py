@@ -1,4 +1,4 @@
-"""The data: ADE20K's 150 classes, reading pictures and labels, the transforms, the samples.
+"""The data: classes, the samples of a run, the transforms; reading and checking of files.
 
     jpg, png --load--> image (H, W, 3) uint8 RGB, label (H, W) uint8: 0 -> 255 (ignored), k -> k - 1
       --train_transform(rng)--> (3, S, S) uint8, (S, S) uint8, (h, w) before padding
@@ -20,29 +20,23 @@ import hashlib
 import importlib.util
 import os
 import re
+import socket
 import sys
-import time
-import unicodedata
 import zipfile
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
-from os.path import dirname, exists, getsize, isdir, isfile, join, splitext
+from os.path import dirname, exists, isdir, join, lexists, splitext
 from types import ModuleType
 from typing import NamedTuple
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from numpy import ndarray
 from numpy.random import Generator, default_rng
-from PIL import Image, PngImagePlugin
-from PIL.Image import Transpose
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from upernet import IGNORE_INDEX
@@ -51,10 +45,8 @@ DEFAULT_ROOT = "data/ade/ADEChallengeData2016"
 
 Pair = tuple[str, str]  # the paths of a picture and of its label file
 
-# Of ImageNet, RGB. The reference uses them for ViT-B too, although its weights were pretrained with
-# 127.5 / 127.5.
-MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
-STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
+
+# ---- classes -------------------------------------------------------------------------------------
 
 # Names and colours of the challenge (objectInfo150, color150), the names as the reference prints
 # them.
@@ -88,8 +80,308 @@ b8ff000085ffffd60019c2c266ff005c00ff
 """), np.uint8).reshape(150, 3)
 
 
+class Classes(NamedTuple):
+    """What the labels of a data set mean."""
+
+    names: tuple[str, ...] = CLASSES
+    palette: list[list[int]] = PALETTE.tolist()  # [R, G, B] of each, 0..255
+
+    # In ADE20K's label files 0 means "not labelled", and k is class k - 1. Without zero_ignored k
+    # is class k, and 255 means "not labelled".
+    zero_ignored: bool = True
+
+    # A list: the label files hold the colours of the palette, and those of the list mean "not
+    # labelled". None: they hold numbers.
+    ignored_colours: list[list[int]] | None = None
+
+
+# ---- samples -------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainSet(torch.utils.data.Dataset):
+    """Sample number `position` of the run: (seed, position) decide which picture it is, and how it
+    is cut and distorted. So a run does not depend on the number of workers and processes, and one
+    resumed at iteration i continues at once with the samples it would have seen."""
+
+    pairs: list[Pair]
+    seed: int
+    crop: int = 512
+    short: int = 512
+    classes: Classes = Classes()
+
+    def paths(self, position: int) -> Pair:
+        """The picture and its label file. Every pass over the data has an order of its own."""
+        epoch, i = divmod(position, len(self.pairs))
+        rng = default_rng([self.seed, epoch, 0])
+        return self.pairs[rng.permutation(len(self.pairs))[i]]
+
+    def __getitem__(self, position: int) -> tuple:
+        """-> image (3, S, S) uint8, label (S, S) uint8, size (2,) before padding"""
+        try:
+            image, label = load(*self.paths(position), self.classes)
+        except DataError as fault:
+            raise DataError(f"{fault}; `python ade20k.py check DIR` names all faults") from fault
+
+        rng = default_rng([self.seed, position, 1])
+        sample = train_transform(image, label, rng, self.crop, self.short)
+        return tuple(map(torch.as_tensor, sample))
+
+
+def positions(
+    start: int, iters: int, batch: int, rank: int = 0, world: int = 1
+) -> Iterator[list[int]]:
+    """Iteration i takes the positions i * batch to (i + 1) * batch - 1. Yields, for each iteration
+    from start on, the equal part of them that one process takes."""
+    count = batch // world
+    for i in range(start, iters):
+        first = i * batch + rank * count
+        yield list(range(first, first + count))
+
+
+# ---- transforms ----------------------------------------------------------------------------------
+
+
+def train_transform(
+    image: ndarray, label: ndarray, rng: Generator, crop: int = 512, short: int = 512
+) -> tuple:
+    """The reference's training pipeline up to normalisation: scale, crop, flip, distort, pad.
+
+    image (H, W, 3) uint8, label (H, W) uint8 -> (3, crop, crop) uint8, (crop, crop) uint8, (h, w)
+    before padding. Padding, on the right and below, is 255 in the label. In the image it is 0
+    *after* normalisation, which no uint8 can say: normalise(images, sizes) does it. Random numbers
+    are drawn in the reference's order, so that a test can replay its stream."""
+    # Scale the picture into (4 short, short) * U(0.5, 2).
+    H, W = label.shape
+    ratio = rng.random() * 1.5 + 0.5
+    long = 4 * short
+    h, w = scaled_size(H, W, int(long * ratio), int(short * ratio))
+    label = label[nearest_indices(H, h)][:, nearest_indices(W, w)]  # (h, w)
+
+    # Of the image only the part inside the crop is resized.
+    label, y, x = random_crop(label, crop, rng)
+    height, width = label.shape  # crop, or less where the picture is smaller
+    box = (y, x, y + height, x + width)
+    image = resize_bilinear(image, h, w, box)  # (3, height, width)
+
+    if rng.random() < 0.5:
+        image = image[:, :, ::-1]
+        label = label[:, ::-1]
+    image = distort(image, rng)
+
+    pad = [(0, crop - height), (0, crop - width)]
+    image = np.pad(image, [(0, 0), *pad])  # (3, crop, crop)
+    label = np.pad(label, pad, constant_values=IGNORE_INDEX)  # (crop, crop)
+    return image, label, (height, width)
+
+
+def random_crop(label: ndarray, crop: int, rng: Generator) -> tuple:
+    """label (H, W) -> a crop of it, and its upper left corner y, x. A crop in which one class
+    covers 75% or more of the labelled pixels teaches little: it is redrawn, at most ten times."""
+    h, w = label.shape
+    for _ in range(11):
+        y = rng.integers(max(h - crop, 0) + 1)
+        x = rng.integers(max(w - crop, 0) + 1)
+        cropped = label[y : y + crop, x : x + crop]
+
+        histogram = Image.fromarray(cropped).histogram()  # (bincount takes twice as long)
+        pixels = histogram[:IGNORE_INDEX]  # of each class
+        if max(pixels) < 0.75 * sum(pixels):
+            break
+    return cropped, y, x
+
+
+def scaled_size(height: int, width: int, long: int, short: int) -> tuple[int, int]:
+    """The largest (h, w) of the same aspect with long side <= long, short side <= short, as
+    mmcv.rescale_size; at least 1."""
+    scale = min(long / max(height, width), short / min(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def nearest_indices(old: int, new: int) -> ndarray:
+    """The source index of each of `new` pixels, as cv2's INTER_NEAREST: floor(i * old / new), not
+    the pixel's centre."""
+    index = np.arange(new) * (1 / (new / old))  # cv2's old / new, with its last bit
+    return np.minimum(index.astype(np.int64), old - 1)
+
+
+def resize_bilinear(image: ndarray, h: int, w: int, box: tuple | None = None) -> ndarray:
+    """What cv2.resize(image, (w, h))[y0:y1, x0:x1] gives, within one grey level, computing only
+    box = (y0, x0, y1, x1).
+
+    image (H, W, 3) uint8 -> (3, y1 - y0, x1 - x0) uint8. No antialiasing when shrinking: Pillow's
+    filters, which do, would feed the network smoother pictures than the published runs saw."""
+    y0, x0, y1, x1 = box or (0, 0, h, w)
+    H, W, _ = image.shape
+    y = source_places(y0, y1, H, h)
+    x = source_places(x0, x1, W, w)
+
+    # Take the rows that the target needs, mix their columns, mix the rows.
+    first, end = int(y[0]), int(y[-1]) + 2
+    image = image[first:end].transpose(2, 0, 1)  # (3, n, W)
+    image = image.astype(np.float32, order="C")
+    image = interpolate(image, x, axis=2)  # (3, n, x1 - x0)
+    image = interpolate(image, y - first, axis=1)  # (3, y1 - y0, x1 - x0)
+    image += 0.5
+    return image.astype(np.uint8)
+
+
+def source_places(first: int, end: int, old: int, new: int) -> ndarray:
+    """Of an axis resized from old to new pixels: the places in the source that the centres of the
+    target pixels first to end - 1 come from."""
+    return (np.arange(first, end) + 0.5) * old / new - 0.5
+
+
+def interpolate(x: ndarray, place: ndarray, axis: int) -> ndarray:
+    """x (3, H, W) float32 at places between its pixels along an axis: 2.25 is a quarter of the
+    way from pixel 2 to pixel 3."""
+    index = np.floor(place).astype(np.intp)
+    weight = (place - index).astype(np.float32)
+    if axis == 1:
+        weight = weight[:, None]
+
+    # before + (after - before) * weight, in place, because new memory costs more than the sums.
+    # mode="clip": beyond the border its last pixel is repeated.
+    before = x.take(index, axis, mode="clip")
+    after = x.take(index + 1, axis, mode="clip")
+    after -= before
+    after *= weight
+    after += before
+    return after
+
+
+def distort(image: ndarray, rng: Generator) -> ndarray:
+    """Photometric distortion of (3, H, W) uint8 (SSD, Liu et al. 2016, arXiv:1512.02325, section
+    2.2): brightness, contrast, saturation, hue, each with probability 1/2. A coin decides whether
+    contrast comes second or last."""
+    if rng.integers(2):
+        image = scale_levels(image, 1, rng.uniform(-32, 32))
+
+    contrast_second = rng.integers(2)
+    if contrast_second and rng.integers(2):
+        image = scale_levels(image, rng.uniform(0.5, 1.5))
+
+    if rng.integers(2):
+        hue, saturation, value = rgb_to_hsv(image)
+        saturation = scale_levels(saturation, rng.uniform(0.5, 1.5))
+        image = hsv_to_rgb(hue, saturation, value)
+
+    if rng.integers(2):
+        hue, saturation, value = rgb_to_hsv(image)
+        turned = (np.arange(180) + rng.integers(-18, 18)) % 180  # of each hue: `%` is slow
+        image = hsv_to_rgb(turned.take(hue), saturation, value)
+
+    if not contrast_second and rng.integers(2):
+        image = scale_levels(image, rng.uniform(0.5, 1.5))
+    return image
+
+
+def scale_levels(x: ndarray, factor: float, offset: float = 0) -> ndarray:
+    """x * factor + offset, clipped to 0..255 and truncated, uint8."""
+    x = x.astype(np.float32) * factor + offset
+    return np.clip(x, 0, 255).astype(np.uint8)
+
+
+# ImageNet's, RGB. The reference uses them for ViT-B too, although its weights were pretrained with
+# 127.5 / 127.5.
+MEAN, STD = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]]).view(2, 3, 1, 1)
+
+
+def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """(B, 3, H, W) uint8 -> (x - mean) / std, float32, on the images' device; 0 outside each
+    picture's (h, w) in sizes (B, 2), where the picture was padded."""
+    # (A copy that blocks would wait for all that the GPU has still to do.)
+    device = images.device
+    x = images.float() - MEAN.to(device, non_blocking=True)
+    x = x / STD.to(device, non_blocking=True)
+    if sizes is None:
+        return x
+
+    h, w = sizes.T[..., None, None, None]  # each (B, 1, 1, 1)
+    in_rows = torch.arange(x.shape[2], device=device)[:, None] < h  # (B, 1, H, 1)
+    in_columns = torch.arange(x.shape[3], device=device) < w  # (B, 1, 1, W)
+    return x * (in_rows & in_columns)
+
+
+# ---- HSV, as the reference's cv2 rounds it -------------------------------------------------------
+
+# cv2 has HSV in uint8: hue 0..179 (2 degrees a step), saturation and value 0..255. The rounding is
+# part of the recipe, since hue and saturation distortion see the picture through it. If you take it
+# on trust that both functions equal cv2's, continue with the next part.
+
+
+def fixed_point(numerator: int) -> ndarray:
+    """numerator / n for n = 0..255 (0 for n = 0) in 20.12 fixed point: cv2 divides by table."""
+    quotients = np.append(0, (numerator << 12) / np.arange(1.0, 256))
+    return np.rint(quotients).astype(np.int32)
+
+
+HUE_STEP = fixed_point(30)  # 30 / spread: a sixth of the circle is 30 steps
+SATURATION_STEP = fixed_point(255)  # 255 / value
+
+
+def rgb_to_hsv(image: ndarray) -> tuple:
+    """(3, H, W) uint8 -> hue (H, W) 0..179, saturation 0..255, value 0..255, integers, equal to
+    cv2's."""
+    rgb = image.astype(np.int16)
+    r, g, b = rgb
+    value = rgb.max(axis=0)
+    spread = value - rgb.min(axis=0)
+
+    # Around the largest channel: red stands at 0, green at 60, blue at 120.
+    hue = np.where(value == g, b - r + 2 * spread, r - g + 4 * spread)
+    hue = np.where(value == r, g - b, hue)
+
+    saturation = spread * SATURATION_STEP.take(value, mode="clip")
+    hue = hue * HUE_STEP.take(spread, mode="clip")
+    for x in (saturation, hue):
+        x += 1 << 11  # so that the shift rounds
+        x >>= 12
+    hue[hue < 0] += 180
+    return hue.astype(np.intp), saturation, value  # (hue: an index)
+
+
+# Back to RGB (Smith 1978, "Color gamut transform pairs"): channel = value * (1 - saturation *
+# fade(hue)). fade is 0 over the two of six sectors where the channel dominates (R around hue 0, G
+# around 60, B around 120), 1 opposite, a ramp between. Rounded to float32 as in cv2's vector code,
+# so that the truncation at the end meets the same numbers.
+SECTOR = np.float32(np.arange(180)) * (6 / 180)  # 0..6
+PLACE = (np.float64(SECTOR) + [[5], [3], [1]]) % 6  # (3, 180): of R, G, B
+RAMP = np.minimum(PLACE, 4 - PLACE).clip(0, 1)
+FADE = np.float64(np.float32(RAMP))
+
+
+def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
+    """The inverse of rgb_to_hsv, truncated, equal to what cv2 computes in vectors (ends of rows it
+    rounds). -> (3, H, W) uint8"""
+    value = np.float32(value) * (1 / 255)
+    saturation = np.float64(np.float32(saturation) * (1 / 255))
+
+    image = np.empty((3, *hue.shape), np.uint8)
+    for channel, fade in zip(image, FADE):
+        # float64 up to the bracket's end, rounded once: cv2 uses a fused multiply-add there. In
+        # place, because new memory costs more than the sums.
+        x = fade.take(hue)
+        x *= saturation
+        x = np.float32(1 - x)
+        x *= value
+        x *= 255
+        channel[:] = x
+    return image
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+# The formats of label files, which keep every value. (TIFF does so in most compressions.)
+LOSSLESS = ("PNG", "BMP", "TIFF")
+
+# Pillow refuses a png with more than 1 MB of text; accept it up to 16 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 24
+
+
 class UserError(Exception):
-    """What the user can mend, in one sentence: the file or the option, its value, the way out."""
+    """An error that the user can mend, in one sentence: the file or option, its value, the way
+    out."""
 
 
 class DataError(UserError):
@@ -111,150 +403,20 @@ def first_line(error: Exception) -> str:
     return words.splitlines()[0]
 
 
-@contextmanager
-def errors_in_one_sentence() -> Iterator[None]:
-    """Errors that the user can mend end the program with one sentence and exit code 2, without a
-    traceback. All four programs run inside it."""
-    try:
-        yield
-    except (UserError, OSError) as error:
-        # A loader's process puts its traceback before the sentence.
-        sentence = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-        print(f"error: {one_line(sentence)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+def load(image_path: str, label_path: str | None, classes: Classes = Classes()) -> tuple:
+    """load_image and load_label of one sample; DataError if their sizes differ. The label is None
+    where there is no label file."""
+    image = load_image(image_path)
+    if label_path is None:
+        return image, None
 
-
-class Classes(NamedTuple):
-    """What the labels of a data set mean. In its files 0 is "not labelled" and k class k - 1
-    (zero_ignored, as in ADE20K), or k is class k and 255 "not labelled". Or (ignored_colours is a
-    list) they hold the colours of the palette, and those of the list mean "not labelled"."""
-
-    names: tuple[str, ...] = CLASSES
-    palette: list[list[int]] = PALETTE.tolist()  # [R, G, B] of each, 0..255
-    zero_ignored: bool = True
-    ignored_colours: list[list[int]] | None = None
-
-
-def read_classes(root: str) -> Classes:
-    """Those of ROOT/classes.txt, or ADE20K's where there is none.
-
-    One name a line, `R G B` behind it or none; # begins a comment. Above the first name may stand
-    `ignore 0` (see zero_ignored) or `ignore 255`; or `colours`, and below it `ignore R G B` for
-    colours that mean "not labelled". DataError with the line that cannot be used."""
-    path = join(root, "classes.txt")
-    if not exists(path):
-        return Classes()
-
-    names, palette = [], []
-    zero_ignored, ignored_colours = False, None
-    for line, where in text_lines(path):
-        # A setting, or a name with its three numbers or without.
-        setting = re.fullmatch(r"(colou?rs|ignore)((?:\s+\d+)*)", line.lower())
-        name, rgb = re.fullmatch(r"(.*?\S)((?:\s+\d+){3})?", line).groups()
-        digits = setting[2] if setting else rgb or ""
-        numbers = [int(x) for x in digits.split()]
-
-        if max(numbers, default=0) > 255 or (name in names and not setting):
-            raise DataError(f"{where} has a colour above 255 or a name that another line has")
-
-        if not setting:
-            if ignored_colours is not None and numbers in [[], *palette, *ignored_colours]:
-                raise DataError(f"{where} has no colour of its own, which `colours` asks for")
-            palette.append(numbers or default_colour(len(names)))
-            names.append(name)
-        elif not names and setting[1] != "ignore" and not zero_ignored:
-            ignored_colours = []
-        elif not names and numbers in ([0], [255]) and ignored_colours is None:
-            zero_ignored = numbers == [0]
-        elif not names and len(numbers) == 3 and ignored_colours is not None:
-            ignored_colours.append(numbers)
-        else:
-            raise DataError(
-                f"{where} must be `ignore 0`, `ignore 255` or `colours` or, below `colours`, "
-                "`ignore R G B`, and stand above the first class"
-            )
-
-    if not 0 < len(names) < 256:
+    label = load_label(label_path, classes)
+    if label.shape != image.shape[:2]:
         raise DataError(
-            f"{path}: {len(names)} classes, it must be 1 to 255 "
-            "(8 bits, and one value for unlabelled pixels)"
+            f"{image_path}: the picture has height and width {image.shape[:2]}, its label file "
+            f"{label.shape}, they must be equal"
         )
-    return Classes(tuple(names), palette, zero_ignored, ignored_colours)
-
-
-def text_lines(path: str) -> Iterator[tuple[str, str]]:
-    """Each line without its comment, if anything is left of it, and what an error calls it."""
-    if not isfile(path):
-        raise DataError(f"{path}: is a folder, a pipe or a device, not a text file")
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        for n, line in enumerate(file, start=1):
-            where = f"{path}, line {n}: {line.strip()!r}"
-            if "\ufffd" in line or "\0" in line:  # as Latin-1 or UTF-16 read
-                raise DataError(f"{where} is not text in UTF-8, save the file as UTF-8")
-
-            line = re.sub(r"(^|\s)#.*", "", line).strip()
-            if line:
-                yield line, where
-
-
-def default_colour(k: int) -> list[int]:
-    """A colour for class k. Hues in steps of the golden section are far apart however many there
-    are; three brightnesses tell apart what comes near."""
-    hue = k * 0.618 % 1
-    value = 1 - k % 3 / 4
-    rgb = colorsys.hsv_to_rgb(hue, 0.9, value)
-    return [round(255 * x) for x in rgb]
-
-
-# ---- reading -------------------------------------------------------------------------------------
-
-
-# What EXIF's orientation says must be done to see the picture upright.
-TURNS = {
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
-
-# Text in a png is nobody's reason to refuse it: Pillow does so above 1 MB.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
-
-
-@contextmanager
-def opened(path: str, label: bool = False) -> Iterator[Image.Image]:
-    """A picture file or, of a format that keeps every value, a label file. Whatever goes wrong
-    while it is open and read is a DataError that names it."""
-    try:
-        if exists(path) and not isfile(path):  # one would wait for a pipe for ever
-            raise ValueError("it is a folder, a pipe or a device")
-        with Image.open(path) as file:
-            if label and may_change_values(file):
-                raise DataError(f"is a {file.format} file that may change labels, save them as png")
-            yield file
-    except Exception as error:  # Pillow's decoders raise a dozen different types on damaged files
-        fault = f"cannot be read as a picture ({error}), replace the file"
-        if isinstance(error, DataError):
-            fault = error
-        raise DataError(f"{path}: {fault}") from error
-
-
-def may_change_values(file: Image.Image) -> bool:
-    """Is an open file, whatever its name, in a format that loses, or may number a palette anew
-    (GIF)?"""
-    if file.format == "TIFF":
-        return file.info["compression"] in ("jpeg", "tiff_jpeg", "webp")
-    if file.format == "PPM":  # with another maximum than 255 Pillow stretches it
-        return "ppm" in str(file.tile)
-    if file.format == "WEBP":
-        with open(file.filename, "rb") as content:
-            return re.search(rb"VP8[ L]", content.read())[0] != b"VP8L"
-    return file.format not in ("PNG", "BMP", "TGA", "PCX", "SGI", "QOI")
+    return image, label
 
 
 def load_image(path: str) -> ndarray:
@@ -262,558 +424,193 @@ def load_image(path: str) -> ndarray:
 
     Grey is repeated, alpha dropped, 16 bits are cut to the upper 8, EXIF rotation is applied: as
     cv2.imread does it."""
-    with opened(path) as picture:
+    with about(f"{path}: cannot be read as a picture"):
+        try:
+            picture = Image.open(path)
+        except Image.DecompressionBombError as error:
+            raise ValueError("has more than 178 million pixels, cut it into tiles") from error
+
+        # A file that is cut short ends it here. A broken EXIF block does not: exif_transpose turns
+        # the pixels before it raises an error.
         picture.load()
-        turn = None
-        with suppress(Exception):  # an EXIF block that cannot be read says nothing about pixels
-            turn = TURNS.get(picture.getexif().get(274))
+        with suppress(Exception):
+            ImageOps.exif_transpose(picture, in_place=True)
 
         if picture.mode == "F":
             raise ValueError("its pixels are floating-point numbers of unknown range")
         if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip instead of scale
             upper = (np.asarray(picture) >> 8).clip(0, 255)
             picture = Image.fromarray(upper.astype(np.uint8))
-
-        picture = picture.convert("RGB")
-        return np.asarray(picture if turn is None else picture.transpose(turn))
+        return np.asarray(picture.convert("RGB"))
 
 
 def load_label(path: str, classes: Classes = Classes()) -> ndarray:
-    """A label file -> (H, W) uint8, 0..C-1, or 255 where nobody labelled.
+    """A label file -> (H, W) uint8, 0..C-1, or 255 where there is no label.
 
-    The file has one channel of 1 to 16 bits (of a palette, the indices), or the classes' colours.
-    DataError if its format may have changed labels, or it holds a value or a colour that is no
-    class."""
-    with opened(path, label=True) as file:
+    The file has one channel of 1, 8 or 16 bits (of a palette, the indices), or the classes'
+    colours. DataError if its format may have changed labels, or it holds a value or a colour that
+    is no class."""
+    with about(path), Image.open(path) as file:
+        compression = file.info.get("compression")  # of a TIFF
+        if file.format not in LOSSLESS or compression in ("jpeg", "tiff_jpeg", "webp"):
+            raise ValueError(f"is a {file.format} file that may change labels, save them as png")
+        if re.search("L;[24]", str(file.tile)):
+            raise ValueError("is grey of 2 or 4 bits, which Pillow stretches: save it with 8")
+
         if classes.ignored_colours is None:
-            return label_of_numbers(file, classes)
-        return label_of_colours(file, classes)
+            values = np.asarray(file)
+            label = label_of_numbers(values, classes)
+        elif ";16" in str(file.tile):
+            raise ValueError("has 16 bits a colour, those in classes.txt have 8: save it with 8")
+        else:
+            values = np.asarray(file.convert("RGB"))
+            label = label_of_colours(values, classes)
 
-
-def label_of_numbers(file: Image.Image, classes: Classes) -> ndarray:
-    """A label file of one channel -> (H, W) uint8, 0..C-1 or 255."""
-    coding = str(file.tile)
-    values = np.asarray(file)
-    if values.ndim != 2 or values.dtype.kind not in "biu" or values.min() < 0:
-        raise DataError(
-            f"labels must be one channel of integers from 0 on, this is {values.dtype} of shape "
-            f"{values.shape}; for colours, begin classes.txt with a line `colours`"
-        )
-
-    if "L;2" in coding:  # Pillow has stretched 0..3 to 0..255
-        values = values // 85
-    if "L;4" in coding:  # and 0..15
-        values = values // 17
-
-    first, unlabelled = 0, IGNORE_INDEX  # what the file holds for class 0, and for no class
-    if classes.zero_ignored:
-        first, unlabelled = 1, 0
-    count = len(classes.names)
-    wrong = values[(values >= first + count) & (values != unlabelled)]
-    if wrong.size:
-        raise DataError(
-            f"label {wrong.max()} is above the {count} classes, {unlabelled} is for unlabelled "
-            "pixels; classes.txt says what labels mean"
-        )
-
-    # The one place where labels are shifted.
-    label = np.where(values == unlabelled, IGNORE_INDEX, values - first)
-    return label.astype(np.uint8)
-
-
-def label_of_colours(file: Image.Image, classes: Classes) -> ndarray:
-    """A label file in the colours of classes -> (H, W) uint8, 0..C-1 or 255."""
-    if ";16" in str(file.tile):  # Pillow cuts colours of 16 bits, and clips grey
-        values = np.asarray(file)
-        between = values[values > 255] < 65535
-        if values.ndim == 3 or between.any():
-            raise DataError(
-                "has colours of 16 bits, those in classes.txt have 8: save it as a png of 8 bits"
+        wrong = values[label < 0]
+        if wrong.size:
+            raise ValueError(
+                f"holds {wrong[0]}, which is neither a class nor ignored; classes.txt says what "
+                "labels mean"
             )
-
-    table = np.full((256, 256, 256), -1, np.int16)  # the label of every colour there is
-    for colour in classes.ignored_colours:
-        table[*colour] = IGNORE_INDEX
-    for k, colour in enumerate(classes.palette):
-        table[*colour] = k
-
-    rgb = np.asarray(file.convert("RGB"))
-    label = table[*rgb.transpose(2, 0, 1)]  # (H, W)
-    if label.min() < 0:
-        y, x = np.argwhere(label < 0)[0]
-        r, g, b = rgb[y, x]
-        raise DataError(
-            f"the pixel at x = {x}, y = {y} has the colour {r} {g} {b}, "
-            "which is in no line of classes.txt"
-        )
-    return label.astype(np.uint8)
+        return label.astype(np.uint8)
 
 
-def load(
-    image_path: str, label_path: str | None, classes: Classes = Classes()
-) -> tuple[ndarray, ndarray | None]:
-    """load_image and load_label of one sample; DataError if their sizes differ."""
-    image = load_image(image_path)
-    if label_path is None:
-        return image, None
-
-    label = load_label(label_path, classes)
-    require_equal(image_path, image.shape[:2], label_path, label.shape)
-    return image, label
-
-
-def check_headers(image_path: str, label_path: str) -> None:
-    """DataError if the first bytes of the two files tell that they cannot be read, or are of
-    different sizes (one of them turned by EXIF or not)."""
-    with opened(image_path) as image:
-        sides = sorted(image.size)
-    with opened(label_path, label=True) as label:
-        label_sides = sorted(label.size)
-
-    require_equal(image_path, sides, label_path, label_sides)
-
-
-def require_equal(image_path: str, size: tuple, label_path: str, label_size: tuple) -> None:
-    """DataError if a picture and its label file differ in their two sides."""
-    if size != label_size:
-        h, w = size
-        label_h, label_w = label_size
-        raise DataError(
-            f"{image_path}: the picture has {h}x{w} pixels, its label file {label_path} "
-            f"{label_h}x{label_w}, they must be equal"
+def label_of_numbers(values: ndarray, classes: Classes) -> ndarray:
+    """(H, W), 1 to 16 bits -> (H, W) int16 0..C-1, 255, or -1 where a value has no meaning"""
+    if values.ndim != 2:
+        raise ValueError(
+            "labels must be one channel of numbers; for colours, begin classes.txt with a line "
+            "`colours`"
         )
 
-
-# ---- transforms ----------------------------------------------------------------------------------
-
-
-def train_transform(
-    image: ndarray, label: ndarray, rng: Generator, crop: int = 512, short: int = 512
-) -> tuple[ndarray, ndarray, tuple[int, int]]:
-    """The reference's training pipeline up to normalisation: scale, crop, flip, distort, pad.
-
-    image (H, W, 3) uint8, label (H, W) uint8 -> (3, crop, crop) uint8, (crop, crop) uint8, (h, w)
-    before padding. Padding, on the right and below, is 255 in the label. In the image it is 0
-    *after* normalisation, which no uint8 can say: normalise(images, sizes) does it. Random numbers
-    are drawn in the reference's order, so that a test can replay its stream."""
-    # Scale the picture into (4 short, short) * U(0.5, 2).
-    H, W = label.shape
-    ratio = rng.random() * 1.5 + 0.5
-    long = 4 * short
-    h, w = scaled_size(H, W, int(long * ratio), int(short * ratio))
-    rows = nearest_indices(H, h)
-    columns = nearest_indices(W, w)
-    label = label[rows][:, columns]  # (h, w)
-
-    label, y, x = random_crop(label, crop, rng)
-    size = height, width = label.shape  # crop, or less where the picture is smaller
-    box = (y, x, y + height, x + width)
-    image = resize_bilinear(image, h, w, box)  # (3, height, width)
-
-    if rng.random() < 0.5:
-        image = image[:, :, ::-1]
-        label = label[:, ::-1]
-    image = distort(image, rng)
-
-    pad = [(0, crop - side) for side in size]
-    image = np.pad(image, [(0, 0), *pad])  # (3, crop, crop)
-    label = np.pad(label, pad, constant_values=IGNORE_INDEX)  # (crop, crop)
-    return image, label, size
-
-
-def random_crop(label: ndarray, crop: int, rng: Generator) -> tuple[ndarray, int, int]:
-    """A crop that teaches something, and its upper left corner y, x.
-
-    One of hardly anything but one class is drawn again, up to ten times, while that class fills 75%
-    or more of its labelled pixels. The eleventh is taken as it comes."""
-    h, w = label.shape
-    for _ in range(11):
-        y = rng.integers(0, max(h - crop, 0) + 1)
-        x = rng.integers(0, max(w - crop, 0) + 1)
-        cropped = label[y : y + crop, x : x + crop]
-
-        histogram = Image.fromarray(cropped).histogram()  # (bincount takes twice as long)
-        pixels = np.array(histogram[:IGNORE_INDEX])  # of each class
-        if pixels.max() < 0.75 * pixels.sum():
-            break
-    return cropped, y, x
-
-
-def scaled_size(height: int, width: int, long: int, short: int) -> tuple[int, int]:
-    """The largest (h, w) of the same aspect with long side <= long, short side <= short, as
-    mmcv.rescale_size; at least 1."""
-    scale = min(long / max(height, width), short / min(height, width))
-    h = int(height * scale + 0.5)
-    w = int(width * scale + 0.5)
-    return max(1, h), max(1, w)
-
-
-def nearest_indices(old: int, new: int) -> ndarray:
-    """The source index of each of `new` pixels, as cv2's INTER_NEAREST: floor(i * old / new), not
-    the pixel's centre."""
-    index = np.arange(new) * (1 / (new / old))  # rounded as cv2 rounds it
-    return np.minimum(index.astype(np.int64), old - 1)
-
-
-def resize_bilinear(
-    image: ndarray, h: int, w: int, box: tuple[int, int, int, int] | None = None
-) -> ndarray:
-    """What cv2.resize(image, (w, h))[y0:y1, x0:x1] gives, within one grey level, computing only
-    box = (y0, x0, y1, x1).
-
-    image (H, W, 3) uint8 -> (3, y1 - y0, x1 - x0) uint8. No antialiasing when shrinking: Pillow's
-    filters, which do, would feed the network smoother pictures than the published runs saw."""
-    y0, x0, y1, x1 = box or (0, 0, h, w)
-    H, W, _ = image.shape
-    y = source_places(y0, y1, H, h)
-    x = source_places(x0, x1, W, w)
-
-    # Take the rows that the target needs, mix their columns, mix the rows.
-    first, end = int(y[0]), int(y[-1]) + 2
-    rows = image[first:end]  # (n, W, 3)
-    image = rows.transpose(2, 0, 1).astype(np.float32, order="C")
-    image = interpolate(image, x, axis=2)  # (3, n, x1 - x0)
-    image = interpolate(image, y - first, axis=1)  # (3, y1 - y0, x1 - x0)
-    image += 0.5
-    return image.astype(np.uint8)
-
-
-def source_places(first: int, end: int, old: int, new: int) -> ndarray:
-    """Of an axis resized from old to new pixels: the places in the source that the centres of the
-    target pixels first to end - 1 come from."""
-    return (np.arange(first, end) + 0.5) * old / new - 0.5
-
-
-def interpolate(x: ndarray, place: ndarray, axis: int) -> ndarray:
-    """x (3, H, W) float32 at places between its pixels along an axis: 2.25 is a quarter of the
-    way from pixel 2 to pixel 3."""
-    index = np.floor(place).astype(np.intp)
-    weight = (place - index).astype(np.float32)
-    if axis == 1:
-        weight = weight[:, None]
-
-    # Beyond the border (mode="clip") its pixels go on. In place: new memory costs more than sums.
-    before = x.take(index, axis, mode="clip")
-    after = x.take(index + 1, axis, mode="clip")
-    after -= before
-    after *= weight
-    after += before
-    return after  # before + (after - before) * weight
-
-
-def distort(image: ndarray, rng: Generator) -> ndarray:
-    """Photometric distortion of (3, H, W) uint8 (SSD, Liu et al. 2016, arXiv:1512.02325, section
-    2.2): brightness, contrast (here or at the end), saturation, hue, each with probability 1/2."""
-    coin = partial(rng.integers, 0, 2)
-    if coin():
-        image = scale_levels(image, 1, rng.uniform(-32, 32))
-
-    contrast_first = coin()
-    if contrast_first and coin():
-        image = scale_levels(image, rng.uniform(0.5, 1.5))
-
-    if coin():
-        hue, saturation, value = rgb_to_hsv(image)
-        saturation = scale_levels(saturation, rng.uniform(0.5, 1.5))
-        image = hsv_to_rgb(hue, saturation, value)
-
-    if coin():
-        hue, saturation, value = rgb_to_hsv(image)
-        turned = (np.arange(180) + rng.integers(-18, 18)) % 180  # of each hue: `%` is slow
-        image = hsv_to_rgb(turned.take(hue), saturation, value)
-
-    if not contrast_first and coin():
-        image = scale_levels(image, rng.uniform(0.5, 1.5))
-    return image
-
-
-def scale_levels(x: ndarray, factor: float, offset: float = 0) -> ndarray:
-    """x * factor + offset, clipped to 0..255 and truncated, uint8."""
-    x = x.astype(np.float32) * factor + offset
-    return np.clip(x, 0, 255).astype(np.uint8)
-
-
-def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
-    """(B, 3, H, W) uint8 -> (x - mean) / std, float32, on the images' device; 0 outside each
-    picture's (h, w) in sizes (B, 2), where the picture was padded."""
-    device = images.device
-    mean, std = (x.to(device, non_blocking=True) for x in (MEAN, STD))  # waits for nothing else
-    x = (images.float() - mean) / std
-    if sizes is None:
-        return x
-
-    h, w = sizes.T.reshape(2, -1, 1, 1, 1)  # each (B, 1, 1, 1)
-    row = torch.arange(x.shape[2], device=device)[:, None]  # (H, 1)
-    column = torch.arange(x.shape[3], device=device)  # (W)
-    return x * ((row < h) & (column < w))
-
-
-# ---- HSV, as the reference's cv2 rounds it -------------------------------------------------------
-
-# cv2 has HSV in uint8: hue 0..179 (2 degrees a step), saturation and value 0..255. The rounding is
-# part of the recipe, since hue and saturation distortion see the picture through it.
-
-
-def fixed_point(numerator: int) -> ndarray:
-    """numerator / n for n = 0..255 (0 for n = 0) in 20.12 fixed point: cv2 divides by table."""
-    quotients = (numerator << 12) / np.arange(1.0, 256)
-    return np.rint(np.append(0, quotients)).astype(np.int32)
-
-
-HUE_STEP = fixed_point(30)  # 30 / spread: a sixth of the circle is 30 steps
-SATURATION_STEP = fixed_point(255)  # 255 / value
-
-
-def rgb_to_hsv(image: ndarray) -> tuple[ndarray, ndarray, ndarray]:
-    """(3, H, W) uint8 -> hue (H, W) 0..179, saturation 0..255, value 0..255, integers, equal to
-    cv2's."""
-    r, g, b = rgb = image.astype(np.int16)
-    value = rgb.max(axis=0)
-    spread = value - rgb.min(axis=0)
-
-    # Around the largest channel: red stands at 0, green at 60, blue at 120.
-    hue = np.where(value == g, b - r + 2 * spread, r - g + 4 * spread)
-    hue = np.where(value == r, g - b, hue)
-
-    saturation = spread * SATURATION_STEP.take(value, mode="clip")
-    hue = hue * HUE_STEP.take(spread, mode="clip")
-    for x in (saturation, hue):
-        x += 1 << 11  # rounds what the shift cuts
-        x >>= 12
-    hue[hue < 0] += 180
-    return hue.astype(np.intp), saturation, value  # (hue: an index)
-
-
-# Back to RGB (Smith 1978, "Color gamut transform pairs"): channel = value * (1 - saturation *
-# fade(hue)). fade is 0 over the two of six sectors where the channel dominates (R around hue 0, G
-# around 60, B around 120), 1 opposite, a ramp between. Rounded to float32 as in cv2's vector code,
-# so that the truncation at the end meets the same numbers.
-SECTOR = np.arange(180, dtype=np.float32) * np.float32(6 / 180)  # 0..6
-PLACE = (np.float64(SECTOR) + [[5], [3], [1]]) % 6  # (3, 180): of R, G, B
-RAMP = np.minimum(PLACE, 4 - PLACE).clip(0, 1)
-FADE = np.float64(np.float32(RAMP))
-
-
-def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
-    """The inverse of rgb_to_hsv, truncated, equal to what cv2 computes in vectors (ends of rows it
-    rounds). -> (3, H, W) uint8"""
-    unit = np.float32(1 / 255)
-    value = value.astype(np.float32) * unit
-    saturation = np.float64(saturation.astype(np.float32) * unit)
-
-    image = np.empty((3, *hue.shape), np.uint8)
-    for channel, fade in zip(image, FADE):
-        # float64 up to the bracket's end, rounded once: cv2 uses a fused multiply-add there.
-        x = fade.take(hue)
-        x *= saturation
-        x = np.float32(1 - x)
-        x *= value
-        x *= np.float32(255)
-        channel[:] = x
-    return image
-
-
-# ---- samples -------------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainSet(torch.utils.data.Dataset):
-    """Sample number `position` of the run: which picture it is, and how it is cut and distorted,
-    follows from (seed, position) alone. So neither the number of workers nor of processes changes a
-    run, and one resumed at iteration i goes on with the samples it would have seen, at once."""
-
-    pairs: list[Pair]
-    seed: int
-    crop: int = 512
-    short: int = 512
-    classes: Classes = Classes()
-
-    def paths(self, position: int) -> Pair:
-        """Of the picture and its label. Every pass over the data has an order of its own."""
-        epoch, i = divmod(position, len(self.pairs))
-        rng = default_rng([self.seed, epoch, 0])
-        return self.pairs[rng.permutation(len(self.pairs))[i]]
-
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
-        """-> image (3, S, S) uint8, label (S, S) uint8, size (2,) before padding"""
-        image, label = load(*self.paths(position), self.classes)
-        rng = default_rng([self.seed, position, 1])
-        image, label, size = train_transform(image, label, rng, self.crop, self.short)
-        return torch.from_numpy(image), torch.from_numpy(label), torch.tensor(size)
-
-
-def positions(
-    start: int, iters: int, batch: int, rank: int = 0, world: int = 1
-) -> Iterator[list[int]]:
-    """The positions of each iteration's batch, [i * batch, (i + 1) * batch): of them one process's
-    equal part."""
-    count = batch // world
-    for i in range(start, iters):
-        first = i * batch + rank * count
-        yield list(range(first, first + count))
-
-
-# ---- finding the files, and their faults ---------------------------------------------------------
-
-
-def find_pairs(root: str, split: str, optional: bool = False) -> list[Pair]:
+    # Labels are shifted here, and back only where evaluate.py saves predictions as label files.
+    first, unlabelled = (1, 0) if classes.zero_ignored else (0, IGNORE_INDEX)
+    count = len(classes.names)
+    table = np.full(1 << 16, -1, np.int16)  # what each value of a file means
+    table[first : first + count] = range(count)
+    table[unlabelled] = IGNORE_INDEX
+    return table.take(values)
+
+
+def label_of_colours(rgb: ndarray, classes: Classes) -> ndarray:
+    """(H, W, 3) uint8 -> (H, W) integers 0..C-1, 255, or -1 where a colour has no meaning"""
+    pixels = rgb @ [1 << 16, 1 << 8, 1]  # (H, W), a colour as one number
+    label = np.full(pixels.shape, -1)
+    for k, colour in enumerate(classes.palette + classes.ignored_colours):
+        label[pixels == int.from_bytes(colour)] = k
+    label[label >= len(classes.palette)] = IGNORE_INDEX
+    return label
+
+
+def read_classes(root: str) -> Classes:
+    """The classes of ROOT/classes.txt, or ADE20K's where there is no such file.
+
+    One name a line, with `R G B` behind it or without; # begins a comment. The first line may be
+    `ignore 0` (see zero_ignored), `ignore 255`, or `colours` (see ignored_colours): then each name
+    has its colour, and lines `ignore R G B` name colours of unlabelled pixels. DataError with the
+    line that cannot be used."""
+    path = join(root, "classes.txt")
+    if not lexists(path):
+        return Classes()
+
+    names, palette, zero_ignored, ignored = [], [], False, None
+    with about(path), open(path, encoding="utf-8-sig") as file:
+        lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in file]
+        for line in filter(None, lines):
+            with about(repr(line)):
+                name, rgb = re.fullmatch(r"(.*?)((?:\s+\d+){3})?", line).groups("")
+                colour = list(bytes(int(x) for x in rgb.split()))  # (ValueError above 255)
+                if name in names or (ignored is not None and colour in [[], *palette, *ignored]):
+                    raise ValueError("needs a name and, with `colours`, a colour of its own")
+
+                match line.lower().split():
+                    case ["ignore", "0" | "255" as value] if not names and ignored is None:
+                        zero_ignored = value == "0"
+                    case ["colours" | "colors"] if not names and not zero_ignored:
+                        ignored = []
+                    case ["ignore", _, _, _] if ignored is not None:
+                        ignored.append(colour)
+                    case ["ignore" | "colours" | "colors", *_]:
+                        raise ValueError(
+                            "`ignore 0`, `ignore 255` or `colours` must be the first line, "
+                            "`ignore R G B` asks for `colours`"
+                        )
+                    case _:
+                        palette.append(colour or default_colour(len(names)))
+                        names.append(name)
+
+        if not 0 < len(names) < 256:
+            raise ValueError("must name 1 to 255 classes")
+    return Classes(tuple(names), palette, zero_ignored, ignored)
+
+
+def default_colour(k: int) -> list[int]:
+    """A colour for class k. Hues in steps of the golden section are far apart however many there
+    are; three brightnesses tell apart what comes near."""
+    rgb = colorsys.hsv_to_rgb(k * 0.618 % 1, 0.9, 1 - k % 3 / 4)
+    return [round(255 * x) for x in rgb]
+
+
+# ---- finding the files, and checking them --------------------------------------------------------
+
+
+def find_pairs(root: str, split: str, optional: bool = False, complete: bool = True) -> list[Pair]:
     """The (image, label) paths of ROOT/images/SPLIT and ROOT/annotations/SPLIT, sorted by name.
 
-    Looks at every file's header too. DataError with the first fault, or if there are no pictures.
-    optional: [] where neither folder exists."""
-    if optional and not has_split(root, split):
+    DataError if there are no pictures, or if a file has no partner. optional: [] where neither
+    folder exists. complete=False, for check(): a missing partner gets a path where no file is."""
+    folders = [join(root, kind, split) for kind in ("images", "annotations")]
+    if optional and not any(map(isdir, folders)):
         return []
 
-    pairs, faults = scan(root, split)
-    _, more = read_all(check_headers, pairs)
-    faults += more
-    if faults:
-        first, *others = faults
-        if others:
-            first += f"; and {len(others)} faults more"
-        raise DataError(f"{first}; `python ade20k.py check {root}` lists all")
-    if not pairs:
-        raise DataError(f"{root}/images/{split}: holds no pictures")
-    return pairs
+    images, labels = map(files_by_stem, folders)
+    lone = sorted(images.keys() ^ labels.keys())
+    if lone and complete:
+        raise DataError(f"{root}: no picture or no label file in {split} for {listed(lone)}")
+    if not images:
+        raise DataError(f"{folders[0]}: holds no pictures")
+    return [
+        (images.get(stem, join(folders[0], stem)), labels.get(stem, join(folders[1], stem)))
+        for stem in sorted(images | labels)
+    ]
 
 
-def has_split(root: str, split: str) -> bool:
-    """Is there any folder of a split? One alone is a fault, none may be meant so."""
-    folders = [join(root, kind, split) for kind in ("images", "annotations")]
-    return any(map(isdir, folders))
+def files_by_stem(folder: str) -> dict[str, str]:
+    """-> {name without suffix: path}, sorted by name, of the files in any format of Pillow"""
+    if not isdir(folder):
+        raise DataError(
+            f"{folder}: no such folder; a data set holds its pictures in images/training and "
+            "images/validation, and label files of the same names in annotations/training and "
+            "annotations/validation; `python ade20k.py download data/ade` fetches ADE20K (1 GB), "
+            "--data DIR names another data set, --data toy draws a small one"
+        )
 
-
-def scan(root: str, split: str) -> tuple[list[Pair], list[str]]:
-    """-> the (image, label) paths, sorted by name, and a sentence for each file that is alone or of
-    a name that another has"""
-    image_folder = join(root, "images", split)
-    label_folder = join(root, "annotations", split)
-    for folder in (image_folder, label_folder):
-        if not isdir(folder):
-            raise DataError(missing_folder(root, folder))
-
-    pairs, faults = [], []
-    images = files_by_stem(image_folder)
-    labels = files_by_stem(label_folder)
-    for stem in images | labels:
-        match images[stem], labels[stem]:
-            case [image], [label]:
-                pairs.append((image, label))
-            case [image], []:
-                wanted = join(label_folder, stem)
-                faults.append(f"{image}: its label file {wanted}.png is missing")
-            case [], [label]:
-                faults.append(f"{label}: its picture in {image_folder} is missing")
-            case both:  # of which one holds two files or more
-                first, twin, *_ = max(both, key=len)
-                faults.append(f"{twin}: has the name of {first}, remove or rename one of them")
-    return pairs, faults
-
-
-def files_by_stem(folder: str) -> dict[str, list[str]]:
-    """-> {name without suffix: paths} of the files in any format that Pillow reads, sorted by name.
-    Names are one that differ in case or in how an accent is spelled ("é" may be one letter, or "e"
-    and its accent): on some disks they are one file, and so are the results made of them."""
-    formats = Image.registered_extensions()
-    files = defaultdict(list)
+    files = {}
     for name in sorted(os.listdir(folder)):
         stem, suffix = splitext(name)
-        if formats.get(suffix.lower()) in Image.OPEN:
-            stem = unicodedata.normalize("NFC", stem).casefold()
-            files[stem].append(join(folder, name))
+        if suffix.lower() in Image.registered_extensions():
+            if stem in files:
+                raise DataError(f"{files[stem]}: has the name of {name}, rename one of them")
+            files[stem] = join(folder, name)
     return files
 
 
-def read_all(read: Callable, pairs: list[Pair], title: str = "") -> tuple[list, list[str]]:
-    """read(image path, label path) of all pairs, in threads: while one waits for a disk, or
-    decodes, others run. -> what it returned, in order, and the sentences of its DataErrors"""
-    results, faults = [], []
-    started = time.monotonic()
+def label_warnings(pairs: list[Pair], classes: Classes) -> list[str]:
+    """A sentence about the classes that no label holds, if there are any, by at most 300 label
+    files spread evenly."""
+    some = pairs[:: len(pairs) // 301 + 1]  # (of 300 or fewer, all)
+    seen = set()
+    for _, path in some:
+        seen.update(np.unique(load_label(path, classes)))
+    missing = [name for k, name in enumerate(classes.names) if k not in seen]
 
-    def read_or_fault(pair: Pair) -> object:
-        try:
-            return read(*pair)
-        except DataError as fault:
-            return fault
-
-    with ThreadPool(16) as threads:
-        for n, result in enumerate(threads.imap(read_or_fault, pairs), start=1):
-            if isinstance(result, DataError):
-                faults.append(str(result))
-            else:
-                results.append(result)
-            if title:
-                so_far = f"{title}: {n} of {len(pairs)} pictures"
-                progress(so_far, started, done=n == len(pairs))
-    return results, faults
-
-
-def missing_folder(root: str, folder: str) -> str:
-    """The sentence about a folder that a data set should have. root may be too high above a data
-    set, too deep in it, or the other release of ADE20K."""
-    if isdir(f"{root}/images/ADE") or exists(f"{root}/index_ade20k.pkl"):
-        return (
-            f"{root}: this is the full ADE20K release of 2021, with other labels than the "
-            "challenge set of 2016 that the recipes use; "
-            "`python ade20k.py download data/ade` fetches that one (1 GB)"
-        )
-
-    names = []
-    if isdir(root):
-        names = [*sorted(os.listdir(root)), "..", "../.."]
-    for name in names:
-        near = os.path.normpath(join(root, name))
-        if isdir(f"{near}/images/training") and isdir(f"{near}/annotations/training"):
-            return f"{root}: holds no data set itself, but {near} does: use --data {near}"
-
-    if root == DEFAULT_ROOT:
-        return (
-            f"{folder}: no such folder; `python ade20k.py download data/ade` fetches ADE20K "
-            "(1 GB), --data DIR names another data set, --data toy draws a small one"
-        )
-    return (
-        f"{folder}: no such folder; a data set holds its pictures in images/training and "
-        "images/validation, and label files of the same names in annotations/training and "
-        "annotations/validation"
-    )
-
-
-def label_warnings(pairs: list[Pair], classes: Classes, most: int = 300) -> list[str]:
-    """class_warnings of the label files, or of `most` spread evenly over them (a second's work)."""
-    step = max(1, len(pairs) // most)
-    some = pairs[::step][:most]
-
-    def read(_: str, label_path: str) -> ndarray:
-        return count_labels(load_label(label_path, classes))
-
-    counts, faults = read_all(read, some)
-    if faults:
-        raise DataError(faults[0])
-    return class_warnings(np.array(counts), classes, len(pairs))
-
-
-def count_labels(label: ndarray) -> ndarray:
-    """-> (256,), how many pixels have each label"""
-    return np.bincount(label.ravel(), minlength=256)
-
-
-def class_warnings(counts: ndarray, classes: Classes, total: int) -> list[str]:
-    """What no training can learn from these labels, in sentences. counts: (n, 256), the pixels of
-    each label in n of `total` label files."""
-    seen, count = len(counts), len(classes.names)
-    pixels = counts.sum(axis=0)
-    missing = [name for name, n in zip(classes.names, pixels) if n == 0]
-    warnings = []
-
-    # Rare classes may well be absent from a part of a large set; many of them is another matter.
-    if missing and (seen == total or len(missing) > count / 3):
-        warnings.append(
-            f"{len(missing)} of {count} classes are in none of the training labels "
-            f"({seen} of {total} files were looked at): {listed(missing)}"
-        )
-    if len(missing) > count - 2:
-        warnings.append("with fewer than two classes in the labels there is nothing to learn")
-    return warnings
+    # A part of a large set may lack rare classes, but hardly a third of all.
+    if not missing or (len(some) < len(pairs) and len(missing) < len(classes.names) / 3):
+        return []
+    return [
+        f"{len(missing)} classes are in none of the {len(some)} label files that were looked at: "
+        f"{listed(missing)}"
+    ]
 
 
 def listed(texts: list[str], separator: str = ", ") -> str:
@@ -822,6 +619,40 @@ def listed(texts: list[str], separator: str = ", ") -> str:
     if len(texts) > 20:
         shown.append(f"and {len(texts) - 20} more")
     return separator.join(shown)
+
+
+def check(root: str) -> int:
+    """Read every file of a data set; print every fault by file, the sizes, and the classes. -> the
+    number of faults"""
+    classes = read_classes(root)
+    faults = 0
+    for split in ("training", "validation"):
+        pairs = find_pairs(root, split, split == "validation", complete=False)
+        sizes, counts = [], []
+        for n, pair in enumerate(pairs, start=1):
+            progress(f"{split}: {n} of {len(pairs)} pictures")
+            try:
+                _, label = load(*pair, classes)
+                sizes.append(label.shape)
+                counts.append(np.bincount(label.ravel(), minlength=256))
+            except DataError as fault:
+                print(f"FAULT {one_line(str(fault))}")
+                faults += 1
+
+        print(f"{split}: {len(sizes)} of {len(pairs)} pictures can be used")
+        if not sizes:
+            continue
+        counts = np.array(counts)  # (n, 256)
+        pictures = (counts > 0).sum(axis=0)
+        share = counts.sum(axis=0) / counts.sum()
+        print(
+            f"  height and width {np.min(sizes, axis=0)} to {np.max(sizes, axis=0)}, "
+            f"{share[IGNORE_INDEX]:.1%} of the pixels unlabelled"
+        )
+        for k, name in enumerate(classes.names):
+            name = one_line(name)
+            print(f"  {name:20s} {share[k]:7.2%} of the pixels, {pictures[k]:6d} pictures")
+    return faults
 
 
 # ---- the toy data set ----------------------------------------------------------------------------
@@ -853,74 +684,55 @@ def from_tests(name: str) -> ModuleType:
     return module
 
 
-# ---- fetching ------------------------------------------------------------------------------------
+# ---- downloading ---------------------------------------------------------------------------------
 
 URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"  # as it stands in public scripts; 922 MB
 
 
-def fetch(url: str, path: str, sha: str = "", attempts: int = 5, timeout: float = 60) -> None:
-    """Download url to path: to path.part first, resumed after a break, moved into place once it is
-    whole.
+def download(folder: str) -> str:
+    """Fetch and unpack ADE20K (2016 challenge) to folder/ADEChallengeData2016; does nothing where
+    that exists. -> its path
 
-    sha: the start of the file's sha1 or, if that is not 40 digits long, of its sha256. timeout:
-    seconds without a byte that count as a break. OSError or ValueError if the file cannot be had
-    whole or has another hash (then the part is deleted)."""
-    part = path + ".part"
-    os.makedirs(dirname(path) or ".", exist_ok=True)
+    A zip that was fetched by other means is taken from folder/ADEChallengeData2016.zip."""
+    root = join(folder, "ADEChallengeData2016")
+    path = f"{root}.zip"
+    if isdir(root):
+        return root
 
-    for attempt in range(attempts):
-        time.sleep(attempt)
-        try:
-            fetch_rest(url, part, timeout)
-            break
-        except HTTPError as error:
-            if error.code != 416:
-                raise OSError(f"{url}: the server answers {error.code} {error.reason}") from error
-            have = getsize(part)
-            os.remove(part)
-            problem = f"the server has nothing after the {have} bytes of {part}, which is deleted"
-        except (OSError, HTTPException) as error:
-            problem = str(error) or type(error).__name__
-    else:
-        raise OSError(f"{url}: {problem}; the next try goes on from there")
+    os.makedirs(folder, exist_ok=True)
+    with about(f"{path}, from {URL}"):
+        if not exists(path):
+            socket.setdefaulttimeout(60)  # seconds without a byte; torch itself would wait for ever
+            torch.hub.download_url_to_file(URL, path, progress=sys.stderr.isatty())
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha1").hexdigest() != SHA1:
+                raise ValueError(f"its SHA-1 is not {SHA1}: remove it, and fetch it again")
 
-    with open(part, "rb") as file:
-        kind = "sha1" if len(sha) == 40 else "sha256"
-        digest = hashlib.file_digest(file, kind).hexdigest()
-
-    if not digest.startswith(sha):
-        os.remove(part)
-        raise ValueError(
-            f"{url}: the file's hash is {digest}, not {sha}: damaged on the way, or not the file; "
-            f"{part} is deleted"
-        )
-    os.replace(part, path)
+        unpacked = f"{root}.part"
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(unpacked)
+    os.rename(join(unpacked, "ADEChallengeData2016"), root)
+    os.rmdir(unpacked)
+    return root
 
 
-def fetch_rest(url: str, part: str, timeout: float) -> None:
-    """Append to part what it lacks of url; OSError or HTTPException where that breaks off."""
-    have = getsize(part) if exists(part) else 0
-    request = Request(url, headers={"User-Agent": "python"})
-    if have:
-        request.add_header("Range", f"bytes={have}-")
+# ---- what the four programs share ----------------------------------------------------------------
 
-    started = time.monotonic()
-    with urlopen(request, timeout=timeout) as answer, open(part, "ab") as file:
-        if answer.status != 206:  # 200: the server knows no ranges, and sends all of it
-            have = file.truncate(0)
-        length = answer.headers.get("Content-Length")  # not every server tells
-        total = have + int(length or 0)
 
-        while block := answer.read1(1 << 20):  # (read would lose what came before a break)
-            file.write(block)
-            have += len(block)
-            megabytes = f"{have // 10**6} of {total // 10**6} MB"
-            progress(f"{part}: {megabytes}", started)
-
-    have = getsize(part)  # (more than it should be if another process fetches too)
-    if length and have != total:
-        raise OSError(f"the server broke off after {have} of {total} bytes")
+@contextmanager
+def errors_in_one_sentence() -> Iterator[None]:
+    """Errors that the user can mend end the program with one sentence and exit code 2, without a
+    traceback. All four programs run inside it."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        # A loader's process puts its traceback before the sentence.
+        sentence = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
+        print(f"error: {one_line(sentence)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def one_line(text: str) -> str:
@@ -929,106 +741,25 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def progress(text: str, started: float, done: bool = False) -> None:
-    """On a terminal one line that whatever comes next is written over, and that an empty text
-    clears; elsewhere only its last state."""
-    if text:
-        text += f", {time.monotonic() - started:.0f} s"
+def progress(text: str) -> None:
+    """On a terminal, one line that whatever comes next is written over; "" clears it. Elsewhere
+    nothing."""
     if sys.stderr.isatty():
-        print(f"\r{text}\033[K", end="\n" if done else "\r", file=sys.stderr, flush=True)
-    elif done:
-        print(text, file=sys.stderr)
-
-
-def download(folder: str) -> str:
-    """Fetch and unpack ADE20K (2016 challenge) to folder/ADEChallengeData2016; does nothing where
-    that exists. -> its path"""
-    root = join(folder, "ADEChallengeData2016")
-    if isdir(root):
-        return root
-
-    path = join(folder, os.path.basename(URL))
-    if not exists(path):
-        fetch(URL, path, SHA1)
-
-    unpacked = join(folder, "unpacked.part")
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.startswith(("/", "\\")) or ".." in name.split("/"):
-                raise ValueError(f"{path}: holds {name!r}, outside the folder; not unpacked")
-        archive.extractall(unpacked)
-
-    os.rename(join(unpacked, "ADEChallengeData2016"), root)
-    os.rmdir(unpacked)
-    return root
+        print(f"\r{text}\033[K", end="\r", file=sys.stderr, flush=True)
 
 
 # ---- python ade20k.py ----------------------------------------------------------------------------
 
 
-def check(root: str) -> int:
-    """Read every file of a data set, print what is in it and every fault by file. -> the number of
-    faults"""
-    classes = read_classes(root)
-    read = partial(read_sample, classes=classes)
-    total = 0
-    for split in ("training", "validation"):
-        if split == "validation" and not has_split(root, split):
-            print("validation: none, training goes without")
-            break
-
-        pairs, faults = scan(root, split)
-        samples, more = read_all(read, pairs, split)
-        faults += more
-        print(f"{split}: {len(samples)} good pictures, {len(faults)} faults")
-        if samples:
-            print_contents(samples, split, classes)
-        for fault in faults:
-            print(f"  FAULT {one_line(fault)}")
-        total += len(faults)
-
-    return total
-
-
-def read_sample(image_path: str, label_path: str, classes: Classes) -> tuple:
-    """Read one sample whole. -> (H, W), (256,) pixels of each label"""
-    _, label = load(image_path, label_path, classes)
-    return label.shape, count_labels(label)
-
-
-def print_contents(samples: list[tuple], split: str, classes: Classes) -> None:
-    """samples: read_sample of each picture."""
-    sizes, counts = (np.array(x) for x in zip(*samples))  # (n, 2), (n, 256)
-
-    h0, w0 = sizes.min(axis=0)
-    h1, w1 = sizes.max(axis=0)
-    pictures = (counts > 0).sum(axis=0)  # (256,), how many hold each label
-    pixels = counts.sum(axis=0)  # (256,)
-    share = pixels / pixels.sum()
-    order = np.argsort(-share[:IGNORE_INDEX])
-    present = [k for k in order if share[k]]
-
-    print(
-        f"  height {h0} to {h1}, width {w0} to {w1}; {share[IGNORE_INDEX]:.1%} of the pixels "
-        f"unlabelled; {len(present)} of {len(classes.names)} classes:"
-    )
-    for k in present:
-        name = classes.names[k]
-        print(f"    {name:20s} {share[k]:7.2%} of the pixels, {pictures[k]:6d} pictures")
-
-    if split == "training":
-        for warning in class_warnings(counts, classes, len(counts)):
-            print(f"  WARNING {warning}")
-
-
 def main() -> None:
+    actions = {"download": download, "toy": make_toy, "check": check}
     parser = argparse.ArgumentParser(
         description="Get, make or check a data set in ADE20K's layout.",
         epilog="example: python ade20k.py check data/ade/ADEChallengeData2016",
     )
     parser.add_argument(
         "action",
-        choices=("download", "toy", "check"),
+        choices=actions,
         help="download: ADE20K, 1 GB, to DIR/ADEChallengeData2016; toy: draw a small data set in "
         "DIR; check: read all of DIR, report classes, sizes, every fault",
     )
@@ -1036,10 +767,10 @@ def main() -> None:
     args = parser.parse_args()
 
     with errors_in_one_sentence():
+        result = actions[args.action](args.dir)
         if args.action == "check":
-            sys.exit(1 if check(args.dir) else 0)
-        make = download if args.action == "download" else make_toy
-        print(make(args.dir))
+            sys.exit(result > 0)
+        print(result)
 
 
 if __name__ == "__main__":

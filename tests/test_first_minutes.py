@@ -60,26 +60,22 @@ def test_between_the_lines_of_a_run_a_terminal_shows_how_far_it_is(rank, monkeyp
 def test_what_follows_progress_is_written_over_it(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    started = ade20k.time.monotonic()
 
-    ade20k.progress("7 of 800 iterations", started)
+    ade20k.progress("7 of 800 iterations")
     print("error: a sentence that is longer than the progress", file=sys.stderr)
-    ade20k.progress("a long text that goes before a short one", started)
-    ade20k.progress("", started)
+    ade20k.progress("a long text that goes before a short one")
+    ade20k.progress("")
     print("short", file=sys.stderr)
 
     want = ["error: a sentence that is longer than the progress", "short", ""]
     assert screen(terminal.getvalue()) == want
 
 
-def test_elsewhere_than_on_a_terminal_only_the_last_state_is_printed(monkeypatch):
-    for done in (False, True):
-        file = io.StringIO()
-        monkeypatch.setattr(sys, "stderr", file)
-        ade20k.progress("7 of 800 iterations", ade20k.time.monotonic(), done)
-
-        want = "7 of 800 iterations, 0 s\n" if done else ""
-        assert file.getvalue() == want
+def test_elsewhere_than_on_a_terminal_progress_says_nothing(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", file)
+    ade20k.progress("7 of 800 iterations")
+    assert file.getvalue() == ""
 
 
 def test_what_a_toy_run_proposes_at_its_end_exists():
