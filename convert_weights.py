@@ -8,11 +8,10 @@ and writes them again.
 Everybody's ViT has the same tensors under other names, so most of the work is a table of names for
 each kind of file. The tables come first. Then come the steps from a file to a state_dict:
 
-    unwrap, translate, check_values, identify, recall, add_known_missing, fit_positions,
-    compare
+    unwrap, translate, check_values, identify, recall, add_known_missing, fit_positions, compare
 
-then the way back to the names of others, and last the files themselves. The content tells what a
-file is, its name does not: the first bytes tell the container (torch's zip or old pickle,
+Then come the way back to the names of others and, last, the files themselves. The content tells
+what a file is, not its name: the first bytes tell the container (torch's zip or old pickle,
 safetensors, numpy's npz), the name of the patch embedding tells the kind. No pickle is executed:
 torch.load runs with weights_only=True, which builds only tensors and plain containers."""
 
@@ -27,7 +26,7 @@ import socket
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from urllib.parse import urlparse
 
 import numpy as np
@@ -198,7 +197,7 @@ def load_weights(path_or_url: str) -> tuple[Tensors, dict]:
     colon, as in x.pth:teacher, says which model is meant where a file holds several.
 
     facts:
-        kind         the first column of KINDS' rows
+        kind         one of those in KINDS
         arch         the first one in ARCHS of these shapes, unless the file says more: a bare
                      deit_b16 is called vit_b16, from which it differs only in drop path
         neck         one of NECKS, None for a backbone
@@ -246,8 +245,8 @@ def split_choice(source: str) -> tuple[str, str]:
 # What torch.compile, FSDP and activation checkpointing put inside names, wherever they wrap a part.
 WRAPPERS = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 
-# A patch embedding, behind whatever else stands before the model's names.
-PATCH_EMBED = re.compile(rf"(|.*?\.)({'|'.join(KINDS)})")
+# A line that is the name of a patch embedding, behind what else stands before the model's names.
+PATCH_EMBED = re.compile(rf"^(|.*?\.)(?:{'|'.join(map(re.escape, KINDS))})$", re.MULTILINE)
 
 # Numbers in a file's model; the largest one here has 340 million. (A small file may repeat one
 # number without end.)
@@ -260,25 +259,25 @@ def unwrap(content: dict, choice: str, left_out: list[str]) -> Tensors:
 
     {"epoch": 3, "state_dict": {"module.cls_token": x, ...}} -> {"cls_token": x, ...}"""
     entries = list(flatten(content, "", set()))
-    tensors = {name: value for name, value in entries if isinstance(value, Tensor)}
-    matches = [match for match in map(PATCH_EMBED.fullmatch, tensors) if match]
-    models = {match[1].rstrip(".") or "top": match[1] for match in matches}
-
-    if not models:
-        names = [name[:100] for name, _ in entries]
-        raise WeightsError(f"no known kind of checkpoint, it holds {listed(names) or 'nothing'}")
-    if not choice and len(models) == 1:
-        (choice,) = models
-    if choice not in models:
-        raise WeightsError(
-            f"holds {len(models)} models, choose one as FILE:NAME, of {listed(list(models))}"
-        )
     if len(dict(entries)) < len(entries):
         raise WeightsError("two of its entries differ only by the name of a wrapper")
 
+    # What a user may call each model, and what stands before its names.
+    tensors = {name: value for name, value in entries if isinstance(value, Tensor)}
+    prefixes = PATCH_EMBED.findall("\n".join(tensors))
+    models = {prefix.rstrip(".") or "top": prefix for prefix in prefixes}
+    if not models:
+        names = listed(list(tensors))
+        raise WeightsError(f"no known kind of checkpoint, its tensors are {names or 'none'}")
+    if not choice and len(models) == 1:
+        (choice,) = models
+    if choice not in models:
+        names = listed(list(models))
+        raise WeightsError(f"holds {len(models)} models, choose one as FILE:NAME, of {names}")
+
     # One dictionary may hold several models: "cls_token", "ema_model.cls_token".
     prefix = models[choice]
-    inner = tuple(other for other in models.values() if len(other) > len(prefix))
+    inner = tuple(other for other in prefixes if len(other) > len(prefix))
     weights, others = {}, set()
     for name, value in entries:
         first = name.split(".")[:2]
@@ -293,9 +292,9 @@ def unwrap(content: dict, choice: str, left_out: list[str]) -> Tensors:
 
 
 def flatten(holder: dict, where: str, seen: set[int]) -> Iterator[tuple[str, object]]:
-    """The entries of nested dictionaries, without wrappers: {"state": {"_orig_mod.cls_token": x}}
-    -> ("state.cls_token", x). A dictionary that stands in several places, or in itself, comes
-    once."""
+    """The entries of nested dictionaries by their whole names, without wrappers:
+    {"state": {"_orig_mod.cls_token": x}} -> ("state.cls_token", x). A dictionary that stands in
+    several places, or in itself, comes once: its id is in `seen`."""
     seen.add(id(holder))
     for key, value in holder.items():
         name = where + WRAPPERS.sub("", str(key))
@@ -310,7 +309,7 @@ def translate(weights: Tensors, facts: dict) -> Tensors:
     if sum(value.numel() for value in weights.values()) > MOST:
         raise WeightsError("claims to hold more numbers than any model here has")
 
-    (patch_embed,) = [name for name in KINDS if name in weights]
+    (patch_embed,) = KINDS.keys() & weights
     kind, prefix, table = KINDS[patch_embed]
     facts["kind"] = kind
 
@@ -352,7 +351,7 @@ def join_qkv(tensors: Tensors) -> None:
     """Three matrices q, k, v become one that holds them side by side: a single larger product."""
     for q in [name for name in tensors if ".attn.q." in name]:
         three = [q.replace(".q.", f".{x}.") for x in "qkv"]
-        three = [tensors.pop(name, torch.empty(0)) for name in three]  # compare() misses its rows
+        three = [tensors.pop(name, torch.empty(0)) for name in three]  # compare() says what lacks
         tensors[q.replace(".q.", ".qkv.")] = torch.cat(three)
 
 
@@ -364,8 +363,8 @@ def check_values(tensors: Tensors) -> None:
 
         if not (value.is_floating_point() and value.isfinite().all()):
             raise WeightsError(
-                f"{name} holds {value.dtype} that are not finite floating point numbers: quantised, "
-                "damaged, or written by a run that diverged; take an earlier file"
+                f"{name} holds {value.dtype} that are not finite floating point numbers: it is "
+                "quantised, damaged, or of a run that diverged; take an earlier file"
             )
 
 
@@ -385,7 +384,7 @@ def identify(tensors: Tensors, facts: dict) -> Segmenter:
     # What an architecture does not name, it does not have: 0 registers, no layer scale.
     fits = [a for a, sizes in ARCHS.items() if all(sizes.get(k, 0) == found[k] for k in found)]
     if not fits:
-        raise WeightsError(f"{found} are the sizes of none of {', '.join(ARCHS)}")
+        raise WeightsError(f"no architecture has its sizes, {found}: {', '.join(ARCHS)}")
 
     has = ("backbone.norm.weight" in tensors, "neck.convs.0.weight" in tensors)
     neck = next(name for name, needs in NECKS.items() if needs == has)
@@ -398,8 +397,8 @@ def identify(tensors: Tensors, facts: dict) -> Segmenter:
 
 
 def recall(content: dict, facts: dict) -> None:
-    """Take over what the file says about its training: our checkpoints hold args and classes,
-    mmsegmentation's "meta" the run's config, as text, and the classes of the data set."""
+    """Take over what the file says about its training. Our checkpoints hold args and classes.
+    mmsegmentation's "meta" holds the run's config, as text, and the classes of the data set."""
     try:
         classes = content.get("classes")
         if facts["kind"] == "mmsegmentation":
@@ -412,7 +411,7 @@ def recall(content: dict, facts: dict) -> None:
             said = {key.lower(): value for key, value in said.items()}
             zero_ignored = said.get("reduce_zero_label") or "reduce_zero_label=True" in config
             if "classes" in said:
-                classes = (said["classes"], said["palette"], bool(zero_ignored))
+                classes = (said["classes"], said.get("palette"), bool(zero_ignored))
 
         if classes and facts["neck"]:
             names = tuple(one_line(name.strip()) for name in classes[0])  # one is called "bed "
@@ -421,8 +420,9 @@ def recall(content: dict, facts: dict) -> None:
                 raise ValueError("not a colour for each name")
             facts["classes"] = (names, palette, *classes[2:])
 
-        if "args" in content and content["args"]["arch"] in ARCHS:
-            facts |= {"args": content["args"], "arch": content["args"]["arch"]}
+        args = content.get("args")
+        if args and args["arch"] in ARCHS:
+            facts |= {"args": args, "arch": args["arch"]}
     except Exception:  # other people's files may hold anything here
         facts["left_out"].append("what the file says about its training (not as we know it)")
 
@@ -467,24 +467,29 @@ def fit_positions(tensors: Tensors, facts: dict) -> None:
     tensors[name] = pos_embed
 
 
-def compare(tensors: Tensors, model: Tensors) -> None:
-    """WeightsError that lists the tensors that are missing, left over or of another shape. A file
-    must set the model's tensors in those parts (backbone, neck, decode_head, auxiliary_head) that it
-    has itself, and in the neck if it has a head.
+def compare(tensors: Tensors, model: Tensors, skipped: tuple[str, ...] = ()) -> None:
+    """WeightsError that lists the tensors that are missing, left over or of another shape.
 
-    (load_state_dict lists them too, but only after it has overwritten half of a model, and it does
-    not miss BatchNorm's num_batches_tracked.)"""
+    The file may have a backbone, a neck, a decode_head, an auxiliary_head. Of the parts that it has
+    it must have everything, except names that begin with one of those to be skipped. If it has a
+    head, it must have the model's neck.
+
+    (load_state_dict lists such tensors too, but it has overwritten half of a model by then, and
+    does not notice that BatchNorm's num_batches_tracked is missing.)"""
     must = {name.split(".")[0] for name in tensors}
     if "decode_head" in must:
         must.add("neck")
 
-    def shapes(named: Tensors) -> set[str]:
-        return {f"{k} {tuple(v.shape)}" for k, v in named.items() if k.split(".")[0] in must}
-
-    file, ours = shapes(tensors), shapes(model)
-    if file != ours:
-        more, less = listed(sorted(file - ours)), listed(sorted(ours - file))
-        raise WeightsError(f"the file has {more or 'nothing'} where the model has {less or 'nothing'}")
+    theirs = {f"{name} {tuple(value.shape)}" for name, value in tensors.items()}
+    ours = {
+        f"{name} {tuple(value.shape)}"
+        for name, value in model.items()
+        if name.split(".")[0] in must and not name.startswith(skipped)
+    }
+    if theirs != ours:
+        more = listed(sorted(theirs - ours)) or "nothing"
+        less = listed(sorted(ours - theirs)) or "nothing"
+        raise WeightsError(f"the file has {more} where the model has {less}")
 
 
 # ---- From a state_dict to a model ----------------------------------------------------------------
@@ -511,9 +516,9 @@ def load_into(
         reason = f"{there} classes in the file, {here} here: starts again"
 
     used = {name: value for name, value in state_dict.items() if not name.startswith(left_out)}
-    ours = {name: v for name, v in model.state_dict().items() if not name.startswith(left_out)}
+    ours = model.state_dict()
     ours["backbone.pos_embed"] = used["backbone.pos_embed"]  # set_grid makes room for it
-    compare(used, ours)
+    compare(used, ours, left_out)
 
     facts["left_out"] += [f"{name} ({reason})" for name in state_dict if name not in used]
     model.backbone.set_grid(facts["grid"])
@@ -572,7 +577,7 @@ def read_checkpoint(path: str) -> dict:
             return read_safetensors(path)
         if first.startswith(b"PK"):
             return read_zip(path)
-        return read_torch(path, mapped=False)  # a pickle, as torch wrote before 2020
+        return read_torch(path, mapped=False)  # a bare pickle, as torch wrote before 2020
 
 
 def read_zip(path: str) -> dict:
@@ -592,7 +597,8 @@ def read_zip(path: str) -> dict:
                         pass
 
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return read_torch(path, names, all(e.compress_type == zipfile.ZIP_STORED for e in entries))
+    mapped = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    return read_torch(path, names, mapped)
 
 
 class Skipped:
@@ -611,15 +617,15 @@ def plain_dict(*args) -> dict:
     return {}
 
 
-STAND_INS = {"collections.defaultdict": plain_dict}  # for all others Skipped
+STAND_INS = {"collections.defaultdict": plain_dict}  # for all other names: Skipped
 
 
-def read_torch(path: str, names: list[str] = (), mapped: bool = True) -> dict:
+def read_torch(path: str, names: Iterable[str] = STAND_INS, mapped: bool = True) -> dict:
     """torch.save's file. A mapped one takes memory only for the tensors that are used.
 
     A pickle names the classes and functions that build its objects. torch knows those of tensors
-    and plain containers. For the others, `names`, it gets classes of ours that do nothing, and
-    calls them: it never imports what the pickle names."""
+    and plain containers. For the others, `names`, we give it stand-ins that do nothing. It calls
+    these and never imports what the pickle names."""
     stand_ins = [(STAND_INS.get(name, Skipped), name) for name in names]
 
     try:
@@ -685,37 +691,28 @@ def write_checkpoint(content: dict, path: str) -> None:
 # ---- URLs ----------------------------------------------------------------------------------------
 
 # The pretrained backbone of each architecture.
-PRETRAINED = {
-    "vit_b16":
-        "https://github.com/rwightman/pytorch-image-models/releases/download/"
-        "v0.1-vitjx/jx_vit_base_p16_224-80ecf9dd.pth",
-    "vit_l16":
-        "https://github.com/rwightman/pytorch-image-models/releases/download/"
-        "v0.1-vitjx/jx_vit_large_p16_224-4ee7a4dc.pth",
-    "deit_b16":  "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth",
-    "deit_s16":  "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth",
-    "deit_t16":  "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth",
-    "deit3_s16": "https://dl.fbaipublicfiles.com/deit/deit_3_small_224_21k.pth",
-    "deit3_b16": "https://dl.fbaipublicfiles.com/deit/deit_3_base_224_21k.pth",
-    "deit3_l16": "https://dl.fbaipublicfiles.com/deit/deit_3_large_224_21k.pth",
-    "dinov2_s14":
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
-    "dinov2_b14":
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
-    "dinov2_l14":
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
-    "dinov2_s14_reg":
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
-    "dinov2_b14_reg":
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
-    "dinov2_l14_reg":
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
-}
+PRETRAINED = read_table("""
+    vit_b16         https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-vitjx/jx_vit_base_p16_224-80ecf9dd.pth
+    vit_l16         https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-vitjx/jx_vit_large_p16_224-4ee7a4dc.pth
+    deit_b16        https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth
+    deit_s16        https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth
+    deit_t16        https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth
+    deit3_s16       https://dl.fbaipublicfiles.com/deit/deit_3_small_224_21k.pth
+    deit3_b16       https://dl.fbaipublicfiles.com/deit/deit_3_base_224_21k.pth
+    deit3_l16       https://dl.fbaipublicfiles.com/deit/deit_3_large_224_21k.pth
+    dinov2_s14      https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth
+    dinov2_b14      https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth
+    dinov2_l14      https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth
+    dinov2_s14_reg  https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth
+    dinov2_b14_reg  https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth
+    dinov2_l14_reg  https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth
+""")
+
 
 def local_path(url: str) -> str:
-    """The path itself or, for a URL, where torch's cache keeps the file behind it, which is fetched
-    if it is not there yet. One process has to call this before the others do. Hexadecimal digits at
-    the end of a file's name start its sha256, which is checked."""
+    """A path stays as it is. A URL's file is fetched to torch's cache, if it is not there yet.
+    -> its path. With several processes, one has to call this before the others do. Hexadecimal
+    digits at the end of a file's name are the start of its sha256, which is checked."""
     if not url.startswith(("http://", "https://")):
         return url
 
@@ -734,8 +731,8 @@ def local_path(url: str) -> str:
 
 
 def fetch(url: str, path: str, sha: str | None) -> None:
-    """torch's download, with the two things it lacks: it would wait for ever for a server that
-    stalls, and takes a body that was cut short for the whole."""
+    """torch's download, and what it lacks: it would wait for ever for a server that stalls, and it
+    does not notice that a body was cut short. Any exception where the file cannot be had whole."""
     timeout, part = socket.getdefaulttimeout(), path + ".part"
     try:
         socket.setdefaulttimeout(60)  # seconds without a byte
@@ -755,7 +752,7 @@ def convert(src: str, dst: str, to: str) -> None:
     """Read src, write dst in the names of `to`, say what was done."""
     file, _ = split_choice(src)
     if dst.endswith(".safetensors"):
-        raise WeightsError(f"{dst}: safetensors are only read, torch's file is written: call it .pt")
+        raise WeightsError(f"{dst}: safetensors are only read; torch's file is written, as x.pt")
     if os.path.realpath(file) in (os.path.realpath(dst), os.path.realpath(dst + ".part")):
         raise WeightsError(f"{dst}: writing it would overwrite {file}, give it another name")
 

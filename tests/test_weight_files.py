@@ -534,6 +534,55 @@ def test_damaged_files_of_every_kind_fail_or_load_whole(tmp_path):
     assert [line.split()[0] for line in done.stdout.splitlines()] == names
 
 
+def test_bits_flipped_inside_a_tensor_do_not_pass_a_zips_checksum(tmp_path):
+    weights = ours()
+    torch.save(weights, tmp_path / "x.pt")
+    content = (tmp_path / "x.pt").read_bytes()
+    inside = weights["backbone.blocks.2.mlp.fc1.weight"].numpy().tobytes()[1000:2000]
+    assert content.count(inside) == 1
+    turned = bytes([inside[0] ^ 1]) + inside[1:]
+    (tmp_path / "x.pt").write_bytes(content.replace(inside, turned))
+
+    assert torch.load(tmp_path / "x.pt")  # torch itself sees nothing
+    with pytest.raises(WeightsError, match="x.pt: not a checkpoint, or a damaged one: Bad CRC-32"):
+        load_weights(str(tmp_path / "x.pt"))
+
+
+def test_a_zip_without_checksums_is_read(tmp_path):
+    weights = ours()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(weights, tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        assert {entry.CRC for entry in archive.infolist()} == {0}
+
+    state_dict, _ = load_weights(str(tmp_path / "x.pt"))
+    assert_same(state_dict, weights)
+
+
+def test_a_zip_that_was_packed_again_is_read(tmp_path):
+    """(Mapped, its tensors would be compressed bytes, or an error.)"""
+    weights = ours()
+    torch.save(weights, tmp_path / "x.pt")
+    packed = dict(compression=zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "x.pt") as old:
+        with zipfile.ZipFile(tmp_path / "y.pt", "w", **packed) as new:
+            for entry in old.infolist():
+                new.writestr(entry.filename, old.read(entry))
+
+    state_dict, _ = load_weights(str(tmp_path / "y.pt"))
+    assert_same(state_dict, weights)
+
+
+def test_arguments_of_other_programs_stop_nothing(tmp_path):
+    for args in ({"arch": "vit_base"}, {"arch": ["toy_p8"]}, "toy_p8", [1], 5):
+        _, facts = load({"model": ours(), "args": args}, tmp_path / "x.pt")
+        assert "args" not in facts
+        assert facts["arch"] == "toy_p8"
+
+
 CONVERSION = """
 import resource, sys
 import convert_weights as c
