@@ -180,33 +180,25 @@ def draw_set(root, training, validation):
 
 @pytest.fixture
 def server():
-    """A local HTTP server over `files`, {path: bytes}. `faults` lists, one an answer, after how
-    many bytes it breaks off; a negative number of them: after which it stalls for two seconds.
-    `length`: what it says the length is, if not the truth. `ranges`: whether it knows them."""
+    """A local HTTP server over `files`, {path: bytes}. `asked` lists the paths it was asked for.
+    `faults` lists, one an answer, after how many bytes it breaks off; a negative number of them:
+    after which it stalls for two seconds."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        files, faults, starts = {}, [], []
-        length, ranges = None, True
+        files, faults, asked = {}, [], []
 
         def do_GET(self):
+            self.asked.append(self.path)
             content = self.files.get(self.path)
             if content is None:
                 return self.send_error(404)
-            asked = self.headers.get("Range") if self.ranges else None
-            start = int(asked[len("bytes=") : -1]) if asked else 0
-            self.starts.append(start)
 
-            if start >= len(content):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(content)}")
-                return self.end_headers()
-
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(self.length or len(content) - start))
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
 
             fault = self.faults.pop(0) if self.faults else None
-            self.wfile.write(content[start:][: fault if fault is None else abs(fault)])
+            self.wfile.write(content[: fault if fault is None else abs(fault)])
             if fault is not None and fault < 0:
                 time.sleep(2)
 

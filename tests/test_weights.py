@@ -1,10 +1,8 @@
 """convert_weights.py: exact both ways, or an error that lists the tensors; nothing in a file is
 ever executed."""
 
-import json
 import os
 import pickle
-import struct
 import subprocess
 import sys
 
@@ -91,6 +89,10 @@ def without_a_norm(weights):
     del weights["backbone.layers.2.ln1.weight"]
 
 
+def without_a_counter(weights):
+    del weights["decode_head.bottleneck.bn.num_batches_tracked"]
+
+
 def with_one_more(weights):
     weights["extra"] = torch.zeros(3)
 
@@ -108,13 +110,18 @@ def without_a_layer(weights):
 @pytest.mark.parametrize(
     "damage,message",
     [
-        (without_a_norm, "missing backbone.blocks.2.norm1.weight (128,)"),
-        (with_one_more, "left over extra (3,)"),
+        (
+            without_a_norm,
+            "the file has nothing where the model has backbone.blocks.2.norm1.weight (128,)",
+        ),
+        (without_a_counter, "where the model has decode_head.bottleneck.bn.num_batches_tracked ()"),
+        (with_one_more, "the file has extra (3,) where the model has nothing"),
         (
             of_another_shape,
-            "decode_head.bottleneck.bn.bias is (5,) in the file, (64,) in the model",
+            "the file has decode_head.bottleneck.bn.bias (5,) "
+            "where the model has decode_head.bottleneck.bn.bias (64,)",
         ),
-        (without_a_layer, "3 layers, 128 wide"),
+        (without_a_layer, "'depth': 3"),
         (dict.clear, "no known kind of checkpoint"),
     ],
 )
@@ -132,11 +139,11 @@ def test_what_does_not_fit_is_listed(net, damage, message, tmp_path):
 def test_a_whole_model_does_not_load_into_another(net, tmp_path):
     path = write_mmseg(net.state_dict(), tmp_path / "x.pth")
     state_dict, facts = load_weights(path)
-    reshaped = r"decode_head.classifier.weight is \(9, .* in the file, \(150"
+    reshaped = r"has .*classifier.weight \(9, .* where .*classifier.weight \(150, "
 
     with pytest.raises(WeightsError, match=reshaped):
         load_into(build_model("toy_p8", "ln_mln"), state_dict, facts)
-    with pytest.raises(WeightsError, match="left over neck"):
+    with pytest.raises(WeightsError, match="has neck.* where the model has nothing"):
         load_into(build_model("toy_p8", "ln", 9), state_dict, facts)
 
 
@@ -154,7 +161,7 @@ def test_a_backbone_sets_the_backbone_alone_and_says_what_it_left_out(net, tmp_p
     ]
 
     del state_dict["backbone.blocks.1.mlp.fc1.bias"]
-    with pytest.raises(WeightsError, match="missing backbone.blocks.1.mlp.fc1.bias"):
+    with pytest.raises(WeightsError, match="has nothing where .* backbone.blocks.1.mlp.fc1.bias"):
         load_into(other, state_dict, facts)
 
 
@@ -190,8 +197,7 @@ def test_no_pickle_is_executed_and_no_damage_passes(net, tmp_path):
     assert not (tmp_path / "out.pt").exists()
 
 
-def test_a_file_that_cannot_be_fetched_says_what_else_to_do(main, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ade20k.time, "sleep", lambda seconds: None)  # between the tries
+def test_a_file_that_cannot_be_fetched_says_what_else_to_do(main, tmp_path, capsys):
     url = "http://127.0.0.1:9/deit_small_patch16_224-cd65a155.pth"  # where nobody listens
     with pytest.raises(SystemExit) as end:
         main(convert_weights, url, tmp_path / "out.pt")
@@ -275,7 +281,7 @@ def test_a_failed_load_leaves_the_grid_as_it_was(tmp_path):
     state_dict, facts = load({"model": net.state_dict()}, tmp_path / "a.pt")
     other = build_model("toy_p8", "ln", 4)
 
-    with pytest.raises(WeightsError, match="another class count"):
+    with pytest.raises(WeightsError, match="classifier.weight"):
         load_into(other, state_dict, facts)
     assert other.backbone.grid == (16, 16)
     assert other.backbone.pos_embed.shape == (1, 257, 128)
@@ -284,70 +290,15 @@ def test_a_failed_load_leaves_the_grid_as_it_was(tmp_path):
 # ---- What is written ----
 
 
-def parse_safetensors(path):
-    """-> {name: numpy array}, by the format's specification; 16 bit numbers as uint16."""
-    content = path.read_bytes()
-    (size,) = struct.unpack("<Q", content[:8])
-    content = content[8:]
-    header = json.loads(content[:size])
-    data = content[size:]
-    assert size % 8 == 0
-    assert header.pop("__metadata__") == {"format": "pt"}
-    dtypes = {"F64": "<f8", "F32": "<f4", "F16": "<u2", "BF16": "<u2", "I64": "<i8"}
-
-    out = {}
-    end = 0
-    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    for name, entry in entries:
-        begin, stop = entry["data_offsets"]
-        dtype = np.dtype(dtypes[entry["dtype"]])
-        assert begin == end, "no holes"
-        assert begin % dtype.itemsize == 0, "all can be mapped"
-        value = np.frombuffer(data[begin:stop], dtype)
-        out[name] = value.reshape(entry["shape"])
-        end = stop
-    assert end == len(data)
-    return out
+def test_safetensors_are_not_written_and_that_is_said_before_anything_is_read(tmp_path, main, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(convert_weights, tmp_path / "absent.pt", tmp_path / "b.safetensors")
+    assert end.value.code == 2
+    assert "safetensors are only read" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("to", ["ours", "mmseg", "timm"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_what_is_called_safetensors_is_one(net, to, dtype, tmp_path, main):
-    want = {}
-    for name, value in net.state_dict().items():
-        want[name] = value.to(dtype) if value.ndim > 1 else value
-    write({"model": want}, tmp_path / "a.pt")
-    path = tmp_path / "b.safetensors"
-    main(convert_weights, tmp_path / "a.pt", path, "--to", to)
-
-    assert sorted(os.listdir(tmp_path)) == ["a.pt", "b.safetensors"]
-
-    back, _ = load_weights(str(path))
-    if to == "timm":
-        want = of_backbone(want)
-
-    assert sorted(back) == sorted(want)
-    for name, value in back.items():
-        assert value.dtype == want[name].dtype
-        assert torch.equal(value, want[name])
-
-    parsed = parse_safetensors(path)
-    if to == "ours":
-        for name, value in parsed.items():
-            bits = want[name]
-            if bits.dtype == torch.bfloat16:
-                bits = bits.view(torch.uint16)
-            assert np.array_equal(value, bits.numpy()), name
-
-    safetensors = pytest.importorskip("safetensors.torch")
-    theirs = safetensors.load_file(path)
-
-    assert theirs.keys() == parsed.keys()
-    if to == "ours":
-        assert_equal(want, theirs)
-
-
-@pytest.mark.parametrize("same", ["itself", "symbolic link", "hard link", "part"])
+@pytest.mark.parametrize("same", ["itself", "symbolic link", "part"])
 def test_a_file_is_not_written_over_itself(net, same, tmp_path, main, capsys):
     src = tmp_path / "a.pt"
     dst = tmp_path / "b.pt"
@@ -359,8 +310,6 @@ def test_a_file_is_not_written_over_itself(net, same, tmp_path, main, capsys):
     before = src.read_bytes()
     if same == "symbolic link":
         dst.symlink_to(src)
-    if same == "hard link":
-        dst.hardlink_to(src)
 
     for source in (src, f"{src}:model"):
         with pytest.raises(SystemExit) as end:
@@ -381,7 +330,7 @@ def test_what_becomes_ours_keeps_its_classes_and_its_architecture(tmp_path, main
     _, facts = load_weights(str(tmp_path / "c.pt"))
 
     assert facts["arch"] == "deit_t16"
-    assert facts["classes"] == (tuple(names), palette, True, None)
+    assert facts["classes"] == (tuple(names), palette, True)
 
 
 def test_colours_of_unlabelled_pixels_come_back_as_they_were_saved(tmp_path):
@@ -396,6 +345,3 @@ def test_colours_of_unlabelled_pixels_come_back_as_they_were_saved(tmp_path):
         return facts.get("classes")
 
     assert loaded(classes) == tuple(classes)
-    for wrong in ([[1, 2]], [[1, 2, 256]], "red"):
-        damaged = classes._replace(ignored_colours=wrong)
-        assert loaded(damaged) is None
