@@ -25,12 +25,12 @@ import os
 import signal
 import sys
 import threading
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from glob import glob
+from glob import escape, glob
 from multiprocessing import active_children, parent_process
 from os.path import basename, dirname, exists, getmtime, isdir, isfile, join, samefile, splitext
 
@@ -51,7 +51,6 @@ from ade20k import (
     data_root,
     errors_in_one_sentence,
     find_pairs,
-    listed,
     load,
     normalise,
     one_line,
@@ -79,13 +78,8 @@ Pairs = list[tuple[str, str | None]]  # paths of pictures, and of their label fi
 
 @torch.inference_mode()
 def predict(
-    model: Segmenter,
-    image: ndarray,
-    scales: tuple[float, ...] = (1.0,),
-    flip: bool = False,
-    short: int = 512,
-    dtype: torch.dtype = torch.float32,
-    slide: tuple[int, int] | None = None,
+    model: Segmenter, image: ndarray, scales: tuple[float, ...] = (1.0,), flip: bool = False,
+    short: int = 512, dtype: torch.dtype = torch.float32, slide: tuple[int, int] | None = None,
 ) -> ndarray:
     """Label a whole picture. model in eval mode; image (H, W, 3) uint8 RGB -> (H, W) uint8, class
     0..C-1 of each pixel.
@@ -100,9 +94,9 @@ def predict(
             total = total + logits.softmax(dim=1)
         return total.argmax(dim=1)
 
-    Each view's logits stay at the head's own size (with slide: at the view's). They are brought to
-    the picture's size one block of rows after the other, so that no (C, H, W) is ever held."""
-    H, W = image.shape[:2]
+    Each view's logits stay at the head's own size (with slide: at the view's). Some rows after the
+    other are brought to the picture's size, so that no (C, H, W) is ever held."""
+    H, W, _ = image.shape
     device = next(model.parameters()).device
 
     views = []  # of each: logits (1, C, h', w'), (h, w), the matrix (H, h') of both resizings
@@ -113,11 +107,8 @@ def predict(
         if flip:
             x = torch.cat([x, x.flip(3)])  # (2, 3, h, w)
 
-        if slide:
-            logits = slide_logits(model, x, dtype, *slide)  # (1 or 2, C, h, w)
-        else:
-            logits = view_logits(model, x, dtype)  # (1 or 2, C, h', w')
-
+        # (1 or 2, C, h', w'), by windows h' w' are h w
+        logits = slide_logits(model, x, dtype, *slide) if slide else view_logits(model, x, dtype)
         _, C, small, _ = logits.shape
         along_y = resize_matrix(h, H, logits) @ resize_matrix(small, h, logits)  # (H, h')
         views.append((logits[:1], (h, w), along_y))
@@ -127,7 +118,7 @@ def predict(
     labels = torch.empty(H, W, dtype=torch.uint8, device=device)
     rows = rows_at_once(device, W * C)
     for start in range(0, H, rows):
-        stop = min(start + rows, H)
+        stop = start + rows  # (slices end where the picture does)
         total = 0
         for view in views:
             large = resized_rows(view, W, start, stop)  # (rows, W, C)
@@ -232,19 +223,15 @@ def scores(matrix: ndarray) -> dict:
 
 
 def table(result: dict, classes: tuple[str, ...]) -> str:
-    """The scores of each class and their means, as text."""
+    """The scores of each class that has one, and their means, as text."""
     lines = ["class                        IoU     Acc"]
-    absent = []
     for name, iou, acc in zip(classes, result["IoU"], result["Acc"]):
-        if iou is None:
-            absent.append(name)
-        else:
+        if iou is not None:
             lines.append(f"{name:24s}{percent(iou)}{percent(acc)}")
 
-    if absent:
-        lines.append(f"{len(absent)} absent, not in the means: {listed(absent)}")
-    lines.append("  ".join(f"{name} {percent(result[name])}" for name in ("mIoU", "mAcc", "aAcc")))
-    return "\n".join(lines)
+    means = [f"{name} {percent(result[name])}" for name in ("mIoU", "mAcc", "aAcc")]
+    count = f"({len(lines) - 1} of {len(classes)} classes)"
+    return "\n".join([*lines, "  ".join([*means, count])])
 
 
 def percent(value: float | None) -> str:
@@ -277,7 +264,8 @@ def evaluate(
         Pictures(pairs, classes), batch_size=None, sampler=mine, collate_fn=tuple,
         num_workers=workers, worker_init_fn=start_worker,
     )
-    matrix = np.zeros([len(classes.names)] * 2, np.int64)
+    C = len(classes.names)
+    matrix = np.zeros((C, C), np.int64)
     was_training = model.training
     model.eval()
 
@@ -290,7 +278,7 @@ def evaluate(
 
         prediction = predict(model, image, **how)
         if label is not None:
-            matrix += confusion_matrix(label, prediction, len(classes.names))
+            matrix += confusion_matrix(label, prediction, C)
         if look:
             look(i, image, label, prediction)
 
@@ -324,9 +312,7 @@ class Pictures(Dataset):
 FONT = ImageFont.load_default(15)
 
 
-def sheet(
-    rows: list[tuple[ndarray, ndarray | None, ndarray]], classes: Classes, opacity: float = 1
-) -> Image.Image:
+def sheet(rows: list[tuple], classes: Classes, opacity: float = 1) -> Image.Image:
     """One row of panels for each (picture (H, W, 3), truth or None, prediction (H, W), all uint8),
     a legend below. With truth: picture, truth, prediction, each at most 400 pixels wide. Without:
     the prediction only, at the picture's own size up to 4000. Colours lie over the picture with an
@@ -338,14 +324,14 @@ def sheet(
     for image, truth, prediction in rows:
         maps = [prediction] if truth is None else [truth, prediction]
         step = math.ceil(image.shape[1] / (4000 if truth is None else 400))
-        picture = np.asarray(Image.fromarray(image).reduce(step))
+        picture = Image.fromarray(image).reduce(step)
         panels = []
         for label in maps:
-            mixed = opacity * colours[label[::step, ::step]] + (1 - opacity) * picture
-            panels.append(mixed.round().astype(np.uint8))
+            coloured = Image.fromarray(colours[label[::step, ::step]])
+            panels.append(np.asarray(Image.blend(picture, coloured, opacity)))
 
         if truth is not None:
-            panels.insert(0, picture)
+            panels.insert(0, np.asarray(picture))
             parts.append(caption("picture, truth, prediction"))
         parts.append(stack(panels, 1))
         labels += maps
@@ -359,7 +345,7 @@ def legend(labels: list[ndarray], classes: Classes, width: int) -> ndarray:
     as many as fit into some width pixels. -> (h, w, 3) uint8"""
     counts = sum(np.bincount(label.ravel(), minlength=256) for label in labels)
     names = dict(enumerate(classes.names)) | {IGNORE_INDEX: "not labelled"}
-    colours = palette(classes).tolist()
+    colours = palette(classes)
     entries = [caption(names[k], tuple(colours[k])) for k in np.argsort(-counts) if counts[k]]
 
     rows = math.ceil(len(entries) / max(1, width // 150))  # (few names are wider)
@@ -401,25 +387,24 @@ def caption(text: str, colour: tuple | None = None) -> ndarray:
 
 
 def curves(entries: list[dict]) -> Image.Image:
-    """Loss, learning rate and mIoU by iteration, one below the other. entries: a run's log."""
+    """Loss, learning rate and mIoU by iteration, each from 0 to its largest value. entries: a run's
+    log."""
     last = entries[-1]["iteration"]
-    parts = []
+    canvas = Image.new("RGB", (800, 400), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((10, 380), f"iterations 0 to {last}", "black", FONT)
 
-    for key in ("loss", "lr", "mIoU"):
+    titles = {"loss": "steelblue", "lr": "darkgrey", "mIoU": "crimson"}
+    for k, (key, colour) in enumerate(titles.items()):
         points = [(e["iteration"], e[key]) for e in entries if e.get(key) is not None]
         top = max([value for _, value in points], default=0) or 1
-        line = [(10 + 770 * i / last, 170 - 160 * value / top) for i, value in points]
+        draw.text((10 + 200 * k, 5), f"{key}, 0 to {top:.3g}", colour, FONT)
 
-        canvas = Image.new("RGB", (790, 180), "white")
-        draw = ImageDraw.Draw(canvas)
-        draw.rectangle((10, 10, 780, 170), outline="lightgrey")
-        draw.line(line, "steelblue", 2)
+        line = [(10 + 780 * i / last, 370 - 340 * value / top) for i, value in points]
+        draw.line(line, colour, 2)
         for point in line:
-            draw.circle(point, 2, "steelblue")
-
-        parts.append(caption(f"{key}, 0 to {top:.3g}, by iteration, 0 to {last}"))
-        parts.append(np.asarray(canvas))
-    return Image.fromarray(stack(parts, 0))
+            draw.circle(point, 2, colour)
+    return canvas
 
 
 
@@ -427,8 +412,8 @@ def curves(entries: list[dict]) -> Image.Image:
 
 
 def load_model(path: str) -> tuple[Segmenter, dict]:
-    """The model that a weight file describes, with its weights, on the CPU, in eval mode. ->
-    (model, facts)"""
+    """The model that a weight file describes, with its weights, on the CPU, in eval mode; and what
+    load_weights says about the file."""
     state_dict, facts = load_weights(path)
     n = facts["num_classes"]
     if facts["neck"] is None:
@@ -439,12 +424,7 @@ def load_model(path: str) -> tuple[Segmenter, dict]:
     if n > 255:
         raise UsageError(f"{path}: knows {n} classes, labels of 8 bits hold 255")
 
-    # Random numbers for ViT-B take 3 s. They are needed only where a file has no auxiliary head.
-    whole = "auxiliary_head.classifier.weight" in state_dict
-    with torch.device("meta" if whole else "cpu"):
-        model = build_model(facts["arch"], facts["neck"], n)
-    if whole:
-        model.to_empty(device="cpu")  # every number is set by load_into, or it fails
+    model = build_model(facts["arch"], facts["neck"], n)
     load_into(model, state_dict, facts)
     return model.eval(), facts
 
@@ -472,7 +452,7 @@ def checkpoints(folder: str) -> list[str]:
 def newest_run(folder: str) -> str:
     """Of the work directories directly below a folder that hold checkpoints, the one whose log was
     written last."""
-    logs = [join(folder, name) for name in glob("*/log.jsonl", root_dir=folder)]
+    logs = glob(join(escape(folder), "*", "log.jsonl"))
     logs = [log for log in logs if checkpoints(dirname(log))]
     if not logs:
         raise UsageError(
@@ -494,9 +474,8 @@ def find_data(args: Namespace, facts: dict) -> tuple[Pairs, Classes]:
     if args.image:
         files = [args.image]
         if isdir(args.image):
-            names = [name for name in sorted(os.listdir(args.image)) if not name.startswith(".")]
-            files = [join(args.image, name) for name in names]
-            files = [file for file in files if isfile(file)]
+            everything = glob(join(escape(args.image), "*"))  # except hidden files
+            files = sorted(filter(isfile, everything))
         return [(file, None) for file in files], known
 
     args.data = data_root(args.data)
@@ -531,83 +510,79 @@ def run(args: Namespace) -> None:
     dtype = choose_dtype(args.dtype, device)
     args.dtype = str(dtype).removeprefix("torch.")
     pairs, classes = find_data(args, facts)
-    open_outputs(args, file, pairs)
+    args.images = len(pairs)
 
+    names = [splitext(basename(path))[0] + ".png" for path, _ in pairs]  # of the results
+    open_outputs(args, file, pairs, names)
     if rank == 0:
         asked = {name: value for name, value in vars(args).items() if value}
         print(f"{args.checkpoint}: {describe(facts)}")
-        print(f"{len(pairs)} pictures on {device.type}: {asked}", flush=True)
+        print(f"on {device.type}: {asked}", flush=True)
 
-    faults = []
-    kept = faults if isdir(args.image or "") else None  # in a folder a bad picture ends nothing
+    faults = [] if isdir(args.image or "") else None  # in a folder a bad picture ends nothing
     model = prepare(model, device, dtype, args.compile)
     matrix = evaluate(
-        model, pairs, classes, rank, world, args.workers, partial(write, args, classes, pairs),
-        kept, scales=args.scales, flip=args.flip, short=args.short_side, dtype=dtype,
+        model, pairs, classes, rank, world, args.workers, partial(write, args, classes, names),
+        faults, scales=args.scales, flip=args.flip, short=args.short_side, dtype=dtype,
         slide=args.slide and (args.slide, args.stride),
     )
 
     if rank == 0 and not args.image:
-        result = scores(matrix)
-        if args.json:  # rows of the matrix are true classes, columns predicted ones
-            result |= dict(classes=classes.names, confusion=matrix.tolist())
-            result["protocol"] = vars(args) | {"images": len(pairs)}
-            with open(args.json, "w") as file:
-                json.dump(result, file)
-        print(table(result, classes.names))
-
+        report(args, classes, matrix)
     leave_processes(world)
-    for fault in faults:
-        print(f"not labelled: {one_line(fault)}", file=sys.stderr)
     if faults:
+        for fault in faults:
+            print(f"not labelled: {one_line(fault)}", file=sys.stderr)
         sys.exit(1)
 
 
-def open_outputs(args: Namespace, checkpoint: str, pairs: Pairs) -> None:
+def open_outputs(args: Namespace, checkpoint: str, pairs: Pairs, names: list[str]) -> None:
     """Make the folders, try to write the scores: an error comes now, not after an hour. UsageError
     where a result would replace a file that is read, or another result."""
     read = [path for pair in pairs for path in pair if path]
     taken = {dirname(path) or "." for path in read}
-    if len({result_name(path) for path, _ in pairs}) < len(pairs):
+    if len(set(names)) < len(names):
         raise UsageError(f"{args.image}: two pictures have one name, their results too: rename one")
 
-    for folder in (args.show, args.save_labels):
-        if folder:
-            os.makedirs(folder, exist_ok=True)
-            if any(samefile(folder, other) for other in taken):
-                raise UsageError(f"{folder}: holds pictures, labels or other results: name another")
-            taken.add(folder)
+    for folder in filter(None, (args.show, args.save_labels)):
+        os.makedirs(folder, exist_ok=True)
+        if any(samefile(folder, other) for other in taken):
+            raise UsageError(f"{folder}: holds pictures, labels or other results: name another")
+        taken.add(folder)
 
     if args.json:
         read += [checkpoint, join(args.data, "classes.txt")]
-        os.makedirs(dirname(args.json) or ".", exist_ok=True)
         open(args.json, "a").close()  # what is in it stays until there is more to write
         if any(exists(path) and samefile(args.json, path) for path in read):
             raise UsageError(f"{args.json}: is read, write the scores to another file")
 
 
-def result_name(path: str) -> str:
-    """The name of the files that are written for a picture."""
-    stem, _ = splitext(basename(path))
-    return stem + ".png"
-
-
 def write(
-    args: Namespace, classes: Classes, pairs: Pairs, i: int, image, label, prediction
+    args: Namespace, classes: Classes, names: list[str], i: int, image, label, prediction
 ) -> None:
     """Save what is asked for of picture i. evaluate() calls it."""
-    path, _ = pairs[i]
     if args.save_labels:
         values = prediction
         if classes.ignored_colours is not None:
             values = np.uint8(classes.palette)[prediction]  # (H, W, 3): label files in colour
         elif classes.zero_ignored:
             values = prediction + 1
-        Image.fromarray(values).save(join(args.save_labels, result_name(path)))
+        Image.fromarray(values).save(join(args.save_labels, names[i]))
 
     if args.show:
         drawn = sheet([(image, label, prediction)], classes, args.opacity)
-        drawn.save(join(args.show, result_name(path)))
+        drawn.save(join(args.show, names[i]))
+
+
+def report(args: Namespace, classes: Classes, matrix: ndarray) -> None:
+    """Write the scores, and print them."""
+    result = scores(matrix)
+    if args.json:
+        # Rows of the matrix are true classes, columns predicted ones.
+        more = dict(classes=classes.names, confusion=matrix.tolist(), protocol=vars(args))
+        with open(args.json, "w") as file:
+            json.dump(result | more, file)
+    print(table(result, classes.names))
 
 
 # ---- python evaluate.py: the command line --------------------------------------------------------
@@ -625,12 +600,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     if args.stride > args.slide or (args.slide and not args.stride):
         parser.error("--slide needs a --stride, of as many pixels or fewer")
-    if args.opacity > 1:
-        parser.error("--opacity is a number from 0 to 1")
-    if args.image and not (args.show or args.save_labels):
-        parser.error("--image needs --show DIR or --save-labels DIR, or nothing would come out")
-    if args.image and args.json:
-        parser.error("--json holds scores, and --image has no labels to score with")
+    if args.image and (args.json or not (args.show or args.save_labels)):
+        parser.error("--image needs --show DIR or --save-labels DIR, and has no scores for --json")
     return args
 
 
@@ -640,7 +611,7 @@ def options() -> ArgumentParser:
         description="Evaluate a checkpoint on a data set, or label pictures with it.",
         epilog="example: python evaluate.py --checkpoint upernet.pth --flip --scales 0.5,...,1.75",
     )
-    add = parser.add_argument_group("what").add_argument
+    add = parser.add_argument
     add("--checkpoint", metavar="FILE", default="runs",
         help="any file convert_weights.py reads, a URL, a work directory (its best.pt, or its "
         "newest checkpoint), or a folder of these (the newest; default: runs)")
@@ -651,8 +622,6 @@ def options() -> ArgumentParser:
         help="images/SPLIT and annotations/SPLIT (default: validation)")
     add("--image", metavar="FILE_OR_DIR",
         help="label these pictures instead; needs --show or --save-labels")
-
-    add = parser.add_argument_group("how").add_argument
     add("--scales", type=list_of_scales, default=(1.0,), metavar="S,S,...",
         help="sizes relative to (2048, 512); 0.5,...,1.75 means steps of 0.25 (default: 1)")
     add("--flip", action="store_true", help="add the mirrored picture at every scale")
@@ -668,8 +637,6 @@ def options() -> ArgumentParser:
         help="processes that read pictures (default: 2)")
     add("--compile", action="store_true",
         help="torch.compile the model: a minute at each new size of pictures, then faster")
-
-    add = parser.add_argument_group("results").add_argument
     add("--json", metavar="FILE", help="write scores and protocol")
     add("--save-labels", metavar="DIR",
         help="write one png a picture, with the values of the data set's own label files")
@@ -681,9 +648,8 @@ def options() -> ArgumentParser:
 
 
 def list_of_scales(text: str) -> tuple[float, ...]:
-    """ "0.5,0.75,1" -> (0.5, 0.75, 1.0); "0.5,...,1.75" means steps of 0.25. ValueError otherwise,
-    which argparse words."""
-    positive = at_least(1e-9, float)
+    """ "0.5,0.75,1" -> (0.5, 0.75, 1.0); "0.5,...,1.75" means steps of 0.25."""
+    positive = at_least(0.01, float)
     scales = [positive(scale) for scale in text.replace(",...", "").split(",")]
     if ",..." in text:
         first, last = sorted(scales)
@@ -691,17 +657,16 @@ def list_of_scales(text: str) -> tuple[float, ...]:
     return tuple(scales)
 
 
-def at_least(low: float, kind: type = int) -> Callable[[str], float]:
-    """-> an argparse type: an int or float, low or more. argparse puts its name into the error."""
+def at_least(low: float, kind: type = int) -> Callable:
+    """-> an argparse type: an int or float, low or more."""
 
-    def read(text):
+    def number(text):
         value = kind(text)
-        if not value >= low:  # nan is not either
-            raise ValueError
+        if not value >= low:  # nan is neither above nor below
+            raise ArgumentTypeError(f"{text} is not a number of {low} or more")
         return value
 
-    read.__name__ = f"{kind.__name__} >= {low}"
-    return read
+    return number
 
 
 class UsageError(UserError):
@@ -710,7 +675,7 @@ class UsageError(UserError):
 
 # ---- Devices and number formats ------------------------------------------------------------------
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -718,7 +683,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     (Emulated bfloat16 is slower than float32. Apple's M1 and M2 emulate it, and torch cannot
     tell.)"""
     if name != "auto":
-        return DTYPES[name]
+        return getattr(torch, name)
 
     fast = False
     if device.type == "cuda":
@@ -821,7 +786,7 @@ def keep_memory() -> None:
     with suppress(TypeError, OSError, AttributeError):  # no C library, or another one
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 80_000_000)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which does not shrink
+        mallopt(-1, 2_147_483_647)  # M_TRIM_THRESHOLD: which does not shrink
 
 
 def start_worker(worker: int) -> None:
@@ -849,8 +814,7 @@ def kill_workers() -> None:
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as lost
     for child in active_children():
-        if child.daemon:
-            child.kill()
+        child.kill()
 
 
 @atexit.register
@@ -865,7 +829,6 @@ def leave_processes(world: int) -> None:
     """At the end, together: nobody leaves while another may still be talking to it."""
     if world > 1:
         dist.barrier()
-        leave_group()
 
 
 if __name__ == "__main__":
