@@ -81,8 +81,7 @@ def predict(
     model: Segmenter, image: ndarray, scales: tuple[float, ...] = (1.0,), flip: bool = False,
     short: int = 512, dtype: torch.dtype = torch.float32, slide: tuple[int, int] | None = None,
 ) -> ndarray:
-    """Label a whole picture. model in eval mode; image (H, W, 3) uint8 RGB -> (H, W) uint8, class
-    0..C-1 of each pixel.
+    """Label a whole picture: (H, W, 3) uint8 RGB -> (H, W) uint8. The model is in eval mode.
 
     Each scale s resizes into (4 short, short) * s, keeping the aspect; flip adds the mirrored
     picture to every scale; slide: (window, stride), see slide_logits. The plain form:
@@ -94,12 +93,13 @@ def predict(
             total = total + logits.softmax(dim=1)
         return total.argmax(dim=1)
 
-    Each view's logits stay at the head's own size (with slide: at the view's). Some rows after the
-    other are brought to the picture's size, so that no (C, H, W) is ever held."""
+    Each view's logits stay at the head's own size (with slide: at the view's). Only some rows at a
+    time are brought to the picture's size, so no (C, H, W) is ever held. The softmax gives each
+    view one unit of probability at each pixel: none dominates because its logits are larger."""
     H, W, _ = image.shape
     device = next(model.parameters()).device
 
-    views = []  # of each: logits (1, C, h', w'), (h, w), the matrix (H, h') of both resizings
+    views = []  # each holds logits (1, C, h', w'), (h, w), and the matrix (H, h') of both resizings
     for scale in sorted(scales, reverse=True):  # the largest leaves memory for the others
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
         x = torch.tensor(resize_bilinear(image, h, w), device=device)
@@ -107,7 +107,7 @@ def predict(
         if flip:
             x = torch.cat([x, x.flip(3)])  # (2, 3, h, w)
 
-        # (1 or 2, C, h', w'), by windows h' w' are h w
+        # (1 or 2, C, h', w'); by windows h' w' equal h w
         logits = slide_logits(model, x, dtype, *slide) if slide else view_logits(model, x, dtype)
         _, C, small, _ = logits.shape
         along_y = resize_matrix(h, H, logits) @ resize_matrix(small, h, logits)  # (H, h')
@@ -341,8 +341,8 @@ def sheet(rows: list[tuple], classes: Classes, opacity: float = 1) -> Image.Imag
 
 
 def legend(labels: list[ndarray], classes: Classes, width: int) -> ndarray:
-    """Colour and name of every class in labels, the largest class first, in columns side by side,
-    as many as fit into some width pixels. -> (h, w, 3) uint8"""
+    """Colour and name of every class in labels, the largest class first, in as many columns as fit
+    into `width` pixels. -> (h, w, 3) uint8"""
     counts = sum(np.bincount(label.ravel(), minlength=256) for label in labels)
     names = dict(enumerate(classes.names)) | {IGNORE_INDEX: "not labelled"}
     colours = palette(classes)
@@ -407,7 +407,6 @@ def curves(entries: list[dict]) -> Image.Image:
     return canvas
 
 
-
 # ---- python evaluate.py: what is evaluated -------------------------------------------------------
 
 
@@ -430,9 +429,9 @@ def load_model(path: str) -> tuple[Segmenter, dict]:
 
 
 def choose_checkpoint(path: str) -> str:
-    """The file that --checkpoint means. Of a folder of runs it is that of the newest run, of a run
-    its best.pt. A run that never validated has none, and those of earlier commits neither: there it
-    is the newest checkpoint."""
+    """The file that --checkpoint means: a file is itself, a folder of runs means its newest run, a
+    run means its best.pt. Runs that never validated, or that an earlier commit made, have no
+    best.pt: then it is the newest checkpoint."""
     if not isdir(path) and path != "runs":
         return path
 
@@ -502,7 +501,7 @@ def run(args: Namespace) -> None:
     if world > 1:
         dist.barrier()
 
-    # What the command line leaves open, the checkpoint or the machine decides.
+    # The checkpoint and the machine decide what the command line leaves open.
     model, facts = load_model(args.checkpoint)
     trained = facts.get("args", {})  # of our own checkpoints
     args.data = args.data or trained.get("data", DEFAULT_ROOT)
@@ -528,7 +527,13 @@ def run(args: Namespace) -> None:
     )
 
     if rank == 0 and not args.image:
-        report(args, classes, matrix)
+        result = scores(matrix)
+        if args.json:  # rows of the matrix are true classes, columns predicted ones
+            result |= dict(classes=classes.names, confusion=matrix.tolist(), protocol=vars(args))
+            with open(args.json, "w") as file:
+                json.dump(result, file)
+        print(table(result, classes.names))
+
     leave_processes(world)
     if faults:
         for fault in faults:
@@ -537,8 +542,8 @@ def run(args: Namespace) -> None:
 
 
 def open_outputs(args: Namespace, checkpoint: str, pairs: Pairs, names: list[str]) -> None:
-    """Make the folders, try to write the scores: an error comes now, not after an hour. UsageError
-    where a result would replace a file that is read, or another result."""
+    """Make the folders and try to write the scores, so that an error comes now and not after an
+    hour. UsageError if a result would replace a file that is read, or another result."""
     read = [path for pair in pairs for path in pair if path]
     taken = {dirname(path) or "." for path in read}
     if len(set(names)) < len(names):
@@ -572,17 +577,6 @@ def write(
     if args.show:
         drawn = sheet([(image, label, prediction)], classes, args.opacity)
         drawn.save(join(args.show, names[i]))
-
-
-def report(args: Namespace, classes: Classes, matrix: ndarray) -> None:
-    """Write the scores, and print them."""
-    result = scores(matrix)
-    if args.json:
-        # Rows of the matrix are true classes, columns predicted ones.
-        more = dict(classes=classes.names, confusion=matrix.tolist(), protocol=vars(args))
-        with open(args.json, "w") as file:
-            json.dump(result | more, file)
-    print(table(result, classes.names))
 
 
 # ---- python evaluate.py: the command line --------------------------------------------------------
@@ -729,10 +723,10 @@ def contiguous_batch_norm(model: nn.Module) -> None:
 
 
 # ---- Processes -----------------------------------------------------------------------------------
-# What one platform or another lacks is asked for here and nowhere else. Without it everything
-# works, with less comfort.
+# Only this part asks for things that some platforms lack. Everything works without them, with less
+# comfort.
 
-# What asks to stop: Ctrl-C, and two signals that clusters send (Windows has no SIGUSR1).
+# Signals that ask a program to stop: Ctrl-C, and two that clusters send (Windows has no SIGUSR1).
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )
@@ -826,7 +820,8 @@ def leave_group() -> None:
 
 
 def leave_processes(world: int) -> None:
-    """At the end, together: nobody leaves while another may still be talking to it."""
+    """At the end, together: a process that left early would be missed by those that still talk to
+    it. leave_group follows at exit."""
     if world > 1:
         dist.barrier()
 
