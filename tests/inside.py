@@ -1,11 +1,15 @@
 """What becomes of a picture on its way through the network, on one sheet: attention, positions, the
-maps from backbone to classifier, confidence. `python evaluate.py --image X --show DIR --inside`
-draws with it.
+maps from backbone to classifier, confidence.
 
-The numbers come first, then where they are taken from (hooks on the model's own modules), and then
-the sheet, row by row."""
+    python tests/inside.py --checkpoint FILE --image FILE --out DIR [--at X Y]
 
+draws DIR/NAME_inside.png. The numbers come first, then where they are taken from (hooks on the
+model's own modules), then the sheet, row by row, and the program."""
+
+import argparse
 import math
+import os
+import sys
 import textwrap
 
 import numpy as np
@@ -14,9 +18,18 @@ from numpy import ndarray
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from ade20k import Classes, normalise, resize_bilinear, scaled_size
-from evaluate import caption, legend, palette, stack, view_logits
-from upernet import Segmenter, resize
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+import evaluate  # noqa: E402
+from ade20k import (  # noqa: E402
+    Classes,
+    errors_in_one_sentence,
+    load_image,
+    normalise,
+    resize_bilinear,
+    scaled_size,
+)
+from evaluate import caption, legend, palette, stack, view_logits  # noqa: E402
+from upernet import Segmenter, resize  # noqa: E402
 
 SIDE = 200  # of a panel, in pixels: the longer one
 RAMP = (  # red, green and blue of black, violet, red, orange, white
@@ -27,7 +40,7 @@ RAMP = (  # red, green and blue of black, violet, red, orange, white
 
 
 def attention_weights(qkv: Tensor, heads: int, queries: list[int]) -> Tensor:
-    """What Attention never holds: softmax(q k^T / sqrt(d)), here of some tokens alone. qkv
+    """What Attention never holds: softmax(q k^T / sqrt(d)), here only of some tokens. qkv
     (N, 3 D), as Attention.qkv returns it -> (queries, heads, N); each row sums to 1."""
     qkv = qkv.float().reshape(len(qkv), 3, heads, -1)
     q, k, _ = qkv.permute(1, 2, 0, 3)  # each (heads, N, d)
@@ -72,7 +85,7 @@ def principal_colours(features: Tensor) -> ndarray:
     The axes are eigenvectors of the covariance (D, D), which is small however large the map is."""
     x = features.float().flatten(1).T  # (h w, D)
     x = x - x.mean(0)
-    covariance = x.T @ x  # but for a factor
+    covariance = x.T @ x  # up to a factor
     _, axes = torch.linalg.eigh(covariance)  # in columns, the one of the largest variance last
     axes = axes[:, -3:].flip(1)  # (D, 3)
     signs = axes.sum(0).sign()  # an axis may point either way: here to where its sum is positive
@@ -94,8 +107,8 @@ def heat(values: Tensor) -> ndarray:
 
 def watch(model: Segmenter, x: Tensor, dtype: torch.dtype) -> dict:
     """Label a normalised picture (1, 3, H, W) -> {module: (input, output)} of those worth a look.
-    (The bottleneck is called by of_resized, which runs no hooks. Its BatchNorm stands for it, whose
-    output the ReLU changes in place.)"""
+    (The BatchNorm of the bottleneck stands for the bottleneck: the ReLU changes its output in
+    place.)"""
     backbone, head = model.backbone, model.decode_head
     modules = [
         backbone,
@@ -113,7 +126,7 @@ def watch(model: Segmenter, x: Tensor, dtype: torch.dtype) -> dict:
         seen[module] = inputs[0], output
 
     hooks = [module.register_forward_hook(note) for module in modules]
-    with torch.compiler.set_stance("force_eager"):  # what was compiled may call no hooks
+    with torch.compiler.set_stance("force_eager"):  # compiled modules may skip hooks
         view_logits(model, x, dtype)
     for hook in hooks:
         hook.remove()
@@ -255,3 +268,45 @@ def look_inside(
     panels = stack([stack(left, 0), stack(map_rows(model, seen, size), 0)], 1)
     below = legend([prediction], classes, panels.shape[1])
     return Image.fromarray(stack([panels, below], 0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", default="runs", help="as evaluate.py's (default: the newest run)")
+    add("--image", required=True, help="a picture, or a folder of pictures")
+    add("--out", required=True, metavar="DIR", help="where NAME_inside.png goes")
+    add("--at", nargs=2, type=evaluate.at_least(0, float), default=(0.5, 0.5), metavar=("X", "Y"),
+        help="the place whose attention is shown, in parts of width and height (default: 0.5 0.5)")
+    args = parser.parse_args()
+    if max(args.at) >= 1:
+        parser.error("--at needs two numbers of 0 or more and below 1")
+    with errors_in_one_sentence():
+        draw(args)
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    _, _, device = evaluate.setup_processes()
+    dtype = evaluate.choose_dtype("auto", device)
+    checkpoint = evaluate.choose_checkpoint(args.checkpoint)
+    model, facts = evaluate.load_model(checkpoint)
+    model = evaluate.prepare(model, device, dtype, compiled=False)
+    short = facts.get("args", {}).get("short_side", 512)
+    pairs, classes = evaluate.find_data(args, facts)
+
+    os.makedirs(args.out, exist_ok=True)
+    for path, _ in pairs:
+        image = load_image(path)
+        prediction = evaluate.predict(model, image, short=short, dtype=dtype)
+        sheet = look_inside(model, image, prediction, classes, args.at, short, dtype)
+        stem, _ = os.path.splitext(os.path.basename(path))
+        path = os.path.join(args.out, stem + "_inside.png")
+        sheet.save(path)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,9 @@
-"""evaluate.py --inside: what the sheet shows against plain loops and numpy, its size for any
+"""inside.py: what the sheet shows against plain loops and numpy, its size for any
 picture and architecture, and the command line."""
 
 import os
+import subprocess
+import sys
 
 import formulas
 import inside
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import largest_error
+from conftest import ROOT, largest_error
 from PIL import Image
 
 import ade20k
@@ -319,7 +321,7 @@ NETWORKS = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("arch,neck,rows", NETWORKS)
-def test_the_sheet_of_any_network_has_a_row_for_its_neck_alone(
+def test_the_sheet_of_any_network_has_a_row_for_its_neck_if_it_has_one(
     arch, neck, rows, dtype, net, monkeypatch
 ):
     image = formulas.picture(60, 90)
@@ -359,86 +361,40 @@ def folder(tmp_path, net, monkeypatch):
         "classes": tuple(CLASSES),
     }
     torch.save(content, "runs/a/checkpoint_5.pt")
+    open("runs/a/log.jsonl", "w").close()
     for name in ("a", "b"):
         picture = Image.fromarray(formulas.picture(40, 60))
         picture.save(f"in/{name}.png")
 
 
-def read(path):
-    with open(path, "rb") as file:
-        return file.read()
+def test_the_program_draws_a_sheet_of_each_picture(folder):
+    script = os.path.join(ROOT, "tests", "inside.py")
+    one = ("--image", "in/a.png", "--out", "corner", "--at", "0", "0.99")
+    for arguments in (("--image", "in", "--out", "out"), one):
+        command = [sys.executable, script, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
-
-def test_the_option_writes_one_more_sheet_a_picture(folder, main, capsys):
-    pictures = ("--image", "in", "--workers", 0)
-    main(evaluate, *pictures, "--show", "plain")
-    assert sorted(os.listdir("plain")) == ["a.png", "b.png"]
-
-    main(evaluate, *pictures, "--show", "out", "--inside")
-    names = ["a.png", "a_inside.png", "b.png", "b_inside.png"]
-    assert sorted(os.listdir("out")) == names
-    printed = capsys.readouterr().out
-    assert "out: 2 more, *_inside.png" in printed
-
-    for name in ("a.png", "b.png"):
-        without = read(f"plain/{name}")
-        beside = read(f"out/{name}")
-        assert without == beside
-
-    main(evaluate, *pictures, "--show", "corner", "--inside", "--at", 0, 0)
+    assert sorted(os.listdir("out")) == ["a_inside.png", "b_inside.png"]
     middle = np.asarray(Image.open("out/a_inside.png"))
     corner = np.asarray(Image.open("corner/a_inside.png"))
     assert middle.shape == corner.shape
     assert (middle != corner).any()
 
 
-def test_where_the_sheets_cannot_be_drawn_that_is_said_before_anything_is_written(
-    folder, main, monkeypatch, capsys
-):
-    def missing(name):
-        raise ade20k.DataError(f"tests/{name}.py: is missing")
-
-    monkeypatch.setattr(evaluate, "from_tests", missing)
-    with pytest.raises(SystemExit) as end:
-        main(evaluate, "--image", "in", "--show", "out", "--inside", "--workers", 0)
-
-    assert end.value.code == 2
-    assert capsys.readouterr().err == "error: tests/inside.py: is missing\n"
-    assert not os.path.exists("out")
-
-
 IMPOSSIBLE = [
-    (["--save-labels", "out", "--inside"], "--inside needs --show DIR"),
-    (["--show", "out", "--at", "0.5", "0.5"], "add --inside"),
-    (["--show", "out", "--inside", "--at", "0.5", "1"], "--at: '1' is not a number of 0 or"),
-    (["--show", "out", "--inside", "--at", "0.5"], "--at: expected 2 arguments"),
-    (["--show", "in", "--inside"], "in/a.png would replace in/a.png, which is read"),
+    (["--image", "in"], "--out"),
+    (["--image", "in", "--out", "out", "--at", "0.5", "1"], "--at needs two numbers of 0 or more"),
+    (["--image", "in", "--out", "out", "--at", "0.5", "-1"], "--at: -1 is not a number of 0 or"),
+    (["--image", "in", "--out", "out", "--at", "0.5"], "--at: expected 2 arguments"),
+    (["--image", "none.png", "--out", "out"], "none.png"),
+    (["--image", "in", "--out", "out", "--checkpoint", "none.pt"], "none.pt"),
 ]
 
 
 @pytest.mark.parametrize("arguments,message", IMPOSSIBLE)
 def test_what_makes_no_sense_is_refused_in_one_sentence(arguments, message, folder, main, capsys):
     with pytest.raises(SystemExit) as end:
-        main(evaluate, "--image", "in", *arguments)
-
+        main(inside, *arguments)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
-    assert not os.path.exists("out")
-
-
-def test_no_sheet_replaces_a_file_that_is_read_or_another_sheet(folder, main, capsys):
-    os.rename("in/b.png", "in/a_inside.png")
-    os.link("runs/a/checkpoint_5.pt", "c_inside.png")
-    picture = Image.fromarray(formulas.picture(40, 60))
-    picture.save("c.jpg")
-
-    cases = [
-        ("in", "out", "out/a_inside.png would hold both what is made of"),
-        ("in/a.png", "in/deep/..", "in/deep/../a.png would replace in/a.png"),
-        ("c.jpg", ".", "c_inside.png would replace runs/a/checkpoint_5.pt"),
-    ]
-    for source, target, message in cases:
-        with pytest.raises(SystemExit) as end:
-            main(evaluate, "--image", source, "--show", target, "--inside")
-        assert end.value.code == 2
-        assert message in capsys.readouterr().err
