@@ -387,7 +387,7 @@ def load_start(model: Segmenter, args: Namespace, checkpoint: dict, rank: int, w
         dist.barrier()
     state_dict, facts = load_weights(source)
     load_into(model, state_dict, facts, new_classes=not checkpoint)
-    if rank == 0:
+    if rank == 0 and not checkpoint:
         print(f"{source}: {describe(facts)}", flush=True)
 
 
@@ -596,7 +596,7 @@ def newest_whole(found: list[str]) -> dict:
         try:
             return read_checkpoint(path) | {"path": path}
         except Exception as error:  # whatever is wrong with it, the one before may be whole
-            warn(f"warning: {path} cannot be used ({first_line(error)}), trying the one before")
+            warn(f"warning: {first_line(error)}; trying the checkpoint before it")
 
     raise UsageError("no checkpoint can be used: start a new run in another --work-dir")
 

@@ -1,8 +1,8 @@
 """train.py: schedules and optimizers against the real reference, batch arithmetic, logs, resume,
 and whole small runs."""
 
-import errno
 import json
+import math
 import os
 import random
 import re
@@ -562,7 +562,7 @@ def test_files_that_are_not_a_runs_own_disturb_nothing(straight, folder):
 
     done = run(folder, "--resume", "--work-dir", work, "--keep", 1)
     for n in (8, 9):
-        assert f"checkpoint_{n}.pt cannot be used" in done.stderr
+        assert f"checkpoint_{n}.pt: " in done.stderr
     assert "iterations 3 to 6" in done.stdout
     assert os.listdir(work / "backup") == ["checkpoint_7.pt"]
     left = {"checkpoint_6.pt", "checkpoint_8.pt", "checkpoint_9.pt", "checkpoint_best.pt"}
@@ -884,11 +884,70 @@ def test_an_iteration_waits_for_the_device_where_the_losses_come_and_needs_no_fl
         assert not stretch.doubles
 
 
+@pytest.mark.parametrize("count,world", [(24, 1), (40, 8), (24, 8), (5, 2), (3, 1)])
+def test_a_validation_draws_four_different_pictures_spread_over_the_set(
+    count, world, tmp_path, monkeypatch
+):
+    """Of those that rank 0 has, or all of them where it has fewer."""
+    drawn = []
+
+    def evaluate_(model, pairs, classes, rank, world, workers, look, **how):
+        for i in range(rank, len(pairs), world):
+            look(i, f"image {i}", "label", "prediction")
+        return np.eye(2, dtype=np.int64)
+
+    def sheet(rows, classes):
+        drawn.extend(int(row[0].removeprefix("image ")) for row in rows)
+
+    monkeypatch.setattr(train, "evaluate", evaluate_)
+    monkeypatch.setattr(train, "sheet", sheet)
+    args = SimpleNamespace(iters=9, workers=0, short_side=32, work_dir=str(tmp_path))
+    model = SimpleNamespace(buffers=list)
+    log = train.Log(args, 0, {})
+    train.validate(log, 3, None, [], model, [None] * count, Classes(("a", "b")), None, world)
+
+    own = len(range(0, count, world))
+    assert len(drawn) == len(set(drawn)) == min(4, own)
+    assert drawn[0] == 0
+    if own >= 8:
+        assert all(k * count / 4 <= i < (k + 1) * count / 4 for k, i in enumerate(drawn))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_between_the_lines_of_a_run_a_terminal_shows_how_far_it_is(rank, monkeypatch):
+    said = []
+    monkeypatch.setattr(train, "progress", said.append)
+    log = train.Log(SimpleNamespace(iters=800, batch_size=4), rank, {})
+    log.step(7, [3.0, 2.0, 1.0], 0.1)
+    log.step(8, [math.nan, math.nan, 1.0], 0.1)
+    assert log.losses == [[3.0, 2.0, 1.0]]
+    assert said == (["7 of 800 iterations", "8 of 800 iterations"] if rank == 0 else [])
+
+
+def test_a_toy_run_ends_with_what_to_try_next(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(train, "watch_signals", list)
+    monkeypatch.setattr(train, "data_root", lambda name: {"toy": "set"}[name])
+    options = ("--data", "toy", "--iters", 1, "--crop-size", 32, "--short-side", 32)
+    train.train(*parse(*options, "--workers", 0, "--work-dir", tmp_path))
+    out = capsys.readouterr().out
+    assert out.endswith(f"{tmp_path}/sheet_1.png\n{tmp_path}/checkpoint_1.pt: evaluate it with "
+                        f"`python evaluate.py`\n{train.AFTER_TOY}\n")
+
+    commands = [line.split() for line in train.AFTER_TOY.splitlines() if "python " in line]
+    assert len(commands) == 2
+    for _, script, *_ in commands:
+        assert os.path.exists(os.path.join(ROOT, script))
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        assert "## Your own data" in file.read()
+
+
 def test_toy_has_defaults_of_its_own_and_what_is_given_wins():
     args, _ = parse("--data", "toy", "--iters", 9)
     assert args.arch == "toy_p8"
     assert args.pretrained == "none"
     assert args.iters == 9
+    assert args.interval == 200
     assert args.crop_size == train.TOY["crop_size"]
 
 
