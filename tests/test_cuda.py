@@ -227,8 +227,6 @@ def test_a_step_with_ddp_and_sync_bn_is_the_plain_step(world_of_one):
     for want, got in zip(plain.parameters(), shared.parameters()):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
-    assert train.from_rank_0(2, [1.5]) == [1.5]  # on the CPU, beside NCCL
-
 
 # ---- memory and waiting ----
 
@@ -306,20 +304,20 @@ def waits_among(caught):
 def test_an_iteration_waits_for_the_gpu_once(optimizer, dtype, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(train, "watch_signals", list)
-    next_batch = train.next_batch
-    log = train.log
+    step = train.Log.step
 
-    def begin(run, batches):
-        batch = next_batch(run, batches)
-        torch.cuda.set_sync_debug_mode("warn")
-        return batch
+    class Loader(train.DataLoader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                torch.cuda.set_sync_debug_mode("warn")
+                yield batch
 
     def end(*arguments):
         torch.cuda.set_sync_debug_mode("default")
-        log(*arguments)
+        step(*arguments)
 
-    monkeypatch.setattr(train, "next_batch", begin)
-    monkeypatch.setattr(train, "log", end)
+    monkeypatch.setattr(train, "DataLoader", Loader)
+    monkeypatch.setattr(train.Log, "step", end)
     options = [*TINY, "--optimizer", optimizer, "--dtype", dtype, "--micro-batch", 2]
     options += ["--work-dir", tmp_path]
     words = [str(option) for option in options]
