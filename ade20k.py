@@ -856,8 +856,9 @@ boat 173 255 0
 """
 
 # The things, a shape a line, from back to front. First the thing, then the colour of the shape (?:
-# one of BRIGHT, by chance), then the corners of a polygon: x,y or x,y,z in metres from the place
-# where the thing stands. Two corners, upper left and lower right, make an ellipse.
+# one of BRIGHT, by chance; shadow: it darkens what is there), then the corners of a polygon: x,y or
+# x,y,z in metres from the place where the thing stands. Two corners, upper left and lower right,
+# make an ellipse.
 THINGS = """
 mountain 128,134,156 -110,0 -82,33 -50,55 -22,93 0,110 90,0
 mountain 88,94,122 20,0 10,60 0,68 33,110 110,0
@@ -1056,8 +1057,8 @@ def draw_scene(rng: Generator) -> tuple[ndarray, ndarray]:
     labels = Image.fromarray(label)
     shade = Image.new("L", canvas.size)
 
-    # The things, from far to near, drawn into the picture and the label alike. They hide the
-    # shadows behind them.
+    # The things: count times, each is there with a chance of 0.8. From far to near they are drawn
+    # into the picture and the label alike, and hide the shadows behind them.
     places = [
         (*rng.uniform(*map(numbers, between)), thing, name)
         for thing, name, count, *between in rows(crowds)
@@ -1069,6 +1070,7 @@ def draw_scene(rng: Generator) -> tuple[ndarray, ndarray]:
 
         for owner, colour, *corners in rows(THINGS):
             if owner == thing:
+                # (n, 3): the 0 is the z of corners that have only two numbers.
                 corners = place + size * [numbers(corner + ",0")[:3] for corner in corners]
                 draw(shade, corners, 255 if colour == "shadow" else 0)
                 if colour != "shadow":
@@ -1076,8 +1078,8 @@ def draw_scene(rng: Generator) -> tuple[ndarray, ndarray]:
                     draw(canvas, corners, tuple(in_haze(colour, z).astype(int)))
                     draw(labels, corners, label_value(name))
 
-    # Of 2 x 2 pixels the picture takes the mean, the label one. Shadows have soft edges, and a camera
-    # adds noise.
+    # Of 2 x 2 pixels the picture takes the mean, the label the first. Shadows have soft edges, and
+    # a camera adds noise.
     dark = shadow / 255 * gaussian_filter(np.asarray(shade.reduce(2)), 2)[:, :, None]
     image = np.asarray(canvas.reduce(2)) * (1 - dark) + 4 * rng.standard_normal((192, 256, 3))
     return image.clip(0, 255).astype(np.uint8), np.asarray(labels)[::2, ::2]
@@ -1088,19 +1090,20 @@ def draw_ground(
 ) -> tuple[ndarray, ndarray, ndarray]:
     """Sky and ground: the picture (HEIGHT, WIDTH, 3), 0 to 255, the label (HEIGHT, WIDTH), and how
     many metres away each pixel is (HEIGHT, WIDTH, 1)."""
-    names, colours, edges = zip(*strips)
+    names, colours, edges = zip(*strips)  # the edges are the x where strips begin
     values = np.array([*map(label_value, ("sky", *names))], np.uint8)
     colours = np.array([zenith, *map(numbers, colours)])
 
     # The projection inverted for y = 0: the place on the ground that each pixel shows. The sky is
-    # the same plane upside down.
+    # the same plane upside down. Only its haze is that of a plane six times as far away.
     row, column, _ = np.mgrid[:HEIGHT, :WIDTH, :1] + 0.5  # (HEIGHT, WIDTH, 1)
     sky = row < HORIZON
     z = FOCAL * EYE / abs(row - HORIZON)
     x = (column - WIDTH / 2) * z / FOCAL - bend * np.minimum(z, 60) ** 2
-    part = (np.searchsorted(np.array(edges, float), x) * ~sky)[:, :, 0]  # 0 is the sky
+    part = (np.searchsorted(np.array(edges, float), x) * ~sky)[:, :, 0]  # 0: the sky
 
-    # Noise that is smoothed a little makes rough ground. Smoothed much, it makes clouds.
+    # Noise that is smoothed a little makes rough ground. Smoothed much, it makes clouds. Its cells
+    # are a tenth of a metre wide, and it repeats itself.
     noise = rng.standard_normal((256, 256))
     at = np.int_(10 * z) % 256, np.int_(10 * x) % 256
     grain = gaussian_filter(noise, 1, mode="wrap")[at]
