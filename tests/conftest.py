@@ -15,9 +15,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 SAMPLE = os.path.join(os.path.dirname(ROOT), "shared", "ade20k_sample")
 
+import ade20k  # noqa: E402
 import formulas  # noqa: E402
 import model  # noqa: E402
-import toy  # noqa: E402
 import upernet  # noqa: E402
 from convert_weights import load_into, load_weights, to_mmseg  # noqa: E402
 
@@ -173,7 +173,7 @@ def draw_set(root, training, validation):
 
         for i in range(count):
             rng = np.random.default_rng([7, i])
-            image, label = toy.draw_scene(rng)
+            image, label = ade20k.draw_scene(rng)
             Image.fromarray(image).save(images / f"s{i}.jpg")
             Image.fromarray(label).save(labels / f"s{i}.png")
 

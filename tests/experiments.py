@@ -1,16 +1,16 @@
-"""Break it and see: one-line changes to the code, and what each does to the toy run.
+"""Break it and see: small changes to the code, and what each does to the toy run.
 
     python tests/experiments.py                    # all of them, and the table
     python tests/experiments.py sgd no_flip        # some
     python tests/experiments.py --list             # place, change, question; runs nothing
 
-Each change is a text in a file and another text in its place, applied to a copy of the project. The
-text must be there exactly once: a change whose line has changed fails by its name, and no number is
-ever printed for a change that was not made.
+A change is one text or a few, each with another text in its place, applied to a copy of the project.
+A text must be in its file exactly once. A change whose line has changed fails by its name, and no
+number is ever printed for a change that was not made.
 
-Every run is the toy recipe with --iters iterations and one thread; the unchanged code runs beside,
-with the same seeds. A run leaves its folder in --out and is not repeated: remove the folder to
-measure anew, after the code has changed."""
+Every run is the toy recipe with --iters iterations and one thread. The unchanged code runs too, with
+the same seeds. A run leaves its folder in --out and is not repeated: remove the folder to measure
+again, after the code has changed."""
 
 import argparse
 import json
@@ -28,189 +28,271 @@ from typing import NamedTuple
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-class Experiment(NamedTuple):
-    """In `file` the text `old` becomes `new`. change: what that means; question: what it asks;
-    guess: what one should expect, before looking."""
+class Edit(NamedTuple):
+    """In `file` the text `old`, which stands there once, becomes `new`."""
 
-    name: str
     file: str
     old: str
     new: str
+
+
+class Experiment(NamedTuple):
+    """change: what the edits mean; question: what they ask; guess: what one should expect, before
+    looking."""
+
+    name: str
+    edits: list[Edit]
     change: str
     question: str
     guess: str
 
 
-UNCHANGED = Experiment("unchanged", "train.py", "", "", "**nothing**", "", "")
+# Edits that several experiments make.
+NO_POSITIONS = Edit(
+    "model.py",
+    "x = x + resize_pos_embed(",
+    "x = x + 0 * resize_pos_embed(",
+)
+NO_ATTENTION = Edit(
+    "model.py",
+    "branch = self.ls1(self.attn(",
+    "branch = 0 * self.ls1(self.attn(",
+)
+GREY = Edit(
+    "model.py",
+    "return self.proj(images)",
+    "return self.proj(images.mean(1, keepdim=True).expand_as(images))",
+)
+NO_PYRAMID = Edit(
+    "upernet.py",
+    "pyramid.append(conv(pooled))",
+    "pyramid.append(0 * conv(pooled))",
+)
+NO_TOP_DOWN = Edit(
+    "upernet.py",
+    "levels[i] + resize(",
+    "levels[i] + 0 * resize(",
+)
+NO_SCALING = Edit(
+    "ade20k.py",
+    "ratio = rng.random() * 1.5 + 0.5",
+    "ratio = rng.random() * 0 + 1",
+)
+# The convolutions of the heads see the picture mirrored beyond its border, not zeros. (The fast
+# form of the one over several maps knows only zeros, so its plain form takes its place.)
+REFLECT = [
+    Edit("upernet.py", "bias=False)", 'padding_mode="reflect", bias=False)'),
+    Edit(
+        "upernet.py",
+        "x = conv3x3_of_resized(x, self.conv.weight)",
+        "x = self.conv(torch.cat([resize(m, x[0].shape[2:]) for m in x], 1))",
+    ),
+]
+# The head gets the maps with their places shuffled, in each step another way, and its logits are
+# put back in order: what lies side by side in the picture does not in the head.
+SHUFFLE = [
+    Edit(
+        "upernet.py",
+        "top = maps[-1]  # (B, D, h_4, w_4)",
+        "order = torch.randperm(maps[0][0, 0].numel()).to(maps[0].device); "
+        "maps = [m.flatten(2)[:, :, order].view(m.shape) for m in maps]; top = maps[-1]",
+    ),
+    Edit(
+        "upernet.py",
+        "return self.classifier(x)  # (B, C, h_1, w_1)",
+        "x = self.classifier(x); return x.flatten(2)[:, :, order.argsort()].view(x.shape)",
+    ),
+]
+
+UNCHANGED = Experiment("unchanged", [], "**nothing**", "", "")
 
 EXPERIMENTS = [
-    # ---- what the network sees and how it is built
+    # ---- place: who knows where a patch lies?
     Experiment(
         "no_positions",
-        "model.py",
-        "x = x + resize_pos_embed(",
-        "x = x + 0 * resize_pos_embed(",
+        [NO_POSITIONS],
         "no positions",
         "Attention sees a set of patches. Does it need to be told where each one lies?",
         "Much worse: sky is up and road is down.",
     ),
     Experiment(
-        "cut_positions",
-        "model.py",
-        "F.interpolate(patches, size=new, mode=mode, align_corners=corners)",
-        "patches[:, :, : new[0], : new[1]]",
-        "positions are cut, not resized",
-        "Crops have 12 x 12 patches, the table 16 x 16, whole pictures 12 x 16. Why resize it?",
-        "Worse: the last four columns of whole pictures have positions that nothing trained.",
+        "reflect",
+        REFLECT,
+        "the head's convolutions pad with reflections, not zeros",
+        "Zeros beyond the border tell a convolution where the border is. Does it use that?",
+        "Not as long as there are positions.",
     ),
     Experiment(
-        "class_token_kept",
-        "model.py",
-        "tokens[:, self.extra :]",
-        "tokens[:, : -self.extra]",
-        "the class token stays, the last patch goes",
-        "The classic slip by one: every patch of the maps lies one place too far right. "
-        "Does training tell?",
-        "Half a patch of error along each border, unless the network learns to undo it.",
+        "no_positions_reflect",
+        [NO_POSITIONS, *REFLECT],
+        "no positions, and reflections",
+        "With both gone, does anything still tell up from down?",
+        "Worse than each of them.",
     ),
     Experiment(
-        "last_layer_alone",
-        "model.py",
-        "return maps",
-        "return [maps[3]] * 4",
-        "the last layer four times, not four depths",
-        "Does the head need early layers, if all maps have one resolution?",
-        "A little worse, at borders.",
+        "shuffle",
+        SHUFFLE,
+        "the head sees shuffled patches",
+        "Attention knows the positions. Must the head's convolutions see neighbours as neighbours?",
+        "A little worse, at borders: attention has mixed everything before.",
     ),
     Experiment(
-        "two_depths",
-        "model.py",
-        "return maps",
-        "return [maps[1], maps[1], maps[3], maps[3]]",
-        "two depths instead of four",
-        "Would fewer depths do?",
-        "Hardly any change.",
+        "no_positions_shuffle",
+        [NO_POSITIONS, *SHUFFLE],
+        "no positions, and the head sees shuffled patches",
+        "Now the picture is a bag of patches, for all layers. What is left?",
+        "What colour and texture of a patch say, and which others there are.",
+    ),
+    Experiment(
+        "no_scaling",
+        [NO_SCALING],
+        "no scaling",
+        "Pictures are evaluated at scale 1. Why train at 0.5 to 2?",
+        "Better in short runs, worse in long ones.",
+    ),
+    Experiment(
+        "no_positions_no_scaling",
+        [NO_POSITIONS, NO_SCALING],
+        "no positions, and no scaling",
+        "Scaled crops show any part of a scene. Unscaled ones are as high as the picture: in them a "
+        "row of the table means a height. Do positions pay now? (Compare with no scaling.)",
+        "Yes.",
+    ),
+    # ---- colour
+    Experiment(
+        "grey",
+        [GREY],
+        "grey pictures",
+        "How much of the answer is colour?",
+        "A lot: grass and road differ in little else.",
+    ),
+    Experiment(
+        "no_positions_grey",
+        [NO_POSITIONS, GREY],
+        "no positions, and grey pictures",
+        "Perhaps colour gives the place away. Are positions missed without it? (Compare with grey.)",
+        "Yes: grey sky and grey sea differ by place.",
+    ),
+    # ---- context: who tells a patch what scene it is in?
+    Experiment(
+        "no_attention",
+        [NO_ATTENTION],
+        "no attention",
+        "Every patch goes through the backbone by itself. Do the head's convolutions and its pyramid "
+        "stand in for attention?",
+        "Much worse.",
     ),
     Experiment(
         "no_pyramid",
-        "upernet.py",
-        "pyramid.append(conv(pooled))",
-        "pyramid.append(0 * conv(pooled))",
+        [NO_PYRAMID],
         "no pyramid pooling",
         "Pooling was invented for networks that see a part of the picture. A ViT sees all of it "
         "in every layer. Does it still help?",
         "Hardly any change.",
     ),
     Experiment(
+        "no_attention_no_pyramid",
+        [NO_ATTENTION, NO_PYRAMID],
+        "no attention, and no pyramid pooling",
+        "Only convolutions are left, which see a few patches. Is the whole picture needed?",
+        "Worse than each of them.",
+    ),
+    Experiment(
         "no_top_down",
-        "upernet.py",
-        "levels[i] + resize(",
-        "levels[i] + 0 * resize(",
+        [NO_TOP_DOWN],
         "no top-down path",
         "Must the finer levels be told what the coarser ones have understood, if the fusion reads "
         "all of them side by side?",
         "Hardly any change.",
     ),
     Experiment(
+        "no_pyramid_no_top_down",
+        [NO_PYRAMID, NO_TOP_DOWN],
+        "no pyramid pooling, and no top-down path",
+        "Does one stand in for the other?",
+        "Hardly any change.",
+    ),
+    # ---- depth, size, gradient
+    Experiment(
+        "last_layer_only",
+        [Edit("model.py", "return maps", "return [maps[3]] * 4")],
+        "the last layer four times, not four depths",
+        "Does the head need early layers, if all maps have one resolution?",
+        "A little worse, at borders.",
+    ),
+    Experiment(
+        "neck",
+        [Edit("train.py", 'arch="toy_p8",', 'arch="toy_p8", neck="mln",')],
+        "neck `mln` (takes several times as long)",
+        "Published for DeiT-S: one point of mIoU. Here?",
+        "Better, at the borders: the head draws on a grid of 2 pixels instead of 8.",
+    ),
+    Experiment(
         "no_auxiliary",
-        "upernet.py",
-        "AUX_WEIGHT = 0.4",
-        "AUX_WEIGHT = 0.0",
+        [Edit("upernet.py", "AUX_WEIGHT = 0.4", "AUX_WEIGHT = 0.0")],
         "no auxiliary loss",
         "Does gradient that goes past the head help a network of four layers?",
         "A little slower at the start, if anything.",
     ),
+    # ---- errors that train without a word
     Experiment(
-        "neck",
-        "train.py",
-        'arch="toy_p8",',
-        'arch="toy_p8", neck="mln",',
-        "neck `mln` (takes several times as long)",
-        "Published: one point of mIoU, at three times the operations. Here?",
-        "Better, at the borders: the head draws on a grid of 2 pixels instead of 8.",
-    ),
-    # ---- labels and colours: what the score hides
-    Experiment(
-        "zero_is_a_class",
-        "ade20k.py",
-        "zero_ignored: bool = True",
-        "zero_ignored: bool = False",
-        "label 0 is a class, not ignored",
-        "The classic silent error. Does the score tell?",
-        "A disaster?",
+        "class_token_kept",
+        [Edit("model.py", "[:, self.extra :]", "[:, : -self.extra]")],
+        "the class token stays, the last patch goes",
+        "The classic slip by one: every patch of the maps lies one place too far right. "
+        "Does training tell?",
+        "Half a patch of error along each border, unless the network learns to undo it.",
     ),
     Experiment(
-        "palette_shifted",
-        "ade20k.py",
-        ".reshape(150, 3)",
-        ".reshape(150, 3)[[149, *range(149)]]",
-        "the palette shifted by one",
-        "Every picture that is drawn has wrong colours. Does the score tell?",
-        "Not at all.",
+        "unlabelled_is_a_class",
+        [Edit("ade20k.py", "unlabelled, IGNORE_INDEX, values", "unlabelled, 0, values")],
+        "unlabelled pixels count as the first class",
+        "The classic silent error: balloons become buildings, in training and in the score. "
+        "Does the score tell?",
+        "Hardly: both agree.",
     ),
     # ---- the optimizer
     Experiment(
         "no_warmup",
-        "train.py",
-        "warmup=50,",
-        "warmup=0,",
+        [Edit("train.py", "warmup=50,", "warmup=0,")],
         "no warmup",
         "Are Adam's first steps, of full size in every weight, as harmful as they say?",
         "Worse at first; a pretrained backbone would lose more.",
     ),
     Experiment(
         "rate_times_10",
-        "train.py",
-        "lr=2e-3",
-        "lr=2e-2",
+        [Edit("train.py", "lr=2e-3", "lr=2e-2")],
         "ten times the rate",
         "How far is the rate from the edge?",
         "Much worse, or it diverges.",
     ),
     Experiment(
         "sgd",
-        "train.py",
-        "lr=2e-3",
-        'optimizer="sgd", lr=1e-2',
+        [Edit("train.py", "lr=2e-3", 'optimizer="sgd", lr=1e-2')],
         "SGD with its published rate",
         "Convolutional networks are trained with SGD. Transformers?",
         "Much worse, in so few iterations.",
     ),
     Experiment(
         "two_at_a_time",
-        "train.py",
-        "batch_size=4,",
-        "batch_size=4, micro_batch=2,",
+        [Edit("train.py", "batch_size=4,", "batch_size=4, micro_batch=2,")],
         "BatchNorm over two pictures (over one it cannot)",
         "The gradient is still of four pictures. Is the network the same?",
         "A little worse: the statistics are noise, and another noise than in evaluation.",
     ),
-    # ---- augmentation (the random draws stay, so that all else stays the same)
+    # ---- augmentation (the random draws stay, so that everything else stays the same)
     Experiment(
         "no_flip",
-        "ade20k.py",
-        "if rng.random() < 0.5:",
-        "if rng.random() < 0:",
+        [Edit("ade20k.py", "if rng.random() < 0.5:", "if rng.random() < 0:")],
         "no flip",
-        "Are 96 pictures enough without their mirror images?",
-        "A little worse, in long runs.",
-    ),
-    Experiment(
-        "no_scaling",
-        "ade20k.py",
-        "ratio = rng.random() * 1.5 + 0.5",
-        "ratio = rng.random() * 0 + 1",
-        "no scaling",
-        "Pictures are evaluated at scale 1. Why train at 0.5 to 2?",
-        "Better in short runs, worse in long ones.",
+        "Are 96 pictures enough without their mirror images? (The sea lies on the left in all.)",
+        "Better: no validation picture is mirrored.",
     ),
     Experiment(
         "no_distortion",
-        "ade20k.py",
-        "image = distort(image, rng)",
-        "distort(image, rng)",
+        [Edit("ade20k.py", "image = distort(image, rng)", "distort(image, rng)")],
         "no colour distortion",
-        "Colour is half the answer in these scenes. Why spoil it?",
+        "Colour is a good part of the answer in these scenes. Why spoil it?",
         "Better in short runs.",
     ),
 ]
@@ -219,38 +301,36 @@ EXPERIMENTS = [
 # ---- making the change ---------------------------------------------------------------------------
 
 
-def patched(experiment, folder=PROJECT):
-    """The text of the experiment's file after the change, and the line it stands in. Ends the
-    program if the old text is not there exactly once."""
-    name, file, old, new = experiment[:4]
+def read(file, folder=PROJECT):
     with open(os.path.join(folder, file), encoding="utf-8") as source:
-        text = source.read()
+        return source.read()
 
-    count = text.count(old)
-    if count != 1:
-        sys.exit(
-            f"error: {name}: {file} holds {old!r} {count} times, it must be once: "
-            "the line has changed, so must the experiment in tests/experiments.py"
-        )
 
-    before = text[: text.index(old)]
-    line = before.count("\n") + 1
-    return text.replace(old, new), line
+def patched(experiment, folder=PROJECT):
+    """{file: its text after the change}. Ends the program if an old text is not there exactly
+    once."""
+    texts = {}
+    for file, old, new in experiment.edits:
+        text = texts.get(file) or read(file, folder)
+        count = text.count(old)
+        if count != 1:
+            sys.exit(
+                f"error: {experiment.name}: {file} holds {old!r} {count} times, it must be once: "
+                "the line has changed, so must the experiment in tests/experiments.py"
+            )
+        texts[file] = text.replace(old, new)
+    return texts
 
 
 def copy_project(experiment, folder):
-    """The six files and what draws the toy set, with the change made."""
-    tests = os.path.join(folder, "tests")
-    os.makedirs(tests)
+    """The six files, with the change made."""
+    os.makedirs(folder)
     for path in glob(os.path.join(PROJECT, "*.py")):
         shutil.copy(path, folder)
-    shutil.copy(os.path.join(PROJECT, "tests", "toy.py"), tests)
 
-    if experiment.old:
-        text, _ = patched(experiment)
-        changed = os.path.join(folder, experiment.file)
-        with open(changed, "w", encoding="utf-8") as file:
-            file.write(text)
+    for file, text in patched(experiment).items():
+        with open(os.path.join(folder, file), "w", encoding="utf-8") as changed:
+            changed.write(text)
 
 
 # ---- the runs ------------------------------------------------------------------------------------
@@ -291,7 +371,7 @@ def train_one(args, experiment, seed):
         command += ["--seed", str(seed), "--dtype", "float32", "--workers", "0"]
         command += ["--work-dir", folder]
         environment = dict(os.environ, OMP_NUM_THREADS="1")
-        with open(f"{folder}.txt", "w") as file:  # in PROJECT lies data/toy, drawn once for all
+        with open(f"{folder}.txt", "w") as file:
             done = subprocess.run(command, cwd=PROJECT, env=environment, stdout=file, stderr=file)
 
     result = score(args, experiment, seed)
@@ -302,7 +382,11 @@ def train_one(args, experiment, seed):
 
 
 def train_all(args, chosen):
-    """All runs, --jobs at a time, the seeds of one change after those of the other."""
+    """All runs, --jobs at a time, the seeds of one change after those of the other. The data set is
+    drawn before the first, in PROJECT, for all of them."""
+    command = [sys.executable, os.path.join(PROJECT, "ade20k.py"), "toy", "data/toy"]
+    subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL, check=True)
+
     runs = [(experiment, seed) for experiment in chosen for seed in range(args.seeds)]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda run: train_one(args, *run), runs))
@@ -351,14 +435,18 @@ def table(args, chosen):
 
 
 def catalogue(chosen):
-    """Place, change, question and guess of each, to read before looking at the table."""
-    print("| name | place | becomes | question | guess |")
-    print("| --- | --- | --- | --- | --- |")
+    """Places, question and guess of each, to read before looking at the table."""
+    print("| name | places, and what they become | question | guess |")
+    print("| --- | --- | --- | --- |")
 
-    for e in chosen:
-        _, line = patched(e)
-        place = f"{e.file}:{line} `{e.old}`"
-        print(f"| {e.name} | {place} | `{e.new}` | {e.question} | {e.guess} |")
+    for experiment in chosen:
+        places = []
+        for file, old, new in experiment.edits:
+            before, _, _ = read(file).partition(old)
+            line = before.count("\n") + 1
+            places.append(f"{file}:{line} `{old}` -> `{new}`")
+        cells = [experiment.name, "; ".join(places), experiment.question, experiment.guess]
+        print(f"| {' | '.join(cells)} |")
 
 
 def main():
@@ -368,9 +456,9 @@ def main():
     names = [experiment.name for experiment in EXPERIMENTS]
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"which ones (all): {', '.join(names)}")
-    add("--list", action="store_true", help="print place, change, question and guess, run nothing")
+    add("--list", action="store_true", help="print places, question and guess of each, run nothing")
     add("--iters", type=int, default=400, help="of each run (%(default)s; the toy recipe has 800)")
-    add("--seeds", type=int, default=3, help="runs of each, seeds 0, 1, ... (%(default)s)")
+    add("--seeds", type=int, default=5, help="runs of each, seeds 0, 1, ... (%(default)s)")
     add("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
     add("--out", default="runs/experiments", metavar="DIR", help="(%(default)s)")
     args = parser.parse_args()

@@ -17,7 +17,6 @@ from zlib import crc32
 import formulas
 import numpy as np
 import pytest
-import toy
 import torch
 from conftest import ROOT, ReplayedRng, largest_error
 from PIL import Image
@@ -1054,97 +1053,6 @@ def test_pictures_of_any_size_are_read_and_cut(height, width, tmp_path):
         inside[:h, :w] = True
         labelled = y == 0
         assert (labelled == inside).all()
-
-
-# ---- the toy data set ----
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """A folder in which a copy of the files, in another folder, was told to draw `toy`. -> it, and
-    the command"""
-    folder = tmp_path_factory.mktemp("drawn")
-    copy = tmp_path_factory.mktemp("copy")
-    os.makedirs(copy / "tests")
-    for name in ("ade20k.py", "model.py", "upernet.py", "tests/toy.py"):
-        shutil.copy(os.path.join(ROOT, name), copy / name)
-
-    script = str(copy / "ade20k.py")
-    command = [sys.executable, script, "toy", "toy"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "toy"
-    return folder, command
-
-
-def test_toy_set_is_deterministic_and_as_described(drawn):
-    folder, _ = drawn
-    root = str(folder / "toy")
-    assert os.listdir(folder) == ["toy"]  # nothing half-made is left beside it
-
-    seen = set()
-    unlabelled = []
-    splits = [("training", 96), ("validation", 24)]
-    for s, (split, count) in enumerate(splits):
-        pairs = ade20k.find_pairs(root, split)
-        assert len(pairs) == count
-
-        for i, pair in enumerate(pairs):
-            image, label = ade20k.load(*pair)
-            seen |= set(np.unique(label))
-            unlabelled.append((label == 255).mean())
-            if i < 4:  # drawn again: the same
-                rng = np.random.default_rng([s, i])
-                again, values = toy.draw_scene(rng)
-                shifted = np.where(values == 0, 255, values - 1)
-                assert (shifted == label).all()
-                difference = again.astype(int) - image
-                error = np.abs(difference)
-                assert error.mean() < 6  # jpeg
-
-    assert len(seen - {255}) >= 12
-    assert 0.003 < np.mean(unlabelled) < 0.05
-
-
-def test_a_toy_set_that_is_there_is_left_as_it_is(drawn):
-    folder, _ = drawn
-    root = str(folder / "toy")
-    before = os.stat(root).st_mtime_ns
-
-    assert ade20k.make_toy(root) == root
-    assert os.stat(root).st_mtime_ns == before
-
-
-def test_the_toy_scenes_are_the_ones_that_numbers_were_measured_on():
-    """Mean red, green and blue, and the pixels of the four largest labels. (Not a hash: the last
-    bit of an exponential is the processor's.)"""
-    scenes = [
-        ([143.62, 134.76, 102.03], {3: 13577, 10: 13409, 7: 6703, 67: 4279}),
-        ([145.44, 158.96, 157.88], {3: 17151, 27: 11773, 47: 10680, 26: 2228}),
-        ([120.21, 143.14, 129.35], {10: 15496, 3: 13599, 7: 7772, 5: 3018}),
-        ([143.71, 158.49, 156.24], {3: 18340, 27: 11038, 47: 9091, 17: 2937}),
-    ]
-    for i, (means, counts) in enumerate(scenes):
-        rng = np.random.default_rng([0, i])
-        image, label = toy.draw_scene(rng)
-        colour = image.mean(axis=(0, 1))
-        np.testing.assert_allclose(colour, means, atol=0.02)
-
-        for value, count in counts.items():
-            pixels = (label == value).sum()
-            assert abs(pixels - count) <= 3, value
-
-
-def test_a_copy_without_the_scenes_says_what_is_missing(drawn, tmp_path):
-    _, command = drawn
-    copy = os.path.dirname(command[1])
-    shutil.rmtree(os.path.join(copy, "tests"))
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert os.listdir(tmp_path) == []
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert "toy.py: is missing, copy the folder tests too" in done.stderr
 
 
 # ---- downloading ----

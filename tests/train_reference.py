@@ -27,7 +27,7 @@ import torch
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, PROJECT)
-from ade20k import data_root  # noqa: E402
+from ade20k import data_root, read_classes  # noqa: E402
 from convert_weights import to_mmseg  # noqa: E402
 from experiments import spread, standard_error  # noqa: E402  (beside this file)
 from model import ARCHS  # noqa: E402
@@ -64,10 +64,11 @@ def train_theirs(recipe, root, seed, out):
     from mmseg.core import EvalHook
     from mmseg.utils import get_root_logger
 
-    cfg = reference_config(mmseg017.config("deit_s16", "none"), recipe, root)
+    classes = read_classes(root)
+    cfg = reference_config(mmseg017.config("deit_s16", "none"), recipe, root, classes)
     model = mmseg017.build_segmentor(cfg.model)
     torch.manual_seed(seed)
-    start = build_model(recipe["arch"]).state_dict()
+    start = build_model(recipe["arch"], num_classes=len(classes.names)).state_dict()
     model.load_state_dict(to_mmseg(start))  # strict: every tensor is used, every one is set
     # The head adds to its laterals in place, which today's ReLU does not allow: see make_goldens.py
     for conv in model.decode_head.lateral_convs:
@@ -118,9 +119,9 @@ def their_loaders(cfg, recipe):
     return loaders
 
 
-def reference_config(cfg, recipe, root):
-    """The released config of DeiT-S with the sizes of the recipe's architecture, its crops and its
-    schedule."""
+def reference_config(cfg, recipe, root, classes):
+    """The released config of DeiT-S with the sizes of the recipe's architecture, its crops, its
+    schedule, and the classes of the data set."""
     arch, width = ARCHS[recipe["arch"]], ARCHS[recipe["arch"]]["width"]
     quarter = arch["depth"] // 4
     m = cfg.model
@@ -138,10 +139,13 @@ def reference_config(cfg, recipe, root):
     m.auxiliary_head.update(in_channels=width, channels=arch["channels"] // 2)
     for head in (m.decode_head, m.auxiliary_head):
         head.norm_cfg = dict(type="BN", requires_grad=True)  # SyncBN is for GPUs
+        head.num_classes = len(classes.names)
 
     crop = (recipe["crop_size"],) * 2
     scale = (4 * recipe["short_side"], recipe["short_side"])
     for step in cfg.data.train.pipeline:
+        if step.type == "LoadAnnotations":
+            step.reduce_zero_label = classes.zero_ignored
         if step.type == "Resize":
             step.img_scale = scale
         if step.type == "RandomCrop":
@@ -149,7 +153,16 @@ def reference_config(cfg, recipe, root):
         if step.type == "Pad":
             step.size = crop
     cfg.data.val.pipeline[1].img_scale = scale
-    cfg.data.train.data_root = cfg.data.val.data_root = root
+    for split in (cfg.data.train, cfg.data.val):  # ADE20KDataset knows only its own 150 classes
+        split.update(
+            type="CustomDataset",
+            data_root=root,
+            classes=classes.names,
+            palette=classes.palette,
+            reduce_zero_label=classes.zero_ignored,
+            img_suffix=".jpg",
+            seg_map_suffix=".png",
+        )
 
     cfg.optimizer.lr = recipe["lr"]
     cfg.lr_config.warmup_iters = recipe["warmup"]
@@ -162,6 +175,10 @@ def reference_config(cfg, recipe, root):
 def all_pictures(root, out):
     """A data set of links, whose training and validation are both all pictures of root."""
     new = os.path.join(out, "data")
+    os.makedirs(new, exist_ok=True)
+    names = os.path.join(root, "classes.txt")
+    if os.path.exists(names):
+        shutil.copy(names, new)
     for kind in ("images", "annotations"):
         for split in ("training", "validation"):
             folder = os.path.join(new, kind, split)
@@ -247,7 +264,7 @@ def main():
     )
     add = parser.add_argument
     add("reference", metavar="REFERENCE_DIR", help="holds mmseg017.py")
-    add("--data", default="toy", metavar="DIR", help="a data set with ADE20K's classes (toy)")
+    add("--data", default="toy", metavar="DIR", help="a data set of jpg and png files (toy)")
     add("--both", action="store_true", help="train and validate on all pictures of --data")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     add("--iters", type=int, default=TOY["iters"], help="(%(default)s)")
