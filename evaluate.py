@@ -424,7 +424,8 @@ def load_model(path: str) -> tuple[Segmenter, dict]:
         raise UsageError(f"{path}: knows {n} classes, labels of 8 bits hold 255")
 
     model = build_model(facts["arch"], facts["neck"], n)
-    load_into(model, state_dict, facts)
+    with about(path, UsageError):
+        load_into(model, state_dict, facts)
     return model.eval(), facts
 
 
