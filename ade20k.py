@@ -26,8 +26,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, partial
-from multiprocessing.pool import ThreadPool
+from functools import cache
 from os.path import dirname, exists, isdir, join, lexists, splitext
 from types import ModuleType
 from typing import NamedTuple
