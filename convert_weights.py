@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ade20k import UserError, about, errors_in_one_sentence, listed, one_line
-from model import ARCHS, NECKS, resize_pos_embed
+from model import ARCHS, NECKS, VisionTransformer, resize_pos_embed
 from upernet import Segmenter, build_model
 
 Tensors = dict[str, Tensor]  # by name
@@ -49,9 +49,9 @@ def read_table(text: str) -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in text.strip().splitlines())
 
 
-# Left a piece of a file's names, right the same piece of ours. rename() replaces one after the
-# other, so a longer piece stands above one that it contains. What no line names is called the same
-# in both. Where q, k and v are one matrix, they lie in this order everywhere.
+# On the left a piece of a file's names, on the right the same piece of ours. rename() replaces one
+# after the other, so a longer piece stands above one that it contains. What no line names is called
+# the same in both. Where q, k and v are one matrix, they lie in this order everywhere.
 
 # mmsegmentation, and mmpretrain, whose attention has our names.
 MMSEG = read_table("""
@@ -158,7 +158,7 @@ KINDS = {
 }
 
 # What is left out on purpose: how the names of these tensors start (without "backbone."), and why.
-# (ema_: mmcv's EMAHook has swapped the two sets.)
+# (ema_: mmcv's EMAHook swaps the averaged weights and the others before it saves.)
 LEFT_OUT = read_table("""
     head.                       a classifier of whole images
     head/                       a classifier of whole images
@@ -226,12 +226,10 @@ def load_weights(path_or_url: str) -> tuple[Tensors, dict]:
         model = identify(tensors, facts)
         recall(content, facts)
         add_known_missing(tensors, facts)
-        fit_positions(tensors, facts)
-
-        model.backbone.set_grid(facts["grid"])
+        fit_positions(tensors, model.backbone, facts)
         compare(tensors, model.state_dict())
 
-    facts["tensors"] = len(tensors)
+    facts |= dict(grid=model.backbone.grid, tensors=len(tensors))
     return tensors, facts
 
 
@@ -351,7 +349,8 @@ def join_qkv(tensors: Tensors) -> None:
     """Three matrices q, k, v become one that holds them side by side: a single larger product."""
     for q in [name for name in tensors if ".attn.q." in name]:
         three = [q.replace(".q.", f".{x}.") for x in "qkv"]
-        three = [tensors.pop(name, torch.empty(0)) for name in three]  # compare() says what lacks
+        # One that is missing leaves the result too small, which compare() sees.
+        three = [tensors.pop(name, torch.empty(0)) for name in three]
         tensors[q.replace(".q.", ".qkv.")] = torch.cat(three)
 
 
@@ -369,8 +368,8 @@ def check_values(tensors: Tensors) -> None:
 
 
 def identify(tensors: Tensors, facts: dict) -> Segmenter:
-    """Find arch, neck, num_classes and dtype. -> such a model, of shapes without memory.
-    WeightsError if no architecture fits."""
+    """Find arch, neck, num_classes and dtype. -> such a model on the device meta, which has shapes
+    and no memory. WeightsError if no architecture fits."""
     patch_embed = tensors["backbone.patch_embed.proj.weight"]
     width, _, patch, _ = patch_embed.shape
     found = {
@@ -438,11 +437,10 @@ def add_known_missing(tensors: Tensors, facts: dict) -> None:
         facts["left_out"].append("auxiliary_head (not in the file, training starts a new one)")
 
 
-def fit_positions(tensors: Tensors, facts: dict) -> None:
-    """Bring the positions of a backbone to our grid; a whole model keeps its own. If the table is
-    missing or has no square of positions, compare() says so."""
-    name, arch = "backbone.pos_embed", ARCHS[facts["arch"]]
-    facts["grid"] = (arch["grid"], arch["grid"])
+def fit_positions(tensors: Tensors, backbone: VisionTransformer, facts: dict) -> None:
+    """Bring the positions to the backbone's grid or, for a whole model, the backbone to the grid of
+    the positions. If the table is missing or is not a square, compare() says so."""
+    name = "backbone.pos_embed"
     if name not in tensors:
         return
 
@@ -458,21 +456,21 @@ def fit_positions(tensors: Tensors, facts: dict) -> None:
     if pos_embed.shape[1] != 1 + side * side:
         return
 
-    size = side * arch["patch"]
+    size = side * backbone.patch_embed.patch
     facts["resolution"] = f"{size}x{size}"
-    if facts["neck"] is None:
-        pos_embed = resize_pos_embed(pos_embed.float(), (side, side), facts["grid"])
-    else:
-        facts["grid"] = (side, side)
+    if facts["neck"]:
+        backbone.set_grid((side, side))
+    if backbone.grid != (side, side):
+        pos_embed = resize_pos_embed(pos_embed.float(), (side, side), backbone.grid)
     tensors[name] = pos_embed
 
 
 def compare(tensors: Tensors, model: Tensors, skipped: tuple[str, ...] = ()) -> None:
     """WeightsError that lists the tensors that are missing, left over or of another shape.
 
-    The file may have a backbone, a neck, a decode_head, an auxiliary_head. Of the parts that it has
-    it must have everything, except names that begin with one of those to be skipped. If it has a
-    head, it must have the model's neck.
+    A file may hold a backbone, a neck, a decode_head and an auxiliary_head. It must hold every
+    tensor of the parts that it has, and of the model's neck if it has a head. Names that begin with
+    one of `skipped` do not count.
 
     (load_state_dict lists such tensors too, but it has overwritten half of a model by then, and
     does not notice that BatchNorm's num_batches_tracked is missing.)"""
@@ -498,13 +496,13 @@ def compare(tensors: Tensors, model: Tensors, skipped: tuple[str, ...] = ()) -> 
 def load_into(
     model: nn.Module, state_dict: Tensors, facts: dict, new_classes: bool = False
 ) -> None:
-    """Copy what load_weights gave into a model. Every tensor of the file is used and every one of
-    the model set, or WeightsError. The model's grid of positions becomes the file's. The
-    exceptions, of which the last two are added to facts["left_out"]:
+    """Copy what load_weights gave into a model, whose grid of positions becomes the file's. Every
+    tensor of the file is used and every tensor of the model is set, or WeightsError and the model
+    stays as it was. The exceptions, of which the last two are added to facts["left_out"]:
 
     - a backbone leaves neck and heads as they are, and a file without auxiliary head leaves the
       model's as it is;
-    - the final norm of a backbone is left out where the model's neck has none;
+    - the final norm of a backbone is left out if the model has none;
     - with new_classes, a whole model for another number of classes leaves both classifiers as they
       are."""
     here, there = model.decode_head.classifier.out_channels, facts["num_classes"]
@@ -513,7 +511,7 @@ def load_into(
         left_out, reason = ("backbone.norm.",), "the model has no final norm"
     elif new_classes and there not in (None, here):
         left_out = ("decode_head.classifier.", "auxiliary_head.classifier.")
-        reason = f"{there} classes in the file, {here} here: starts again"
+        reason = f"{there} classes in the file, {here} here: training starts new ones"
 
     used = {name: value for name, value in state_dict.items() if not name.startswith(left_out)}
     ours = model.state_dict()
@@ -602,8 +600,8 @@ def read_zip(path: str) -> dict:
 
 
 class Skipped:
-    """Stands in for an object of a foreign class (loss curves, paths, a trainer's own): takes any
-    arguments and state, does nothing with them."""
+    """Stands in for an object of a foreign class (loss curves, paths, a trainer's own). It takes
+    any arguments and any state, and ignores them."""
 
     def __init__(self, *args, **kwargs):
         pass

@@ -292,7 +292,8 @@ def test_distilled_mae_and_classifier_tensors_are_left_out_and_said(tmp_path):
         assert np.array_equal(state_dict["backbone." + name], value)
 
     said = " ".join(facts["left_out"])
-    for left in ("dist_token", "head_dist.bias", "head.weight", "other entries (epoch, optimizer.lr)"):
+    others = "other entries (epoch, optimizer.lr)"
+    for left in ("dist_token", "head_dist.bias", "head.weight", others):
         assert left in said
 
     decoder = {
@@ -365,7 +366,8 @@ def test_objects_of_mmengine_and_ema_copies_are_skipped_never_built(tmp_path, mo
 def test_a_file_of_two_models_is_refused(tmp_path):
     base = timm_weights()
     both = prefixed("student.", base) | prefixed("teacher.", base)
-    with pytest.raises(WeightsError, match="2 models, choose one as FILE:NAME, of model.student, model.teacher"):
+    refused = "2 models, choose one as FILE:NAME, of model.student, model.teacher"
+    with pytest.raises(WeightsError, match=refused):
         read_torch(both, tmp_path / "x.pth")
 
 

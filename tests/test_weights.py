@@ -290,7 +290,9 @@ def test_a_failed_load_leaves_the_grid_as_it_was(tmp_path):
 # ---- What is written ----
 
 
-def test_safetensors_are_not_written_and_that_is_said_before_anything_is_read(tmp_path, main, capsys):
+def test_safetensors_are_not_written_which_is_said_before_anything_is_read(
+    tmp_path, main, capsys
+):
     with pytest.raises(SystemExit) as end:
         main(convert_weights, tmp_path / "absent.pt", tmp_path / "b.safetensors")
     assert end.value.code == 2
