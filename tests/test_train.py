@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -424,10 +423,10 @@ def test_run_leaves_checkpoints_log_and_picture(straight):
     assert set(os.listdir(work)) == files | pictures
     assert Image.open(work / "curves.png").width == 800
     *_, validation, last = done.stdout.splitlines()
+    assert validation.startswith("6/6  validation: mIoU")
     assert validation.endswith("runs/straight/sheet_6.png")
     assert last.startswith("runs/straight/checkpoint_6.pt: evaluate it")
     assert "batch 4 = 1 processes x 4" in done.stdout
-    assert re.search(r"validation: mIoU .*  \(\d+ of 150 classes\)", done.stdout)
 
     log = read_log(work)
     steps = [entry for entry in log if "loss" in entry]
@@ -606,9 +605,8 @@ def test_labels_that_teach_nothing_are_said_before_training(folder):
     (root / "classes.txt").write_text("background\nthing\n")
 
     done = run(folder, *TINY, *TWO_STEPS, "--data", "mask", "--work-dir", "runs/mask")
-    assert "warning: 1 of 2 classes are in none of the training labels" in done.stdout
-    assert "with fewer than two classes in the labels there is nothing to learn" in done.stdout
-    assert re.search(r"\(\d of 2 classes\)", done.stdout)
+    (warning,) = [line for line in done.stdout.splitlines() if "classes are in none" in line]
+    assert warning.endswith(": thing")
 
 
 def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
