@@ -386,7 +386,8 @@ def load_start(model: Segmenter, args: Namespace, checkpoint: dict, rank: int, w
     if world > 1:
         dist.barrier()
     state_dict, facts = load_weights(source)
-    load_into(model, state_dict, facts, new_classes=not checkpoint)
+    with about(source, UsageError):
+        load_into(model, state_dict, facts, new_classes=not checkpoint)
     if rank == 0 and not checkpoint:
         print(f"{source}: {describe(facts)}", flush=True)
 

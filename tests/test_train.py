@@ -697,7 +697,7 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
 
     for process in both:
         _, error = process.communicate(timeout=60)
-        assert "error: absent.pth: no such file" in error
+        assert "error: absent.pth: " in error
         assert process.returncode == 2
 
 
@@ -709,7 +709,7 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
             "nowhere/images/training: no such folder; a data set holds its pictures in images/",
         ),
         (("--data", "set", "--arch", "toy_p8"), "no pretrained file for toy_p8"),
-        (("--data", "set", "--pretrained", "absent.pth"), "absent.pth: no such file"),
+        (("--data", "set", "--pretrained", "absent.pth"), "error: absent.pth: "),
         (("--data", "set", "--arch", "resnet50"), "invalid choice"),
         (("--data", "set", "--crop-size", "0"), "argument --crop-size: "),
         (("--data", "set", "--lr", "-1"), "argument --lr: "),
@@ -718,14 +718,17 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
         (("--data", "set", "--short-side", "-5"), "argument --short-side: "),
         (("--data", "set", "--seed", "-1"), "argument --seed: "),
         (("--data", "set", "--batch-size", "1"), "single value to normalise"),
-        (("--dry-run", "--data", "set", "--batch-size", 5, "--micro-batch", 2), "5 pictures is not"),
+        (
+            ("--dry-run", "--data", "set", "--batch-size", 5, "--micro-batch", 2),
+            "a batch of 5 pictures is not 1 processes x 2 pictures",
+        ),
         (
             (*TINY, "--work-dir", "set/images/training/s0.jpg/x"),
             "Not a directory: 'set/images/training/s0.jpg/x'",
         ),
         (
             (*TINY, "--arch", "deit_t16", "--pretrained", "toy.pt"),
-            "does not fit (another architecture?)",
+            "error: toy.pt: ",
         ),
     ],
 )
