@@ -2,9 +2,9 @@
 
     batch (B, 3, S, S) uint8, (B, S, S) uint8 --normalise--> model --> loss --> backward --> step
 
-First the schedule, the optimizer and the arithmetic of a batch. Then `train()`: it builds its parts
-as local names and loops. Below it stand the parts that have a name: the start of a model, the log,
-the validation, the checkpoints, what may go wrong in a week, and the command line.
+First the schedule, the optimizer and the arithmetic of a batch. Then `train()`, which builds its
+parts and loops. Below it stand the functions it calls: for the start, the log, the validation, the
+checkpoints, and what may go wrong in a week. The command line comes last.
 
 What the published runs did, where it differs from what their configs say:
 
@@ -264,7 +264,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
             log.say(f"warning: {words}")
 
     saved = checkpoint.get("path")  # the last checkpoint, None if it could not be written
-    stop, skipped = False, 0  # does a signal ask to stop? how many steps in a row were not taken?
+    stop, skipped = False, 0  # whether a signal asks to stop; steps in a row that were not taken
     signals = watch_signals()
     batches = iter(loader)
     log.clock = monotonic()
@@ -280,12 +280,12 @@ def train(args: Namespace, checkpoint: dict) -> None:
             saved = save(content, log, world)
         if stop or skipped == PATIENCE:
             leave_early(i, skipped, signals)
-        if due and val_pairs:  # on --resume too, as a checkpoint comes before its validation
+        if due and val_pairs:  # on --resume too: a checkpoint is written before its validation
             validate(log, i, saved, signals, model, val_pairs, classes, dtype, world)
         if i == args.iters:
             break
 
-        # The learning rate; dropout and drop path (the 2 keeps their stream apart from samples').
+        # The learning rate, and the seed of dropout and drop path (samples have one with a 1).
         rate = learning_rate(i, args.iters, **schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -385,7 +385,8 @@ def load_start(model: Segmenter, args: Namespace, checkpoint: dict, rank: int, w
     if world > 1:
         dist.barrier()
     state_dict, facts = load_weights(source)
-    load_into(model, state_dict, facts, new_classes=not checkpoint)
+    with about(source, UsageError):
+        load_into(model, state_dict, facts, new_classes=not checkpoint)
     if rank == 0 and not checkpoint:
         print(f"{source}: {describe(facts)}", flush=True)
 
@@ -437,8 +438,17 @@ class Log:
         self.losses = checkpoint.get("losses", [])
         self.iterations, self.waited, self.clock = 0, 0.0, monotonic()
 
-    def path(self, name: str) -> str:
-        return join(self.args.work_dir, name)
+    @contextmanager
+    def writing(self, name: str) -> Iterator[str]:
+        """The path of a file in the work directory. Where writing it fails (a full disk, a picture
+        that cannot be drawn), print a warning and continue: days of training must not be lost for
+        it. The next one tries again."""
+        path = join(self.args.work_dir, name)
+        try:
+            yield path
+        except Exception as error:
+            reason = first_line(error)
+            warn(f"warning: {path} is not written ({reason}); training continues, and tries again")
 
     def say(self, words: str, **entry) -> None:
         if self.rank == 0:
@@ -450,7 +460,7 @@ class Log:
     def write(self) -> None:
         """All lines, moved into place: never half of one, and what a full disk refused comes with
         the next."""
-        with warning_if_not_written(self.path("log.jsonl")) as path:
+        with self.writing("log.jsonl") as path:
             with open(path + ".part", "w") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
             os.replace(path + ".part", path)
@@ -537,20 +547,19 @@ def validate(
 
     if log.rank == 0:
         result = scores(matrix)
-        miou = result["mIoU"]
         summary = table(result, classes.names).splitlines()[-1]
-        sheet_path = log.path(f"sheet_{n}.png")
         log.say(
-            f"{n}/{log.args.iters}  validation: {summary}  {sheet_path}",
-            iteration=n, mIoU=miou, mAcc=result["mAcc"], aAcc=result["aAcc"],
+            f"{n}/{log.args.iters}  validation: {summary}  {log.args.work_dir}/sheet_{n}.png",
+            iteration=n, mIoU=result["mIoU"], mAcc=result["mAcc"], aAcc=result["aAcc"],
         )
 
-        if saved and miou == max(entry.get("mIoU") or 0 for entry in log.entries):
-            with warning_if_not_written(log.path("best.pt")) as path:
+        best = max(entry.get("mIoU") or 0 for entry in log.entries)
+        if saved and result["mIoU"] == best:
+            with log.writing("best.pt") as path:
                 write_checkpoint(read_checkpoint(saved), path)
-        with warning_if_not_written(sheet_path):
-            sheet(rows, classes).save(sheet_path)
-        with warning_if_not_written(log.path("curves.png")) as path:
+        with log.writing(f"sheet_{n}.png") as path:
+            sheet(rows, classes).save(path)
+        with log.writing("curves.png") as path:
             curves(log.entries).save(path)
     log.clock += monotonic() - began  # does not count as training
 
@@ -563,7 +572,7 @@ def save(content: dict, log: Log, world: int) -> str | None:
     processes wait. -> its path on rank 0, None where it could not be written."""
     saved = None
     if log.rank == 0:
-        with warning_if_not_written(log.path(f"checkpoint_{content['iteration']}.pt")) as path:
+        with log.writing(f"checkpoint_{content['iteration']}.pt") as path:
             write_checkpoint(content, path)
             saved = path
 
@@ -576,17 +585,6 @@ def save(content: dict, log: Log, world: int) -> str | None:
     if world > 1:
         dist.barrier()  # if another process left now, torchrun would end this one
     return saved
-
-
-@contextmanager
-def warning_if_not_written(path: str) -> Iterator[str]:
-    """Where writing fails (a full disk, a picture that cannot be drawn), print a warning and
-    continue: days of training must not be lost for it. The next one tries again."""
-    try:
-        yield path
-    except Exception as error:
-        reason = first_line(error)
-        warn(f"warning: {path} is not written ({reason}); training continues, and tries again")
 
 
 def newest_whole(found: list[str]) -> dict:

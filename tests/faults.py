@@ -412,14 +412,10 @@ def test_one_bad_batch_changes_nothing_and_training_continues(folder, monkeypatc
     monkeypatch.setattr(train, "learning_rate", watch)
     monkeypatch.setattr(train, "build_model", kept_model)
     monkeypatch.setattr(train, "Log", KeptLog)
+    monkeypatch.setattr(train, "watch_signals", list)
     monkeypatch.setattr(torch.amp, "GradScaler", float16_scaler)
     options = (*OPTIONS, "--work-dir", "one", "--workers", 0, "--iters", 6, "--interval", 6)
-    try:
-        train.train(*train.parse([*map(str, options)]))
-    finally:
-        for number in train.SIGNALS:
-            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-            signal.signal(number, default)
+    train.train(*train.parse([*map(str, options)]))
     assert_only_good_batches_changed(*zip(*found))
 
     log = [e for e in map(json.loads, open("one/log.jsonl")) if "skipped" in e]

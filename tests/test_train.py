@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -424,10 +423,10 @@ def test_run_leaves_checkpoints_log_and_picture(straight):
     assert set(os.listdir(work)) == files | pictures
     assert Image.open(work / "curves.png").width == 800
     *_, validation, last = done.stdout.splitlines()
+    assert validation.startswith("6/6  validation: mIoU")
     assert validation.endswith("runs/straight/sheet_6.png")
     assert last.startswith("runs/straight/checkpoint_6.pt: evaluate it")
     assert "batch 4 = 1 processes x 4" in done.stdout
-    assert re.search(r"validation: mIoU .*  \(\d+ of 150 classes\)", done.stdout)
 
     log = read_log(work)
     steps = [entry for entry in log if "loss" in entry]
@@ -606,9 +605,8 @@ def test_labels_that_teach_nothing_are_said_before_training(folder):
     (root / "classes.txt").write_text("background\nthing\n")
 
     done = run(folder, *TINY, *TWO_STEPS, "--data", "mask", "--work-dir", "runs/mask")
-    assert "warning: 1 of 2 classes are in none of the training labels" in done.stdout
-    assert "with fewer than two classes in the labels there is nothing to learn" in done.stdout
-    assert re.search(r"\(\d of 2 classes\)", done.stdout)
+    (warning,) = [line for line in done.stdout.splitlines() if "classes are in none" in line]
+    assert warning.endswith(": thing")
 
 
 def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
@@ -699,7 +697,7 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
 
     for process in both:
         _, error = process.communicate(timeout=60)
-        assert "error: absent.pth: no such file" in error
+        assert "error: absent.pth: " in error
         assert process.returncode == 2
 
 
@@ -711,7 +709,7 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
             "nowhere/images/training: no such folder; a data set holds its pictures in images/",
         ),
         (("--data", "set", "--arch", "toy_p8"), "no pretrained file for toy_p8"),
-        (("--data", "set", "--pretrained", "absent.pth"), "absent.pth: no such file"),
+        (("--data", "set", "--pretrained", "absent.pth"), "error: absent.pth: "),
         (("--data", "set", "--arch", "resnet50"), "invalid choice"),
         (("--data", "set", "--crop-size", "0"), "argument --crop-size: "),
         (("--data", "set", "--lr", "-1"), "argument --lr: "),
@@ -720,14 +718,17 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
         (("--data", "set", "--short-side", "-5"), "argument --short-side: "),
         (("--data", "set", "--seed", "-1"), "argument --seed: "),
         (("--data", "set", "--batch-size", "1"), "single value to normalise"),
-        (("--dry-run", "--data", "set", "--batch-size", 5, "--micro-batch", 2), "5 pictures is not"),
+        (
+            ("--dry-run", "--data", "set", "--batch-size", 5, "--micro-batch", 2),
+            "a batch of 5 pictures is not 1 processes x 2 pictures",
+        ),
         (
             (*TINY, "--work-dir", "set/images/training/s0.jpg/x"),
             "Not a directory: 'set/images/training/s0.jpg/x'",
         ),
         (
             (*TINY, "--arch", "deit_t16", "--pretrained", "toy.pt"),
-            "does not fit (another architecture?)",
+            "error: toy.pt: ",
         ),
     ],
 )
