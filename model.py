@@ -36,7 +36,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch: int, width: int):
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)  # (1.x has no bias here)
+        # (mmsegmentation 1.x has no bias here.)
+        self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D, h, w)"""
@@ -146,7 +147,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
         self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
-        self.drop_path = DropPath()  # one module, which draws for each branch
+        # One module, which draws for each branch. (In mmsegmentation 1.x it does not act on both.)
+        self.drop_path = DropPath()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)"""
@@ -161,7 +163,8 @@ class VisionTransformer(nn.Module):
     """The backbone. (B, 3, H, W) -> four (B, D, h, w), after layers 3, 6, 9 and 12 of 12.
 
     depth is a multiple of 4; heads divides width; grid is the side of the table of positions, in
-    patches; drop_path is the rate of the last layer.
+    patches; drop_path is the rate of the last layer. As in the reference there is no classifier and
+    no dropout.
 
     The class token, from which the pretraining read its answer, has no use here. It goes through
     all layers nevertheless: the pretrained patches attend to it in each of them, and would compute
@@ -251,12 +254,13 @@ class VisionTransformer(nn.Module):
 # ---- The architectures ---------------------------------------------------------------------------
 #
 # The arguments of VisionTransformer, and three more: channels, the width of the UPerNet head;
-# drop_path_ln, the rate of drop path with a final norm, where it is another one; cls_position=False
-# where the class token has no position in the released files (convert_weights.py gives it one of
-# zeros, which adds nothing). grid: 32 patches of 16 are pictures of 512.
+# drop_path_ln, the rate of drop path with a final norm, where it differs; cls_position=False where
+# the class token has no position in the released files (convert_weights.py gives it one of zeros,
+# which adds nothing). grid: 32 patches of 16 are pictures of 512.
 #
 # vit_b16, deit_b16 and deit_s16 have published recipes, the others do not. ViT-B and DeiT-B are one
-# network; they differ in their pretrained weights and in drop path.
+# network; they differ in their pretrained weights and in drop path (ViT-B was released without it,
+# except in the recipe with LN).
 COMMON = dict(depth=12, patch=16, grid=32, channels=512, drop_path=0.1)
 DEIT_3 = dict(COMMON, layer_scale=True, cls_position=False)
 DINO_2 = dict(COMMON, layer_scale=True, patch=14, grid=37)  # 37 patches of 14: pictures of 518

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from model import ARCHS, NECKS, Size, build_backbone, same_size
 
-IGNORE_INDEX = 255  # the label of pixels that nobody labelled: no loss, no metric
+IGNORE_INDEX = 255  # marks pixels without a label: no loss, no metric
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (PSPNet, section 5.2)
 
 
@@ -52,7 +52,7 @@ def halve(x: Tensor) -> Tensor:
     By scale factor, as the reference: samples stay exactly 2 pixels apart even when 7 pixels become
     3. A map one pixel thick is doubled first, because half of it would be nothing."""
     h, w = x.shape[2:]
-    enough = torch.sym_max(h, 2), torch.sym_max(w, 2)
+    enough = torch.sym_max(h, 2), torch.sym_max(w, 2)  # a max that torch.export can trace
     x = resize(x, enough)
     return F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
 
@@ -63,8 +63,8 @@ class MultiLevelNeck(nn.Module):
 
     Per level a 1x1 convolution, a bilinear resize by 4, 2, 1 or 1/2, and a 3x3 convolution; no
     norm, no activation. It adds no information, but it lets the head draw its borders on a grid of
-    4 pixels instead of 16. Published for DeiT-S: one point of mIoU, for 4.5 times the operations
-    (here 3 times, because of conv3x3_of_upsampled)."""
+    4 pixels instead of 16. Published for DeiT-S: one point of mIoU, with 4.5 times the operations
+    (here it takes 3 times as many, because of conv3x3_of_upsampled)."""
 
     scales = (4, 2, 1, 0.5)
 
@@ -100,7 +100,7 @@ class MultiLevelNeck(nn.Module):
 
 
 class ConvBNReLU(nn.Module):
-    """Convolution (no bias: BatchNorm has one) + BatchNorm + ReLU."""
+    """Convolution (no bias: BatchNorm has one) + BatchNorm + ReLU, i channels in, o out."""
 
     def __init__(self, i: int, o: int, kernel: int):
         super().__init__()
@@ -163,7 +163,7 @@ class UPerHead(nn.Module):
 
         # Laterals: levels 1 to 3 get the number of channels that level 4 has now.
         levels = []
-        for conv, x in zip(self.lateral_convs, maps):  # ends with the three convolutions
+        for conv, x in zip(self.lateral_convs, maps):  # three convolutions, so three levels
             levels.append(conv(x))  # (B, E, h_i, w_i)
         levels.append(scene)
 
@@ -177,7 +177,7 @@ class UPerHead(nn.Module):
             levels[i] = conv(levels[i])
 
         # Fusion: one 3x3 convolution over the four levels side by side, at the size of the finest.
-        # It empties the list: 120 MB less for a picture at six scales.
+        # It empties the list, which takes 120 MB less for a picture of 512x683 at six scales.
         x = self.fpn_bottleneck(levels)  # (B, E, h_1, w_1)
         x = self.dropout(x)
         return self.classifier(x)  # (B, C, h_1, w_1)
@@ -213,7 +213,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
     The mean is over all pixels: ignored ones add no loss but count in the divisor, as in the
     reference. So a labelled pixel weighs the same, 1 / (B H W), however much of the batch is
-    labelled. Under autocast, too, the loss is computed in float32."""
+    labelled. Under autocast, too, it is computed in float32 (as in the reference), and never with
+    all logits at the large size: see UpsampledCrossEntropy."""
     with torch.autocast(logits.device.type, enabled=False):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         return UpsampledCrossEntropy.apply(logits.to(dtype), labels)
@@ -244,8 +245,8 @@ class Segmenter(nn.Module):
         """images (B, 3, H, W) -> logits (B, C, H, W); with labels (B, H, W): (loss, {"decode": ...,
         "aux": ...}).
 
-        loss is a scalar, the sum of the parts; the parts are detached, "aux" carries its weight of
-        0.4."""
+        loss is a scalar, the sum of the parts, in float32 (of a float64 model in float64). The
+        parts are detached; "aux" carries its weight of 0.4."""
         maps = self.features(images)
         logits = self.decode_head(maps)  # (B, C, h_1, w_1)
         if labels is None:
@@ -290,9 +291,9 @@ def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """The (new, old) matrix of bilinear resizing along one axis, align_corners=False.
 
     New pixel i has its centre at x = (i + 1/2) old / new - 1/2 of the old pixels, and mixes the two
-    on either side by how near they are; beyond the outermost centres it is the edge pixel alone. A
-    matrix's columns are what it makes of the unit vectors: resizing these gives it. On the device
-    of `like`, in its dtype."""
+    on either side by how near they are. Beyond the outermost centres there is only the edge pixel.
+    A matrix's columns are what it makes of the unit vectors, so resizing these gives the matrix. It
+    is on the device of `like`, in its dtype."""
     unit = torch.eye(old, dtype=like.dtype, device=like.device)
     resized = F.interpolate(unit[None], size=new, mode="linear", align_corners=False)
     return resized[0].T  # from (old, new)
@@ -492,8 +493,8 @@ def pool_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """The (new, old) matrix of adaptive average pooling along one axis: a new cell is the mean of
     all old pixels that it overlaps.
 
-    On an axis of old * new steps, cell i reaches from i old to (i + 1) old, pixel k from k new to
-    (k + 1) new."""
+    Divide the axis into old * new steps. Then cell i reaches from i old to (i + 1) old, and pixel k
+    from k new to (k + 1) new."""
     i = torch.arange(new, device=like.device)
     i = i[:, None]  # (new, 1)
     k = torch.arange(old, device=like.device)

@@ -14,6 +14,7 @@ from upernet import build_model
 ROOT = Path(__file__).parent.parent
 TRACED = (2, 3, 75, 130)
 OTHERS = [(1, 3, 61, 97), (2, 3, 64, 64), (3, 3, 128, 40), (1, 3, 33, 500)]
+THIN = [(2, 3, 8, 200), (1, 3, 200, 8), (1, 3, 1, 1)]  # one patch, which is 8 pixels
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_what_is_exported_takes_pictures_of_any_size(tiny, neck, more):
             want = model(images)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=str(shape))
 
-    # Where all maps have one size whatever the picture's, the fusion stays a plain convolution:
+    # Where all maps have one size, for every picture, the fusion stays a plain convolution:
     # four pooled maps of three taps each are all that is brought to another size.
     taps = sum("baddbmm" in str(node.target) for node in program.graph.nodes)
     assert taps == (4 * 3 if neck in ("none", "ln") else (4 + 3 + 2) * 3)
@@ -73,7 +74,7 @@ def test_the_readmes_onnx_file_labels_pictures_of_any_size(tiny, tmp_path, monke
     exec(block, {})
 
     session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
-    for shape in OTHERS:
+    for shape in OTHERS + THIN:
         images = torch.randn(shape)
         with torch.no_grad():
             want = model(images)

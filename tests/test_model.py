@@ -104,7 +104,7 @@ def without_drop_path(arch):
 def test_logits_loss_and_gradients_equal_the_reference(arch, neck, golden, filled):
     gold = golden(f"{arch}_{neck}")
 
-    # But for drop path, DeiT-B with a neck is ViT-B again: for the reference, and so for us.
+    # Except for drop path, DeiT-B with a neck is ViT-B again: for the reference, and so for us.
     if arch == "deit_b16" and neck != "none":
         twin = golden(f"vit_b16_{neck}")
         answers = set(gold.files) - {"drop_path"}
