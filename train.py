@@ -27,8 +27,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
-from os.path import basename, dirname, exists, join, normpath
+from os.path import basename, exists, join, normpath
 from time import monotonic
 from typing import NoReturn
 

@@ -373,8 +373,7 @@ def test_a_loss_that_stays_not_finite_ends_the_run_with_code_3(folder):
 def test_one_bad_batch_changes_nothing_and_training_continues(folder, monkeypatch):
     """Iterations of the loop: good, bad, good, one with gradients too large for float16, good."""
     monkeypatch.chdir(folder)
-    found, hooks = [], []  # found[i]: what iteration i finds
-    parts = {}  # of the run: its model, scaler and log
+    found, hooks, parts = [], [], {}  # found[i]: what iteration i finds of the run's parts
     normalise, build_model, rate = train.normalise, train.build_model, train.learning_rate
     scaler = torch.amp.GradScaler
 
