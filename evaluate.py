@@ -208,8 +208,10 @@ def scores(matrix: ndarray) -> dict:
     hit = matrix.diagonal()
     true = matrix.sum(1)
     union = true + matrix.sum(0) - hit
-    iou = np.ma.divide(100 * hit, union)  # 0 / 0 is masked: tolist() makes it None,
-    acc = np.ma.divide(100 * hit, true)  # mean() leaves it out
+
+    # np.ma masks what is divided by 0: mean() leaves it out, tolist() makes it None.
+    iou = np.ma.divide(100 * hit, union)
+    acc = np.ma.divide(100 * hit, true)
     return {
         "mIoU": iou.mean().tolist(),
         "mAcc": acc.mean().tolist(),
@@ -220,8 +222,7 @@ def scores(matrix: ndarray) -> dict:
 
 
 def table(result: dict, classes: tuple) -> str:
-    """The scores of each class that has one, and their means, as text. A score that is not there is
-    nan: 0 / 0."""
+    """The scores of each class that has one, and their means, as text; nan where there is none."""
     lines = ["class                        IoU     Acc"]
     for row in zip(classes, *np.array([result["IoU"], result["Acc"]], float)):  # None becomes nan
         if row[1] >= 0:
@@ -303,9 +304,10 @@ FONT = ImageFont.load_default(15)
 
 
 def sheet(rows: list, classes: Classes, opacity: float = 1) -> Image.Image:
-    """One row of panels for each (picture (H, W, 3), truth or None, prediction (H, W), all uint8),
-    a legend below: the picture, then it again below the colours of truth and prediction. They have
-    an opacity of 0 to 1. Pictures are shown at their own size up to 2000 pixels, then smaller."""
+    """One row of panels for each (picture (H, W, 3), truth or None, prediction (H, W), all uint8):
+    the picture as it is, then under the colours of the truth, then under those of the prediction.
+    Opacity is that of the colours, 0 to 1. A legend follows below. Panels have the picture's own
+    size, or a half, a third, ... of it, which is below 2000 pixels wide."""
     colours = palette(classes)
     parts = [caption("picture, truth where it is known (black: not labelled), prediction")]
     shown = []
@@ -326,8 +328,8 @@ def sheet(rows: list, classes: Classes, opacity: float = 1) -> Image.Image:
 
 
 def legend(labels: list, classes: Classes, width: int) -> Image.Image:
-    """Colour and name of every class in labels (H, W), the largest class first, row by row, in as
-    many columns as mostly fit into `width` pixels."""
+    """Colour and name of every class in labels (H, W), row by row, the largest class first. Rows
+    mostly fit into `width` pixels; names longer than 20 letters may need more."""
     counts = np.bincount(np.concatenate(labels, axis=None))
     ranked = sorted(zip(counts, classes.names, classes.palette), reverse=True)
     entries = [caption(name, tuple(colour)) for count, name, colour in ranked if count]
@@ -370,7 +372,7 @@ def curves(entries: list) -> Image.Image:
 
     for x, key, colour in (10, "loss", "steelblue"), (280, "lr", "grey"), (550, "mIoU", "crimson"):
         there = [entry for entry in entries if entry.get(key) is not None]
-        top = max(1e-9, *(entry[key] for entry in there))
+        top = max([entry[key] for entry in there], default=0) or 1
         draw.text((x, 5), f"{key}, 0 to {top:.3g}, {last} iterations", colour, FONT)
         points = [
             (800 * entry["iteration"] / last, 400 - 370 * entry[key] / top) for entry in there
@@ -442,7 +444,7 @@ def find_data(args: Namespace, facts: dict) -> tuple:
         known = Classes(tuple(map(str, range(n))), (known.palette * 2)[:n])
 
     if args.image:
-        in_folder = glob(join(escape(args.image), "*"))  # except hidden files; of a file nothing
+        in_folder = glob(join(escape(args.image), "*"))  # without hidden files; [] for a file
         files = sorted(filter(isfile, in_folder)) or [args.image]
         return [(file, None) for file in files], known
 
@@ -459,8 +461,8 @@ def find_data(args: Namespace, facts: dict) -> tuple:
 # ---- python evaluate.py: label, write, report ----------------------------------------------------
 
 PLAN = """{checkpoint}: {facts}
-{images} pictures of {source}: scales {scales} of a short side of {short_side}, flip {flip},
-slide {slide}, stride {stride}; {dtype} on {device}"""
+{images} pictures of {source}, {dtype} on {device}
+scales {scales} of a short side of {short_side}, flip {flip}, slide {slide}, stride {stride}"""
 
 
 def run(args: Namespace) -> None:
@@ -761,14 +763,14 @@ def end_with_parent() -> None:
 @atexit.register
 def clean_up() -> None:
     """When the main process ends, by an error too."""
-    # multiprocessing would send the loaders SIGTERM, which they ignore, and wait for them.
+    # Otherwise multiprocessing sends its loaders SIGTERM, which they ignore, and waits for them.
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as lost
     for child in active_children():
         child.kill()
 
-    # Otherwise torch's threads that still listen to the others abort it (SIGABRT) about one time in
-    # fifteen.
+    # Otherwise torch's threads that still listen to other processes abort this one (SIGABRT) about
+    # one time in fifteen.
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -684,6 +684,15 @@ def test_unreadable_files_of_a_folder_are_named_at_the_end_and_the_others_labell
     assert processes > 1 or "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("named", ["none.jpg", "empty"])
+def test_a_single_picture_that_is_not_there_is_named_too(named, run, main, monkeypatch):
+    monkeypatch.chdir(run.folder)
+    os.makedirs("empty")
+    with pytest.raises(SystemExit) as end:
+        main(evaluate, "--image", named, "--save-labels", "out", "--workers", 0)
+    assert end.value.code.startswith(f"not labelled: {named}: ")  # printed, with exit code 1
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
