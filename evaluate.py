@@ -20,8 +20,8 @@ processes come last. train.py uses those too.
 import atexit
 import ctypes
 import json
-import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -32,7 +32,8 @@ from datetime import timedelta
 from functools import partial
 from glob import escape, glob
 from multiprocessing import active_children, parent_process
-from os.path import basename, dirname, exists, getmtime, isdir, isfile, join, samefile, splitext
+from os.path import dirname, exists, getmtime, isdir, isfile, join, samefile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,12 +41,13 @@ import torch.distributed as dist
 from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ade20k import (
     DEFAULT_ROOT,
     Classes,
     DataError,
+    Pair,
     UserError,
     about,
     data_root,
@@ -70,16 +72,14 @@ from upernet import (
     source_rows,
 )
 
-Pairs = list[tuple[str, str | None]]  # paths of pictures, and of their label files if they have one
-
 
 # ---- Inference -----------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def predict(
-    model: Segmenter, image: ndarray, scales: tuple[float, ...] = (1.0,), flip: bool = False,
-    short: int = 512, dtype: torch.dtype = torch.float32, slide: tuple[int, int] | None = None,
+    model: Segmenter, image: ndarray, scales: tuple = (1.0,), flip: bool = False,
+    short: int = 512, dtype: torch.dtype = torch.float32, slide: tuple | None = None,
 ) -> ndarray:
     """Label a whole picture: (H, W, 3) uint8 RGB -> (H, W) uint8. The model is in eval mode.
 
@@ -109,29 +109,28 @@ def predict(
 
         # (1 or 2, C, h', w'); by windows h' w' equal h w
         logits = slide_logits(model, x, dtype, *slide) if slide else view_logits(model, x, dtype)
+        if flip:
+            logits[1] = logits[1].flip(2)
         _, C, small, _ = logits.shape
         along_y = resize_matrix(h, H, logits) @ resize_matrix(small, h, logits)  # (H, h')
-        views.append((logits[:1], (h, w), along_y))
-        if flip:
-            views.append((logits[1:].flip(3), (h, w), along_y))
+        views += [(of_view, (h, w), along_y) for of_view in logits.split(1)]
 
-    labels = torch.empty(H, W, dtype=torch.uint8, device=device)
+    labels = []
     rows = rows_at_once(device, W * C)
     for start in range(0, H, rows):
-        stop = start + rows  # (slices end where the picture does)
         total = 0
         for view in views:
-            large = resized_rows(view, W, start, stop)  # (rows, W, C)
+            large = resized_rows(view, W, start, start + rows)  # (rows, W, C)
             if len(views) > 1:  # otherwise the largest logit is enough
                 large = large.softmax(2)
             total += large
-        labels[start:stop] = total.argmax(2)
-    return labels.cpu().numpy()
+        labels.append(total.argmax(2).byte())
+    return torch.cat(labels).cpu().numpy()
 
 
 def resized_rows(view: tuple, W: int, start: int, stop: int) -> Tensor:
-    """Rows start to stop - 1 of a view's logits (1, C, h', w') at the picture's size -> (rows, W,
-    C). The plain form:
+    """Rows start to stop - 1 (where there are so many) of a view's logits (1, C, h', w'), at the
+    picture's size -> (rows, W, C). The plain form:
 
         resize(resize(logits, (h, w)), (H, W))[0].permute(1, 2, 0)[start:stop]
 
@@ -147,8 +146,7 @@ def resized_rows(view: tuple, W: int, start: int, stop: int) -> Tensor:
     near = resize(near, (end - first, W))  # (1, C, n, W)
 
     near = near[0].permute(1, 2, 0).flatten(1)  # (n, W C)
-    large = along_y[start:stop, first:end] @ near  # (rows, W C)
-    return large.view(-1, W, C)
+    return (along_y[start:stop, first:end] @ near).view(-1, W, C)
 
 
 def view_logits(model: Segmenter, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -198,8 +196,7 @@ def confusion_matrix(label: ndarray, prediction: ndarray, num_classes: int) -> n
     kept = label != IGNORE_INDEX
 
     cells = label[kept].astype(np.int64) * num_classes + prediction[kept]
-    counts = np.bincount(cells, minlength=num_classes**2)
-    return counts.reshape(num_classes, num_classes)
+    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def scores(matrix: ndarray) -> dict:
@@ -212,30 +209,29 @@ def scores(matrix: ndarray) -> dict:
     true = matrix.sum(1)
     union = true + matrix.sum(0) - hit
 
-    result = {}
-    for name, whole in (("IoU", union), ("Acc", true)):
-        there = whole > 0
-        values = 100 * hit / np.maximum(whole, 1)
-        result["m" + name] = float(values[there].mean()) if there.any() else None
-        result[name] = np.where(there, values, None).tolist()
-    result["aAcc"] = 100 * int(hit.sum()) / int(true.sum()) if true.any() else None
-    return result
+    # np.ma masks what is divided by 0: mean() leaves it out, tolist() makes it None.
+    iou = np.ma.divide(100 * hit, union)
+    acc = np.ma.divide(100 * hit, true)
+    return {
+        "mIoU": iou.mean().tolist(),
+        "mAcc": acc.mean().tolist(),
+        "aAcc": np.ma.divide(100 * hit.sum(), true.sum()).tolist(),
+        "IoU": iou.tolist(),
+        "Acc": acc.tolist(),
+    }
 
 
-def table(result: dict, classes: tuple[str, ...]) -> str:
-    """The scores of each class that has one, and their means, as text."""
+def table(result: dict, classes: tuple) -> str:
+    """The scores of each class that has one, and their means, as text; nan where there is none."""
     lines = ["class                        IoU     Acc"]
-    for name, iou, acc in zip(classes, result["IoU"], result["Acc"]):
-        if iou is not None:
-            lines.append(f"{name:24s}{percent(iou)}{percent(acc)}")
+    for row in zip(classes, *np.array([result["IoU"], result["Acc"]], float)):  # None becomes nan
+        if row[1] >= 0:
+            lines.append("%-24s%8.2f%8.2f" % row)
 
-    means = [f"{name} {percent(result[name])}" for name in ("mIoU", "mAcc", "aAcc")]
-    count = f"({len(lines) - 1} of {len(classes)} classes)"
-    return "\n".join([*lines, "  ".join([*means, count])])
-
-
-def percent(value: float | None) -> str:
-    return "      --" if value is None else f"{value:8.2f}"
+    means = np.array([result["mIoU"], result["mAcc"], result["aAcc"]], float)
+    words = "mIoU %8.2f  mAcc %8.2f  aAcc %8.2f  (of %d classes)"
+    lines.append(words % (*means, len(lines) - 1))
+    return "\n".join(lines)
 
 
 # ---- Many pictures -------------------------------------------------------------------------------
@@ -243,13 +239,13 @@ def percent(value: float | None) -> str:
 
 def evaluate(
     model: nn.Module,
-    pairs: Pairs,
+    pairs: list[Pair],
     classes: Classes,
     rank: int = 0,
     world: int = 1,
     workers: int = 2,
     look: Callable | None = None,
-    faults: list[str] | None = None,
+    faults: list | None = None,
     **how,
 ) -> ndarray:
     """Label pictures and compare them with their labels -> confusion matrix (C, C) int64, the sum
@@ -259,9 +255,9 @@ def evaluate(
     pairs, image (H, W, 3), label (H, W) or None, prediction (H, W). A file that cannot be used ends
     the loop with a DataError; if faults is a list, its sentence is added there instead. how:
     predict's scales, flip, short, dtype and slide."""
-    mine = range(rank, len(pairs), world)  # without padding: no picture is counted twice
     loader = DataLoader(
-        Pictures(pairs, classes), batch_size=None, sampler=mine, collate_fn=tuple,
+        list(enumerate(pairs))[rank::world],  # without padding: no picture is counted twice
+        batch_size=None, collate_fn=partial(read, classes),
         num_workers=workers, worker_init_fn=start_worker,
     )
     C = len(classes.names)
@@ -269,7 +265,7 @@ def evaluate(
     was_training = model.training
     model.eval()
 
-    for n, (i, image, label) in enumerate(loader, start=1):
+    for i, image, label in loader:
         if isinstance(image, DataError):
             if faults is None:
                 raise image
@@ -283,7 +279,7 @@ def evaluate(
             look(i, image, label, prediction)
 
         if rank == 0:
-            progress(f"{n} of {len(mine)} pictures")
+            progress(f"{i + 1} of {len(pairs)} pictures")
 
     progress("")
     model.train(was_training)
@@ -292,19 +288,14 @@ def evaluate(
     return matrix
 
 
-class Pictures(Dataset):
-    """What the loader's processes read: i -> (i, image, label). Where a file cannot be used, its
-    DataError takes the place of the image."""
-
-    def __init__(self, pairs: Pairs, classes: Classes):
-        self.pairs = pairs
-        self.classes = classes
-
-    def __getitem__(self, i: int) -> tuple:
-        try:
-            return i, *load(*self.pairs[i], self.classes)
-        except DataError as fault:
-            return i, fault, None
+def read(classes: Classes, numbered: tuple) -> tuple:
+    """In the loader's processes: (i, paths of picture and label) -> i, image, label. Where a file
+    cannot be used, its DataError takes the place of the image."""
+    i, pair = numbered
+    try:
+        return i, *load(*pair, classes)
+    except DataError as fault:
+        return i, fault, None
 
 
 # ---- Pictures of the results ---------------------------------------------------------------------
@@ -312,148 +303,131 @@ class Pictures(Dataset):
 FONT = ImageFont.load_default(15)
 
 
-def sheet(rows: list[tuple], classes: Classes, opacity: float = 1) -> Image.Image:
-    """One row of panels for each (picture (H, W, 3), truth or None, prediction (H, W), all uint8),
-    a legend below. With truth: picture, truth, prediction, each at most 400 pixels wide. Without:
-    the prediction only, at the picture's own size up to 4000. Colours lie over the picture with an
-    opacity of 0 to 1."""
+def sheet(rows: list, classes: Classes, opacity: float = 1) -> Image.Image:
+    """One row of panels for each (picture (H, W, 3), truth or None, prediction (H, W), all uint8):
+    the picture as it is, then under the colours of the truth, then under those of the prediction.
+    Opacity is that of the colours, 0 to 1. A legend follows below. Panels have the picture's own
+    size, or a half, a third, ... of it, which is below 2000 pixels wide."""
     colours = palette(classes)
-    parts = []
-    labels = []
+    parts = [caption("picture, truth where it is known (black: not labelled), prediction")]
+    shown = []
 
-    for image, truth, prediction in rows:
-        maps = [prediction] if truth is None else [truth, prediction]
-        step = math.ceil(image.shape[1] / (4000 if truth is None else 400))
+    for image, *labels in rows:
+        step = 1 + image.shape[1] // 2000
         picture = Image.fromarray(image).reduce(step)
-        panels = []
-        for label in maps:
-            coloured = Image.fromarray(colours[label[::step, ::step]])
-            panels.append(np.asarray(Image.blend(picture, coloured, opacity)))
-
-        if truth is not None:
-            panels.insert(0, np.asarray(picture))
-            parts.append(caption("picture, truth, prediction"))
+        panels = [picture]
+        for label in labels:
+            if label is not None:
+                coloured = Image.fromarray(colours[label[::step, ::step]])
+                panels.append(Image.blend(picture, coloured, opacity))
+                shown.append(label)
         parts.append(stack(panels, 1))
-        labels += maps
 
-    parts.append(legend(labels, classes, parts[-1].shape[1]))
-    return Image.fromarray(stack(parts, 0))
+    parts.append(legend(shown, classes, parts[-1].width))
+    return stack(parts, 0)
 
 
-def legend(labels: list[ndarray], classes: Classes, width: int) -> ndarray:
-    """Colour and name of every class in labels, the largest class first, in as many columns as fit
-    into `width` pixels. -> (h, w, 3) uint8"""
-    counts = sum(np.bincount(label.ravel(), minlength=256) for label in labels)
-    names = dict(enumerate(classes.names)) | {IGNORE_INDEX: "not labelled"}
-    colours = palette(classes)
-    entries = [caption(names[k], tuple(colours[k])) for k in np.argsort(-counts) if counts[k]]
-
-    rows = math.ceil(len(entries) / max(1, width // 150))  # (few names are wider)
-    starts = range(0, len(entries), rows)
-    return stack([stack(entries[start : start + rows], 0) for start in starts], 1)
+def legend(labels: list, classes: Classes, width: int) -> Image.Image:
+    """Colour and name of every class in labels (H, W), row by row, the largest class first. Rows
+    mostly fit into `width` pixels; names longer than 20 letters may need more."""
+    counts = np.bincount(np.concatenate(labels, axis=None))
+    ranked = sorted(zip(counts, classes.names, classes.palette), reverse=True)
+    entries = [caption(name, tuple(colour)) for count, name, colour in ranked if count]
+    n = min(len(entries), 1 + width // 200)
+    return stack([stack(entries[k::n], 0) for k in range(n)], 1)
 
 
 def palette(classes: Classes) -> ndarray:
-    """The colour of every value in a label, (256, 3) uint8; unlabelled pixels are black."""
-    colours = np.zeros((256, 3), np.uint8)
-    colours[: len(classes.palette)] = classes.palette
-    return colours
+    """The colour of every value in a label, 256 or more rows of uint8; unlabelled pixels are
+    black."""
+    return np.uint8(classes.palette + 256 * [[0, 0, 0]])
 
 
-def stack(pictures: list[ndarray], axis: int) -> ndarray:
-    """Pictures (h, w, 3) one below the other (axis 0) or side by side (axis 1), on white, 8 pixels
-    apart."""
-    longest = max(picture.shape[1 - axis] for picture in pictures)
-    padded = []
-    for picture in pictures:
-        pad = [(4, 4), (0, longest - picture.shape[1 - axis])]
-        if axis == 1:
-            pad.reverse()
-        padded.append(np.pad(picture, [*pad, (0, 0)], constant_values=255))
-    return np.concatenate(padded, axis)
+def stack(pictures: list, axis: int) -> Image.Image:
+    """One below the other (axis 0) or side by side (axis 1), on white, 8 pixels apart."""
+    arrays = [np.asarray(picture).swapaxes(0, axis) for picture in pictures]  # now downwards
+    longest = max(array.shape[1] for array in arrays)
+    arrays = [
+        np.pad(array, ((4, 4), (0, longest - array.shape[1]), (0, 0)), constant_values=255)
+        for array in arrays
+    ]
+    return Image.fromarray(np.concatenate(arrays).swapaxes(0, axis))
 
 
-def caption(text: str, colour: tuple | None = None) -> ndarray:
-    """A line of text; if there is a colour, a square of it in front. -> (20, w, 3) uint8"""
+def caption(text: str, colour="white") -> Image.Image:
+    """A line of text, 20 pixels high, behind a bar of the colour."""
     canvas = Image.new("RGB", (24 + int(FONT.getlength(text)), 20), "white")
     draw = ImageDraw.Draw(canvas)
-
-    left = 4
-    if colour:
-        draw.rectangle((0, 2, 15, 17), colour, "black")
-        left = 23
-    draw.text((left, 10), text, "black", FONT, anchor="lm")
-    return np.asarray(canvas)
+    draw.rectangle((0, 2, 11, 17), colour)
+    draw.text((16, 10), text, "black", FONT, anchor="lm")
+    return canvas
 
 
-def curves(entries: list[dict]) -> Image.Image:
+def curves(entries: list) -> Image.Image:
     """Loss, learning rate and mIoU by iteration, each from 0 to its largest value. entries: a run's
     log."""
     last = entries[-1]["iteration"]
     canvas = Image.new("RGB", (800, 400), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((10, 380), f"iterations 0 to {last}", "black", FONT)
 
-    titles = {"loss": "steelblue", "lr": "darkgrey", "mIoU": "crimson"}
-    for k, (key, colour) in enumerate(titles.items()):
-        points = [(e["iteration"], e[key]) for e in entries if e.get(key) is not None]
-        top = max([value for _, value in points], default=0) or 1
-        draw.text((10 + 200 * k, 5), f"{key}, 0 to {top:.3g}", colour, FONT)
-
-        line = [(10 + 780 * i / last, 370 - 340 * value / top) for i, value in points]
-        draw.line(line, colour, 2)
-        for point in line:
-            draw.circle(point, 2, colour)
+    for x, key, colour in (10, "loss", "steelblue"), (280, "lr", "grey"), (550, "mIoU", "crimson"):
+        there = [entry for entry in entries if entry.get(key) is not None]
+        top = max([entry[key] for entry in there], default=0) or 1
+        draw.text((x, 5), f"{key}, 0 to {top:.3g}, {last} iterations", colour, FONT)
+        points = [
+            (800 * entry["iteration"] / last, 400 - 370 * entry[key] / top) for entry in there
+        ]
+        draw.line(points, colour, 2)
     return canvas
 
 
 # ---- python evaluate.py: what is evaluated -------------------------------------------------------
 
 
-def load_model(path: str) -> tuple[Segmenter, dict]:
-    """The model that a weight file describes, with its weights, on the CPU, in eval mode; and what
-    load_weights says about the file."""
+def load_model(path: str) -> tuple:
+    """-> (the model that a weight file describes, with its weights, on the CPU, in eval mode; what
+    load_weights says about the file)"""
     state_dict, facts = load_weights(path)
     n = facts["num_classes"]
-    if facts["neck"] is None:
-        raise UsageError(
-            f"{path}: a {facts['kind']} has no segmentation head to evaluate, train it first with "
-            "`python train.py --pretrained FILE`"
-        )
-    if n > 255:
-        raise UsageError(f"{path}: knows {n} classes, labels of 8 bits hold 255")
-
-    model = build_model(facts["arch"], facts["neck"], n)
     with about(path, UsageError):
+        if facts["neck"] is None:
+            raise ValueError("has no head, train it first: `python train.py --pretrained FILE`")
+        if n > 255:
+            raise ValueError(f"knows {n} classes, labels of 8 bits hold 255")
+        model = build_model(facts["arch"], facts["neck"], n)
         load_into(model, state_dict, facts)
     return model.eval(), facts
 
 
-def choose_checkpoint(path: str) -> str:
+def choose_checkpoint(path: str, rank: int = 0) -> str:
     """The file that --checkpoint means: a file is itself, a folder of runs means its newest run, a
     run means its best.pt. Runs that never validated, or that an earlier commit made, have no
-    best.pt: then it is the newest checkpoint."""
+    best.pt: then it is the newest checkpoint, which rank 0 says."""
     if not isdir(path) and path != "runs":
         return path
 
     run = path if checkpoints(path) else newest_run(path)
     best = join(run, "best.pt")
-    return best if exists(best) else checkpoints(run)[-1]
+    if exists(best):
+        return best
+    if rank == 0:
+        print(f"{run}: has no best.pt, its newest checkpoint is taken")
+    return checkpoints(run)[-1]
 
 
-def checkpoints(folder: str) -> list[str]:
+def checkpoints(folder: str) -> list:
     """The checkpoint_N.pt directly in a folder, by N, newest last."""
-    names = glob("checkpoint_*.pt", root_dir=folder)
-    numbers = [name.removeprefix("checkpoint_").removesuffix(".pt") for name in names]
-    numbers = sorted(int(number) for number in numbers if number.isdecimal())
-    return [join(folder, f"checkpoint_{n}.pt") for n in numbers]
+    files = glob("checkpoint_*.pt", root_dir=folder)
+    names = [name for name in files if re.fullmatch(r"checkpoint_\d+\.pt", name)]
+    names.sort(key=lambda name: (len(name), name))  # of two numbers the longer one is larger
+    return [join(folder, name) for name in names]
 
 
 def newest_run(folder: str) -> str:
     """Of the work directories directly below a folder that hold checkpoints, the one whose log was
     written last."""
-    logs = glob(join(escape(folder), "*", "log.jsonl"))
-    logs = [log for log in logs if checkpoints(dirname(log))]
+    everywhere = join(escape(folder), "*", "log.jsonl")
+    logs = [log for log in glob(everywhere) if checkpoints(dirname(log))]
     if not logs:
         raise UsageError(
             f"{folder}: no run with a checkpoint in it, train one with `python train.py --data toy`"
@@ -462,43 +436,41 @@ def newest_run(folder: str) -> str:
     return dirname(max(logs, key=getmtime))
 
 
-def find_data(args: Namespace, facts: dict) -> tuple[Pairs, Classes]:
-    """-> the pictures that the command line means, and what their labels mean."""
+def find_data(args: Namespace, facts: dict) -> tuple:
+    """-> (pairs of the pictures that the command line means, classes that their labels mean)"""
     n = facts["num_classes"]
-    known = Classes()
-    if "classes" in facts:
-        known = Classes(*facts["classes"])
-    elif n != len(known.names):  # the file does not name its classes, and they are not ADE20K's
-        known = Classes(tuple(f"class {k}" for k in range(n)), (known.palette * 2)[:n])
+    known = Classes(*facts.get("classes", Classes()))
+    if n != len(known.names):  # the file does not name its classes, and they are not ADE20K's
+        known = Classes(tuple(map(str, range(n))), (known.palette * 2)[:n])
 
     if args.image:
-        files = [args.image]
-        if isdir(args.image):
-            everything = glob(join(escape(args.image), "*"))  # except hidden files
-            files = sorted(filter(isfile, everything))
+        in_folder = glob(join(escape(args.image), "*"))  # without hidden files; [] for a file
+        files = sorted(filter(isfile, in_folder)) or [args.image]
         return [(file, None) for file in files], known
 
     args.data = data_root(args.data)
     classes = read_classes(args.data)
-    names = classes.names
-    if n != len(names) or ("classes" in facts and known.names != names):
+    if n != len(classes.names) or ("classes" in facts and known.names != classes.names):
         raise UsageError(
-            f"{args.checkpoint}: knows {n} classes {known.names[:3]}, {args.data} has {len(names)} "
-            f"{names[:3]}: train on that data first"
+            f"{args.checkpoint}: knows {n} classes {known.names[:3]}, not those of {args.data}: "
+            "train on that data first"
         )
     return find_pairs(args.data, args.split), classes
 
 
 # ---- python evaluate.py: label, write, report ----------------------------------------------------
 
+PLAN = """{checkpoint}: {facts}
+{images} pictures of {source}, {dtype} on {device}
+scales {scales} of a short side of {short_side}, flip {flip}, slide {slide}, stride {stride}"""
+
 
 def run(args: Namespace) -> None:
     """Do what the command line says, on every process."""
     rank, world, device = setup_processes()
-    args.checkpoint = choose_checkpoint(args.checkpoint)
-    file, _ = split_choice(args.checkpoint)
+    args.checkpoint = choose_checkpoint(args.checkpoint, rank)
     if rank == 0:
-        local_path(file)  # one process fetches what lies behind a URL
+        local_path(split_choice(args.checkpoint)[0])  # one process fetches what is behind a URL
     if world > 1:
         dist.barrier()
 
@@ -512,14 +484,14 @@ def run(args: Namespace) -> None:
     pairs, classes = find_data(args, facts)
     args.images = len(pairs)
 
-    names = [splitext(basename(path))[0] + ".png" for path, _ in pairs]  # of the results
-    open_outputs(args, file, pairs, names)
+    names = [Path(path).stem + ".png" for path, _ in pairs]  # of the results
+    open_outputs(args, pairs, names)
     if rank == 0:
-        asked = {name: value for name, value in vars(args).items() if value}
-        print(f"{args.checkpoint}: {describe(facts)}")
-        print(f"on {device.type}: {asked}", flush=True)
+        source = args.image or args.data
+        plan = PLAN.format(**vars(args), facts=describe(facts), source=source, device=device)
+        print(plan, flush=True)
 
-    faults = [] if isdir(args.image or "") else None  # in a folder a bad picture ends nothing
+    faults = [] if args.image else None  # there a picture that cannot be read ends nothing
     model = prepare(model, device, dtype, args.compile)
     matrix = evaluate(
         model, pairs, classes, rank, world, args.workers, partial(write, args, classes, names),
@@ -531,22 +503,18 @@ def run(args: Namespace) -> None:
         result = scores(matrix)
         if args.json:  # rows of the matrix are true classes, columns predicted ones
             result |= dict(classes=classes.names, confusion=matrix.tolist(), protocol=vars(args))
-            with open(args.json, "w") as file:
-                json.dump(result, file)
+            Path(args.json).write_text(json.dumps(result))
         print(table(result, classes.names))
 
     leave_processes(world)
     if faults:
-        for fault in faults:
-            print(f"not labelled: {one_line(fault)}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit("\n".join(f"not labelled: {one_line(fault)}" for fault in faults))
 
 
-def open_outputs(args: Namespace, checkpoint: str, pairs: Pairs, names: list[str]) -> None:
+def open_outputs(args: Namespace, pairs: list, names: list) -> None:
     """Make the folders and try to write the scores, so that an error comes now and not after an
     hour. UsageError if a result would replace a file that is read, or another result."""
-    read = [path for pair in pairs for path in pair if path]
-    taken = {dirname(path) or "." for path in read}
+    taken = {Path(path).parent for pair in pairs for path in pair if path}
     if len(set(names)) < len(names):
         raise UsageError(f"{args.image}: two pictures have one name, their results too: rename one")
 
@@ -557,47 +525,41 @@ def open_outputs(args: Namespace, checkpoint: str, pairs: Pairs, names: list[str
         taken.add(folder)
 
     if args.json:
-        read += [checkpoint, join(args.data, "classes.txt")]
-        open(args.json, "a").close()  # what is in it stays until there is more to write
-        if any(exists(path) and samefile(args.json, path) for path in read):
-            raise UsageError(f"{args.json}: is read, write the scores to another file")
+        with open(args.json, "ab+") as file:  # what is in it stays until there is more to write
+            file.seek(0)
+            if file.read(6) not in (b"", b'{"mIoU'):
+                raise UsageError(f"{args.json}: exists and holds no scores, name another")
 
 
 def write(
-    args: Namespace, classes: Classes, names: list[str], i: int, image, label, prediction
+    args: Namespace, classes: Classes, names: list, i: int, image, label, prediction
 ) -> None:
     """Save what is asked for of picture i. evaluate() calls it."""
     if args.save_labels:
         values = prediction
         if classes.ignored_colours is not None:
-            values = np.uint8(classes.palette)[prediction]  # (H, W, 3): label files in colour
+            values = palette(classes)[prediction]  # (H, W, 3): label files in colour
         elif classes.zero_ignored:
             values = prediction + 1
         Image.fromarray(values).save(join(args.save_labels, names[i]))
 
     if args.show:
         drawn = sheet([(image, label, prediction)], classes, args.opacity)
-        drawn.save(join(args.show, names[i]))
+        drawn.save(join(args.show, names[i]), compress_level=1)  # larger, in a third of the time
 
 
 # ---- python evaluate.py: the command line --------------------------------------------------------
 
 
 def main() -> None:
-    args = parse()
-    with errors_in_one_sentence():
-        run(args)
-
-
-def parse(argv: list[str] | None = None) -> Namespace:
-    """The arguments. What cannot be met together is refused here."""
     parser = options()
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.stride > args.slide or (args.slide and not args.stride):
         parser.error("--slide needs a --stride, of as many pixels or fewer")
     if args.image and (args.json or not (args.show or args.save_labels)):
         parser.error("--image needs --show DIR or --save-labels DIR, and has no scores for --json")
-    return args
+    with errors_in_one_sentence():
+        run(args)
 
 
 def options() -> ArgumentParser:
@@ -611,21 +573,21 @@ def options() -> ArgumentParser:
         help="any file convert_weights.py reads, a URL, a work directory (its best.pt, or its "
         "newest checkpoint), or a folder of these (the newest; default: runs)")
     add("--data", metavar="DIR",
-        help="data set, or toy (default: what the checkpoint was trained on, otherwise "
-        f"{DEFAULT_ROOT})")
+        help="data set, or toy (default: what the checkpoint was trained on, otherwise ADE20K)")
     add("--split", default="validation",
         help="images/SPLIT and annotations/SPLIT (default: validation)")
     add("--image", metavar="FILE_OR_DIR",
         help="label these pictures instead; needs --show or --save-labels")
-    add("--scales", type=list_of_scales, default=(1.0,), metavar="S,S,...",
-        help="sizes relative to (2048, 512); 0.5,...,1.75 means steps of 0.25 (default: 1)")
+    add("--scales", type=list_of_scales, default=(1.0,),
+        help="sizes relative to (2048, 512), e.g. 0.5,1; 0.5,...,1.75 means steps of 0.25 "
+        "(default: 1)")
     add("--flip", action="store_true", help="add the mirrored picture at every scale")
-    add("--short-side", type=at_least(1), metavar="PIXELS",
-        help="of pictures at scale 1 (default: as trained, otherwise 512)")
-    add("--slide", type=at_least(0), default=0, metavar="PIXELS",
-        help="label square windows of this side instead of whole pictures, e.g. 512")
-    add("--stride", type=at_least(0), default=0, metavar="PIXELS",
-        help="from one window to the next, e.g. 341")
+    add("--short-side", type=at_least(1),
+        help="of pictures at scale 1, in pixels (default: as trained, otherwise 512)")
+    add("--slide", type=at_least(0), default=0,
+        help="label square windows of so many pixels instead of whole pictures, e.g. 512")
+    add("--stride", type=at_least(0), default=0,
+        help="pixels from one window to the next, e.g. 341")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="auto (default): bfloat16 if in hardware, otherwise float32")
     add("--workers", type=at_least(0), default=2,
@@ -636,13 +598,13 @@ def options() -> ArgumentParser:
     add("--save-labels", metavar="DIR",
         help="write one png a picture, with the values of the data set's own label files")
     add("--show", metavar="DIR",
-        help="write one sheet a picture: picture, truth, prediction, legend; or an overlay")
+        help="write one sheet a picture: picture, truth where it is known, prediction, legend")
     add("--opacity", type=at_least(0, float), default=0.6,
         help="of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
     return parser
 
 
-def list_of_scales(text: str) -> tuple[float, ...]:
+def list_of_scales(text: str) -> tuple:
     """ "0.5,0.75,1" -> (0.5, 0.75, 1.0); "0.5,...,1.75" means steps of 0.25."""
     positive = at_least(0.01, float)
     scales = [positive(scale) for scale in text.replace(",...", "").split(",")]
@@ -684,8 +646,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        fast = has.get("amx_bf16") or has.get("avx512_bf16")
+        fast = torch.cpu.get_capabilities().get("avx512_bf16")  # (CPUs with AMX have it too)
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -728,24 +689,21 @@ def contiguous_batch_norm(model: nn.Module) -> None:
 # comfort.
 
 # Signals that ask a program to stop: Ctrl-C, and two that clusters send (Windows has no SIGUSR1).
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)
+SIGNALS = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 
 
-def setup_processes(timeout: float = 1800) -> tuple[int, int, torch.device]:
+def setup_processes(timeout: float = 1800) -> tuple:
     """-> (rank, number of processes, device). Under torchrun it joins the others: NCCL for tensors
     on CUDA, gloo on CPUs. If one has not answered gloo for `timeout` seconds, all others end with a
     RuntimeError."""
     keep_memory()
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        return 0, 1, choose_device(1)
+
     wait = timedelta(seconds=timeout)
-    rank, world, store = 0, 1, None
-    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-        with about("start with torchrun, or unset RANK and WORLD_SIZE", UsageError):
-            store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+    with about("start with torchrun, or unset RANK and WORLD_SIZE", UsageError):
+        store, rank, world = next(dist.rendezvous("env://", timeout=wait))
     device = choose_device(world)
-    if world == 1:
-        return rank, world, device
 
     # When torchrun restarts its processes, its store still holds the addresses of the dead ones,
     # and half of the restarts wait for them in vain (torch 2.13, with --standalone too). A prefix
@@ -778,7 +736,7 @@ def keep_memory() -> None:
     """glibc gives large arrays back when they are freed, and gets the next ones zeroed, page by
     page: a third of the time of the transforms. From here on it keeps those below 80 MB (larger
     ones would leave large holes)."""
-    with suppress(TypeError, OSError, AttributeError):  # no C library, or another one
+    with suppress(Exception):  # no C library, or another one
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 80_000_000)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
         mallopt(-1, 2_147_483_647)  # M_TRIM_THRESHOLD: which does not shrink
@@ -803,26 +761,23 @@ def end_with_parent() -> None:
 
 
 @atexit.register
-def kill_workers() -> None:
-    """When the main process ends: multiprocessing would send its loaders SIGTERM, which they
-    ignore, and wait for them."""
+def clean_up() -> None:
+    """When the main process ends, by an error too."""
+    # Otherwise multiprocessing sends its loaders SIGTERM, which they ignore, and waits for them.
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as lost
     for child in active_children():
         child.kill()
 
-
-@atexit.register
-def leave_group() -> None:
-    """When the main process ends, by an error too: otherwise torch's threads that still listen to
-    the others abort it (SIGABRT) about one time in fifteen."""
+    # Otherwise torch's threads that still listen to other processes abort this one (SIGABRT) about
+    # one time in fifteen.
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def leave_processes(world: int) -> None:
     """At the end, together: a process that left early would be missed by those that still talk to
-    it. leave_group follows at exit."""
+    it. clean_up follows at exit."""
     if world > 1:
         dist.barrier()
 

@@ -133,15 +133,14 @@ def watch(model: Segmenter, x: Tensor, dtype: torch.dtype) -> dict:
     return seen
 
 
-def panel_row(title: str, panels: dict[str, ndarray], size: tuple[int, int]) -> ndarray:
+def panel_row(title: str, panels: dict[str, ndarray], size: tuple[int, int]) -> Image.Image:
     """A title above panels, six side by side. panels: {caption: (h, w, 3) uint8}, all drawn at one
     size, (width, height), each place a rectangle."""
     drawn = []
     for text, colours in panels.items():
         picture = Image.fromarray(colours)
         picture = picture.resize(size, Image.Resampling.NEAREST)
-        panel = [caption(text), np.asarray(picture)]
-        drawn.append(stack(panel, 0))
+        drawn.append(stack([caption(text), picture], 0))
 
     parts = [caption(line) for line in textwrap.wrap(title, 100)]
     for start in range(0, len(drawn), 6):
@@ -150,7 +149,7 @@ def panel_row(title: str, panels: dict[str, ndarray], size: tuple[int, int]) -> 
     return stack(parts, 0)
 
 
-def attention_rows(model: Segmenter, seen: dict, at: tuple, size: tuple) -> list[ndarray]:
+def attention_rows(model: Segmenter, seen: dict, at: tuple, size: tuple) -> list:
     """Where each head of the last layer looks, for the class token and for the patch at a place."""
     backbone = model.backbone
     attention = backbone.blocks[-1].attn
@@ -180,7 +179,7 @@ def attention_rows(model: Segmenter, seen: dict, at: tuple, size: tuple) -> list
     return rows
 
 
-def map_rows(model: Segmenter, seen: dict, size: tuple) -> list[ndarray]:
+def map_rows(model: Segmenter, seen: dict, size: tuple) -> list:
     """What becomes of the four maps, from the backbone to the classifier, a level a column; the
     last panel is all of them as one."""
     head = model.decode_head
@@ -266,8 +265,8 @@ def look_inside(
         *attention_rows(model, seen, at, size),
     ]
     panels = stack([stack(left, 0), stack(map_rows(model, seen, size), 0)], 1)
-    below = legend([prediction], classes, panels.shape[1])
-    return Image.fromarray(stack([panels, below], 0))
+    below = legend([prediction], classes, panels.width)
+    return stack([panels, below], 0)
 
 
 def main() -> None:

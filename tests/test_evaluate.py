@@ -160,7 +160,7 @@ def test_confusion_matrix_and_scores_equal_a_plain_loop():
     lines = text.splitlines()
     shown = [line[0] for line in lines[1:-1]]
     assert shown == ["a", "b", "c", "d"]
-    assert "(4 of 5 classes)" in text
+    assert "(of 4 classes)" in text
     assert f"{result['mIoU']:.2f}" in text
 
 
@@ -168,7 +168,7 @@ def test_scores_of_nothing_are_none_not_zero():
     result = evaluate.scores(np.zeros((3, 3), np.int64))
     assert result["mIoU"] is result["aAcc"] is None
     assert result["IoU"] == [None] * 3
-    assert "--" in evaluate.table(result, ("a", "b", "c"))
+    assert evaluate.table(result, ("a", "b", "c")).count("nan") == 3
 
 
 def test_multi_scale_with_flip_is_the_mean_of_softmaxes_of_single_views():
@@ -481,9 +481,11 @@ def test_a_picture_that_cannot_be_used_ends_evaluate_or_goes_to_the_list_of_faul
 
 
 LACKING = """
-import multiprocessing, signal, sys, ctypes, torch, torch.multiprocessing
+import enum, multiprocessing, signal, sys, ctypes, torch, torch.multiprocessing
 import torch.utils.data._utils.signal_handling as handling
 del signal.SIGUSR1, signal.SIGCHLD
+there = {each.name: int(each) for each in signal.Signals if hasattr(signal, each.name)}
+signal.Signals = enum.IntEnum("Signals", there)
 handling.IS_WINDOWS = True  # torch itself then asks for none of it
 library = ctypes.CDLL
 def cdll(name, *more, **how):
@@ -539,9 +541,11 @@ def test_results_that_cannot_be_written_are_refused_before_the_first_picture(
         assert end.value.code == 2
         assert arguments[1].split("/")[0] in capsys.readouterr().err
 
-    with pytest.raises(pytest.fail.Exception):
-        main(evaluate, "--json", "out.json")
-    assert os.path.exists(run.folder / "out.json")
+    for content in ("", '{"mIoU": 1.0}'):  # none yet, or older scores
+        (run.folder / "out.json").write_text(content)
+        with pytest.raises(pytest.fail.Exception):
+            main(evaluate, "--json", "out.json")
+        assert (run.folder / "out.json").read_text() == content
 
 
 def test_no_output_replaces_what_was_read_or_another_output(run, main, monkeypatch, capsys):
@@ -553,6 +557,7 @@ def test_no_output_replaces_what_was_read_or_another_output(run, main, monkeypat
         picture.save(f"own/{name}")
     os.symlink("own", "link")
     os.link("runs/a/checkpoint_5.pt", "scores.json")
+    (run.folder / "notes.json").write_text("[1]")
     files = [path for path in run.folder.rglob("*") if path.is_file()]
     before = {path: path.read_bytes() for path in files}
     absolute = str(run.folder / "own")
@@ -567,8 +572,9 @@ def test_no_output_replaces_what_was_read_or_another_output(run, main, monkeypat
         (("--image", "link/x.png", "--show", "own"), f"own: {holds}"),
         (("--save-labels", truth), f"{truth}: {holds}"),
         (("--save-labels", "new", "--show", "./new"), f"new: {holds}"),
-        (("--json", f"{truth}/p1.png"), "p1.png: is read"),
-        (("--json", "scores.json"), "scores.json: is read"),
+        (("--json", f"{truth}/p1.png"), "p1.png: exists and holds no scores"),
+        (("--json", "scores.json"), "scores.json: exists and holds no scores"),
+        (("--json", "notes.json"), "notes.json: exists and holds no scores"),
     ):
         with pytest.raises(SystemExit) as end:
             main(evaluate, *arguments)
@@ -679,6 +685,15 @@ def test_unreadable_files_of_a_folder_are_named_at_the_end_and_the_others_labell
     assert processes > 1 or "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("named", ["none.jpg", "empty"])
+def test_a_single_picture_that_is_not_there_is_named_too(named, run, main, monkeypatch):
+    monkeypatch.chdir(run.folder)
+    os.makedirs("empty")
+    with pytest.raises(SystemExit) as end:
+        main(evaluate, "--image", named, "--save-labels", "out", "--workers", 0)
+    assert end.value.code.startswith(f"not labelled: {named}: ")  # printed, with exit code 1
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -699,7 +714,6 @@ def test_unreadable_files_of_a_folder_are_named_at_the_end_and_the_others_labell
         (("--slide", "64", "--stride", "65"), "as many pixels or fewer"),
         (("--checkpoint", "none.pt"), "error: none.pt: "),
         (("--data", "nowhere"), "error: nowhere"),
-        (("--image", "set/images/validation/none.jpg", "--show", "x"), "none.jpg: "),
         (("--checkpoint", "set/images/validation/p0.jpg"), "p0.jpg: "),
     ],
 )
@@ -747,6 +761,8 @@ def test_of_a_run_its_best_is_taken_or_the_newest_and_of_a_folder_of_runs_the_ne
         main(evaluate, "--checkpoint", named, "--workers", 0)
         printed = capsys.readouterr().out
         assert f"{want}: kind ours" in printed
+        said = "runs/a: has no best.pt, its newest checkpoint is taken" in printed
+        assert said == (named == "runs/a")
 
 
 PLAIN = ("a", "b", "c", "d", "e", "f")
@@ -792,7 +808,7 @@ def test_an_architecture_that_a_file_claims_and_its_weights_are_not_is_refused(
 
 def test_more_classes_than_labels_can_hold_are_refused(run, main, monkeypatch, capsys):
     monkeypatch.chdir(run.folder)
-    for n, words in ((255, "knows 255 classes ('class 0'"), (256, "labels of 8 bits hold 255")):
+    for n, words in ((255, "knows 255 classes ('0'"), (256, "labels of 8 bits hold 255")):
         net = build_model("toy_p8", "none", n)
         torch.save(net.state_dict(), "many.pt")
         with pytest.raises(SystemExit) as end:
@@ -860,13 +876,15 @@ def test_damage_met_on_the_way_is_named_too(run):
     assert "Traceback" not in done.stderr
 
 
-def test_overlay_is_the_picture_at_its_own_size_with_colours_of_the_opacity_asked_for():
+def test_sheet_shows_the_picture_at_its_own_size_and_again_below_colours_of_the_opacity():
     image = formulas.picture(200, 333)
     label = formulas.labels(200, 333)[0].astype(np.uint8)
     classes = ade20k.Classes()
     drawn = evaluate.sheet([(image, None, label)], classes, 0.25)
     canvas = np.asarray(drawn).astype(float)
-    got = canvas[4 : 4 + 200, 4 : 4 + 333]
+    rows = slice(28 + 4, 28 + 4 + 200)  # below the caption
+    assert (canvas[rows, 4 : 4 + 333] == image).all()
+    got = canvas[rows, 341 + 4 : 341 + 4 + 333]
     palette = np.array(classes.palette + [[0, 0, 0]] * 106)
 
     want = 0.75 * image + 0.25 * palette[label]
@@ -887,13 +905,13 @@ def test_curves_draw_every_value_where_the_axes_say():
     assert canvas.shape[1] == 800
     distance = np.abs(canvas - (220, 20, 60)).sum(2)  # crimson is the mIoU
     red = np.argwhere(distance < 30)
-    red = red[red[:, 0] > 25]  # below the title; iterations from 10 to 790, values from 370 to 30
+    red = red[red[:, 0] > 25]  # below the title; iterations from 0 to 800, values from 400 to 30
     left = red[red[:, 1].argmin()]
     right = red[red[:, 1].argmax()]
 
-    assert abs(left[1] - (10 + 780 * 0.5)) <= 4
-    assert abs(right[1] - 790) <= 4
-    assert abs(left[0] - (370 - 340 * 0.5)) <= 4
+    assert abs(left[1] - 800 * 0.5) <= 4
+    assert abs(right[1] - 800) <= 4
+    assert abs(left[0] - (400 - 370 * 0.5)) <= 4
     assert abs(right[0] - 30) <= 4
 
 
@@ -913,10 +931,10 @@ def test_any_strip_is_labelled_and_drawn(height, width, small):
     label = evaluate.predict(net.eval(), image, short=32)
     assert label.shape == (height, width)
 
-    for truth, panels, widest in ((label, 3, 400), (None, 1, 4000)):
+    for truth, panels in ((label, 3), (None, 2)):
         drawn = evaluate.sheet([(image, truth, label)], classes)
-        side = min(width, widest)
-        assert side / 2 < drawn.width / panels < side + 160
+        side = min(width, 2000)
+        assert side / 2 < drawn.width / panels < side + 300
         assert height * side / width / 2 < drawn.height < height + 260
 
 
