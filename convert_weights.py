@@ -249,7 +249,7 @@ PATCH_EMBED = re.compile(rf"^(|.*?\.)(?:{'|'.join(map(re.escape, KINDS))})$", re
 
 # Numbers in a file's model; the largest one here has 340 million. (A small file may repeat one
 # number without end.)
-MOST = 1 << 29
+MOST = 500_000_000
 
 
 def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
@@ -277,16 +277,18 @@ def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
     inner = tuple(other for other in prefixes if len(other) > len(prefix))
     used = {name for name in tensors if name.startswith(prefix) and not name.startswith(inner)}
 
+    # A backbone next to a decode_head is part of a whole model, even where its names are not as we
+    # know them: "backbone.module.cls_token", "decode_head.conv_seg.bias".
     others = set()
     for name in entries.keys() - used:
         place, head, _ = name.partition("decode_head.")
-        if head and prefix.startswith(place):  # "backbone.module.cls_token" is its neighbour
+        if head and prefix.startswith(place):
             raise WeightsError(f"{name} is of a whole model, of which {prefix} is only a part")
         if not name.startswith(("args.", "classes", "meta.")):  # see recall
             others.add(".".join(name.split(".")[:2]))
 
     if others:
-        left_out += [f"the file's other entries ({listed(sorted(others))})"]
+        left_out.append(f"the file's other entries ({listed(sorted(others))})")
     return {name.removeprefix(prefix): entries[name] for name in used}
 
 
@@ -297,7 +299,7 @@ def flatten(holder: dict, where: str, seen: set) -> Iterator:
     seen.add(id(holder))
     for key, value in holder.items():
         name = where + WRAPPERS.sub("", str(key))
-        if not (isinstance(value, dict) and value):
+        if not isinstance(value, dict):
             yield name, value
         elif id(value) not in seen:
             yield from flatten(value, name + ".", seen)
@@ -330,7 +332,7 @@ def translate(weights: Tensors, facts: dict) -> Tensors:
             facts["left_out"] += [f"{name} ({reasons[0]})"]
             continue
 
-        # (BatchNorm's counters are whole numbers. They alone have no dimension.)
+        # (Only BatchNorm's counters have no dimension. They are whole numbers.)
         if value.ndim and not (value.is_floating_point() and value.isfinite().all()):
             raise WeightsError(
                 f"{name} holds {value.dtype} that are not finite floating point numbers: it is "
@@ -399,26 +401,25 @@ def recall(content: dict, facts: dict) -> None:
     """Take over what the file says about its training. Our checkpoints hold args and classes.
     mmsegmentation's "meta" holds the run's config, as text, and the classes of the data set."""
     try:
+        # Version 0.x has config, CLASSES and PALETTE here, 1.x has cfg and dataset_meta.
         meta = content.get("meta", {})
-        config = meta.get("config") or meta.get("cfg") or ""  # mmsegmentation 0.x, 1.x
+        config = meta.get("config") or meta.get("cfg") or ""
         if facts["arch"] == "vit_b16" and "deit" in config:
             facts["arch"] = "deit_b16"
 
-        meta = meta | meta.get("dataset_meta", {})  # again 1.x
-        said = {key.lower(): value for key, value in meta.items()}
+        said = {k.lower(): v for k, v in (meta | meta.get("dataset_meta", {})).items()}
         zero_ignored = "reduce_zero_label=True" in config or said.get("reduce_zero_label")
         theirs = said.get("classes"), said.get("palette"), bool(zero_ignored)
         names, palette, *more = content.get("classes") or theirs
         if names:
-            names = tuple(one_line(name.strip()) for name in names)  # one is called "bed "
-            palette = np.array(palette, np.uint8).reshape(len(names), 3).tolist()
-            if len(names) != facts["num_classes"]:
-                raise ValueError
+            palette = np.array(palette, np.uint8).reshape(facts["num_classes"], 3).tolist()
+            named = zip(names, palette, strict=True)  # a name for each colour
+            names = tuple(one_line(name.strip()) for name, _ in named)  # one is called "bed "
             facts["classes"] = (names, palette, *more)
 
         args = content.get("args")
         if args and args["arch"] in ARCHS:
-            facts |= {"args": args, "arch": args["arch"]}
+            facts |= dict(args=args, arch=args["arch"])
     except Exception:  # other people's files may hold anything here
         facts["left_out"] += ["what the file says about its training (not as we know it)"]
 
@@ -437,11 +438,10 @@ def add_known_missing(tensors: Tensors, facts: dict) -> None:
 def fit_positions(tensors: Tensors, backbone: VisionTransformer, facts: dict) -> None:
     """Bring the positions to the backbone's grid or, for a whole model, the backbone to the grid of
     the positions. If the table is missing or is not a square, compare() says so."""
-    name = "backbone.pos_embed"
-    if name not in tensors:
+    if "backbone.pos_embed" not in tensors:
         return
 
-    pos_embed = tensors[name]  # (1, N, D)
+    pos_embed = tensors["backbone.pos_embed"]  # (1, N, D)
     if tensors.pop("backbone.dist_token", None) is not None:  # its position is the second
         others = torch.arange(pos_embed.shape[1]) != 1
         pos_embed = pos_embed[:, others]  # (1, N - 1, D)
@@ -451,16 +451,14 @@ def fit_positions(tensors: Tensors, backbone: VisionTransformer, facts: dict) ->
     if pos_embed.shape[1] == side * side:  # DeiT-III, and DINOv2 with registers
         pos_embed = F.pad(pos_embed, (0, 0, 1, 0))  # (1, 1 + N, D)
         facts["added"] += ["a position of zeros for the class token, which has none"]
-    if pos_embed.shape[1] != 1 + side * side:
-        return
 
     size = side * backbone.patch_embed.patch
     facts["resolution"] = f"{size}x{size}"
     if facts["neck"]:
         backbone.set_grid((side, side))
-    if backbone.grid != (side, side):
+    elif pos_embed.shape[1] == 1 + side * side:
         pos_embed = resize_pos_embed(pos_embed.float(), (side, side), backbone.grid)
-    tensors[name] = pos_embed
+    tensors["backbone.pos_embed"] = pos_embed
 
 
 def compare(tensors: Tensors, model: Tensors) -> None:
@@ -480,9 +478,10 @@ def compare(tensors: Tensors, model: Tensors) -> None:
         for held in (tensors, model)
     ]
     if theirs != ours:
-        more = listed(sorted(theirs - ours)) or "nothing"
-        less = listed(sorted(ours - theirs)) or "nothing"
-        raise WeightsError(f"the file has {more} where the model has {less}")
+        raise WeightsError(
+            f"the file has {listed(sorted(theirs - ours)) or 'nothing'} "
+            f"where the model has {listed(sorted(ours - theirs)) or 'nothing'}"
+        )
 
 
 # ---- From a state_dict to a model ----------------------------------------------------------------
@@ -513,8 +512,9 @@ def load_into(
     ours["backbone.pos_embed"] = used["backbone.pos_embed"]  # set_grid makes room for it
     compare(used, ours)
 
-    left_out = [f"{k} (the model has none of its shape)" for k in state_dict if k not in used]
-    facts["left_out"] += left_out
+    facts["left_out"] += [
+        f"{name} (the model has none of its shape)" for name in state_dict if name not in used
+    ]
     model.backbone.set_grid(facts["grid"])
     model.load_state_dict(used, strict=False)  # compare() was the strict part
 
@@ -541,8 +541,11 @@ def to_mmseg(state_dict: Tensors) -> Tensors:
 
 def backbone_of(state_dict: Tensors) -> Tensors:
     """The tensors of the backbone without its prefix, so in timm's names."""
-    prefix = "backbone."
-    return {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    return {
+        name.removeprefix("backbone."): value
+        for name, value in state_dict.items()
+        if name.startswith("backbone.")
+    }
 
 
 def to_timm(state_dict: Tensors, arch: str) -> Tensors:
@@ -588,14 +591,12 @@ def read_zip(path: str) -> dict:
                 archive.read(entry)
 
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    mapped = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-    return read_torch(path, names, mapped)
+    return read_torch(path, names, all(x.compress_type == zipfile.ZIP_STORED for x in entries))
 
 
-class Skipped(dict):
+class Skipped:
     """Stands in for an object of a foreign class (loss curves, paths, a trainer's own). It takes
-    any arguments and any state, and ignores them. Entries that are set are kept: it also stands in
-    for the classes of dictionaries."""
+    any arguments and any state, and ignores them."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -604,24 +605,25 @@ class Skipped(dict):
         pass
 
 
-def read_torch(path: str, names: Iterable = ("collections.defaultdict",), mapped: bool = True):
+# For all other names: Skipped. (A defaultdict's argument would be called for missing keys.)
+STAND_INS = {"collections.defaultdict": lambda *args: {}}
+
+
+def read_torch(path: str, names: Iterable = STAND_INS, mapped: bool = True) -> dict:
     """torch.save's file, a dictionary. A mapped one takes memory only for the tensors that are
     used.
 
     A pickle names the classes and functions that build its objects. torch knows those of tensors
-    and plain containers. For the others, `names`, we give it a stand-in that does nothing. It calls
-    this and never imports what the pickle names."""
-    stand_ins = [(Skipped, name) for name in names]
+    and plain containers. For the others, `names`, we give it stand-ins that do nothing. torch calls
+    the stand-ins and never imports what the pickle names."""
+    stand_ins = [(STAND_INS.get(name, Skipped), name) for name in names]
 
     try:
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:  # torch's own words advise to execute the file
         raise ValueError("it holds more than tensors and plain containers") from error
-
-    if not isinstance(content, dict):
-        raise ValueError("it holds no dictionary of tensors")
-    return content
+    return dict(content)  # TypeError if it is a list, say
 
 
 # safetensors: u64 n | n bytes of JSON {name: {dtype, shape, data_offsets: [a, b]}} | the data
@@ -646,12 +648,11 @@ def read_safetensors(path: str) -> Tensors:
     header = json.loads(bytes(data[8:start]), object_pairs_hook=unique)
     header.pop("__metadata__", None)
 
-    tensors = {}
+    data, tensors = data[start:], {}
     for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        value = torch.from_numpy(data[start + first : start + last])
-        value = value.view(getattr(torch, DTYPES[entry["dtype"]]))
-        tensors[name] = value.reshape(entry["shape"])
+        value = torch.from_numpy(data[slice(*entry["data_offsets"])])
+        dtype = getattr(torch, DTYPES[entry["dtype"]])
+        tensors[name] = value.view(dtype).reshape(entry["shape"])
 
     return tensors
 
@@ -666,11 +667,11 @@ def write_checkpoint(content: dict, path: str) -> None:
 
 @contextmanager
 def whole_or_not_at_all(path: str) -> Iterator:
-    """Gives the name path.part to write to, then moves the file into its place."""
+    """Gives a name to write to, path.part, and then moves the file into its place."""
     part = Path(path + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield part
+        yield str(part)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)  # a full disk needs the room
@@ -707,8 +708,11 @@ def local_path(url: str) -> str:
     if "://" not in url:
         return url
 
-    advice = "download it by other means and give the file's path, or take --pretrained none"
-    with about(f"{url}: cannot be fetched, {advice}", WeightsError):
+    with about(
+        f"{url}: cannot be fetched, download it by other means and give the file's path, or take "
+        "--pretrained none",
+        WeightsError,
+    ):
         name = os.path.basename(urlparse(url).path)
         sha = re.search(r"-([0-9a-f]{8,64})\.", name)
         if sha is None:  # many files are called model.safetensors: the address tells them apart
@@ -721,8 +725,7 @@ def local_path(url: str) -> str:
         try:
             socket.setdefaulttimeout(60)  # seconds without a byte
             with whole_or_not_at_all(path) as part:
-                progress = sys.stderr.isatty()
-                torch.hub.download_url_to_file(url, part, sha and sha[1], progress)
+                torch.hub.download_url_to_file(url, part, sha and sha[1], sys.stderr.isatty())
                 read_checkpoint(part)  # so only a file that can be opened enters the cache
         finally:
             socket.setdefaulttimeout(timeout)
