@@ -8,7 +8,7 @@ and writes them again.
 Everybody's ViT has the same tensors under other names, so most of the work is a table of names for
 each kind of file. The tables come first. Then come the steps from a file to a state_dict:
 
-    unwrap, translate, check_values, identify, recall, add_known_missing, fit_positions, compare
+    unwrap, translate, identify, recall, add_known_missing, fit_positions, compare
 
 Then come the way back to the names of others and, last, the files themselves. The content tells
 what a file is, not its name: the first bytes tell the container (torch's zip or old pickle,
@@ -27,6 +27,8 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlparse
 
 import numpy as np
@@ -44,7 +46,7 @@ Tensors = dict[str, Tensor]  # by name
 # ---- What the others call our tensors ------------------------------------------------------------
 
 
-def read_table(text: str) -> dict[str, str]:
+def read_table(text: str) -> dict:
     """A line holds a key and, behind blanks, its value."""
     return dict(line.split(maxsplit=1) for line in text.strip().splitlines())
 
@@ -178,7 +180,7 @@ LEFT_OUT = read_table("""
 """)
 
 
-def rename(name: str, table: dict[str, str]) -> str:
+def rename(name: str, table: dict) -> str:
     """backbone.layers.7.ln1.bias -> backbone.blocks.7.norm1.bias, with the table MMSEG."""
     for old, new in table.items():
         name = name.replace(old, new)
@@ -192,7 +194,7 @@ class WeightsError(UserError):
     """A weight file that cannot be used, in one sentence: the file, what is wrong, the way out."""
 
 
-def load_weights(path_or_url: str) -> tuple[Tensors, dict]:
+def load_weights(path_or_url: str) -> tuple:
     """Read any known format. -> (state_dict in our names, facts), or WeightsError. A path behind a
     colon, as in x.pth:teacher, says which model is meant where a file holds several.
 
@@ -221,7 +223,6 @@ def load_weights(path_or_url: str) -> tuple[Tensors, dict]:
     with about(path, WeightsError):
         weights = unwrap(content, choice, facts["left_out"])
         tensors = translate(weights, facts)
-        check_values(tensors)
 
         model = identify(tensors, facts)
         recall(content, facts)
@@ -233,7 +234,7 @@ def load_weights(path_or_url: str) -> tuple[Tensors, dict]:
     return tensors, facts
 
 
-def split_choice(source: str) -> tuple[str, str]:
+def split_choice(source: str) -> tuple:
     """ "x.pth:state.model" -> ("x.pth", "state.model"); ("x.pth", "") without a choice. The colon
     of C:\\x.pth, of a URL or of a file's own name chooses nothing."""
     match = re.fullmatch(r"(..+):([A-Za-z_][\w.-]*)", source)
@@ -248,48 +249,50 @@ PATCH_EMBED = re.compile(rf"^(|.*?\.)(?:{'|'.join(map(re.escape, KINDS))})$", re
 
 # Numbers in a file's model; the largest one here has 340 million. (A small file may repeat one
 # number without end.)
-MOST = 1 << 29
+MOST = 500_000_000
 
 
-def unwrap(content: dict, choice: str, left_out: list[str]) -> Tensors:
+def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
     """Find the one model in a file's content and take off what stands before its names.
     WeightsError if there is no model, or several and no choice.
 
     {"epoch": 3, "state_dict": {"module.cls_token": x, ...}} -> {"cls_token": x, ...}"""
-    entries = list(flatten(content, "", set()))
-    if len(dict(entries)) < len(entries):
-        raise WeightsError("two of its entries differ only by the name of a wrapper")
+    entries = unique(flatten(content, "", set()))
+    tensors = [name for name, value in entries.items() if isinstance(value, Tensor)]
 
     # What a user may call each model, and what stands before its names.
-    tensors = {name: value for name, value in entries if isinstance(value, Tensor)}
     prefixes = PATCH_EMBED.findall("\n".join(tensors))
     models = {prefix.rstrip(".") or "top": prefix for prefix in prefixes}
     if not models:
-        names = listed(list(tensors))
-        raise WeightsError(f"no known kind of checkpoint, its tensors are {names or 'none'}")
+        raise WeightsError(f"no known kind of checkpoint, its tensors: {listed(tensors)}")
     if not choice and len(models) == 1:
         (choice,) = models
     if choice not in models:
-        names = listed(list(models))
-        raise WeightsError(f"holds {len(models)} models, choose one as FILE:NAME, of {names}")
+        raise WeightsError(
+            f"holds {len(models)} models, choose one as FILE:NAME, of {listed(list(models))}"
+        )
 
     # One dictionary may hold several models: "cls_token", "ema_model.cls_token".
     prefix = models[choice]
     inner = tuple(other for other in prefixes if len(other) > len(prefix))
-    weights, others = {}, set()
-    for name, value in entries:
-        first = name.split(".")[:2]
-        if name in tensors and name.startswith(prefix) and not name.startswith(inner):
-            weights[name.removeprefix(prefix)] = value
-        elif first[0] not in ("args", "classes", "meta"):  # see recall
-            others.add(".".join(first))
+    used = {name for name in tensors if name.startswith(prefix) and not name.startswith(inner)}
+
+    # A backbone next to a decode_head is part of a whole model, even where its names are not as we
+    # know them: "backbone.module.cls_token", "decode_head.conv_seg.bias".
+    others = set()
+    for name in entries.keys() - used:
+        place, head, _ = name.partition("decode_head.")
+        if head and prefix.startswith(place):
+            raise WeightsError(f"{name} is of a whole model, of which {prefix} is only a part")
+        if not name.startswith(("args.", "classes", "meta.")):  # see recall
+            others.add(".".join(name.split(".")[:2]))
 
     if others:
         left_out.append(f"the file's other entries ({listed(sorted(others))})")
-    return weights
+    return {name.removeprefix(prefix): entries[name] for name in used}
 
 
-def flatten(holder: dict, where: str, seen: set[int]) -> Iterator[tuple[str, object]]:
+def flatten(holder: dict, where: str, seen: set) -> Iterator:
     """The entries of nested dictionaries by their whole names, without wrappers:
     {"state": {"_orig_mod.cls_token": x}} -> ("state.cls_token", x). A dictionary that stands in
     several places, or in itself, comes once: its id is in `seen`."""
@@ -299,33 +302,47 @@ def flatten(holder: dict, where: str, seen: set[int]) -> Iterator[tuple[str, obj
         if not isinstance(value, dict):
             yield name, value
         elif id(value) not in seen:
-            yield from flatten(value, f"{name}.", seen)
+            yield from flatten(value, name + ".", seen)
+
+
+def unique(pairs: Iterable) -> dict:
+    """dict(pairs), or WeightsError if a name stands twice."""
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            raise WeightsError(f"two of its entries are {name}")
+        found[name] = value
+    return found
 
 
 def translate(weights: Tensors, facts: dict) -> Tensors:
-    """The tensors in our names and shapes, without those that are left out on purpose."""
+    """The tensors in our names and shapes, without those that are left out on purpose. WeightsError
+    for numbers that no training would survive."""
     if sum(value.numel() for value in weights.values()) > MOST:
         raise WeightsError("claims to hold more numbers than any model here has")
 
     (patch_embed,) = KINDS.keys() & weights
-    kind, prefix, table = KINDS[patch_embed]
-    facts["kind"] = kind
+    facts["kind"], prefix, table = KINDS[patch_embed]
 
-    tensors = {}
+    pairs = []
     for name, value in sorted(weights.items()):
         part = name.removeprefix("backbone.")
         reasons = [reason for start, reason in LEFT_OUT.items() if part.startswith(start)]
-        ours = rename(prefix + name, table)
-
         if reasons:
-            facts["left_out"].append(f"{name} ({reasons[0]})")
-        elif ours in tensors:
-            raise WeightsError(f"two of its tensors are {ours}")
-        else:
-            tensors[ours] = from_jax(name, value) if kind == "JAX" else value
+            facts["left_out"] += [f"{name} ({reasons[0]})"]
+            continue
 
-    join_qkv(tensors)
-    return tensors
+        # (Only BatchNorm's counters have no dimension. They are whole numbers.)
+        if value.ndim and not (value.is_floating_point() and value.isfinite().all()):
+            raise WeightsError(
+                f"{name} holds {value.dtype} that are not finite floating point numbers: it is "
+                "quantised, damaged, or of a run that diverged; take an earlier file"
+            )
+        if table is JAX:
+            value = from_jax(name, value)
+        pairs.append((rename(prefix + name, table), value))
+
+    return join_qkv(unique(pairs))
 
 
 def from_jax(name: str, value: Tensor) -> Tensor:
@@ -333,38 +350,23 @@ def from_jax(name: str, value: Tensor) -> Tensor:
     (in, heads, d) and back, (heads, d, out), that of the patches (h, w, in, out)."""
     if name.endswith("bias"):
         return value.flatten()  # those of attention are (heads, d)
-    if not name.endswith("kernel"):
-        return value
-
     if value.ndim == 4:
-        value = value.permute(3, 2, 0, 1)  # (out, in, h, w)
-    elif "/out/" in name:
-        value = value.flatten(0, -2).T  # (out, heads * d)
-    else:
-        value = value.flatten(1).T  # (heads * d, in), or (out, in)
-    return value.contiguous()  # or it would be written with strides
+        return value.permute(3, 2, 0, 1)  # (out, in, h, w)
+    if "/out/" in name:
+        return value.flatten(0, -2).T  # (out, heads * d)
+    if name.endswith("kernel"):
+        return value.flatten(1).T  # (heads * d, in), or (out, in)
+    return value
 
 
-def join_qkv(tensors: Tensors) -> None:
+def join_qkv(tensors: Tensors) -> Tensors:
     """Three matrices q, k, v become one that holds them side by side: a single larger product."""
     for q in [name for name in tensors if ".attn.q." in name]:
-        three = [q.replace(".q.", f".{x}.") for x in "qkv"]
         # One that is missing leaves the result too small, which compare() sees.
-        three = [tensors.pop(name, torch.empty(0)) for name in three]
-        tensors[q.replace(".q.", ".qkv.")] = torch.cat(three)
-
-
-def check_values(tensors: Tensors) -> None:
-    """WeightsError for numbers that no training would survive."""
-    for name, value in tensors.items():
-        if name.endswith(".num_batches_tracked"):  # BatchNorm counts
-            continue
-
-        if not (value.is_floating_point() and value.isfinite().all()):
-            raise WeightsError(
-                f"{name} holds {value.dtype} that are not finite floating point numbers: it is "
-                "quantised, damaged, or of a run that diverged; take an earlier file"
-            )
+        tensors[q.replace(".q.", ".qkv.")] = torch.cat(
+            [tensors.pop(q.replace(".q.", f".{x}."), torch.empty(0)) for x in "qkv"]
+        )
+    return tensors
 
 
 def identify(tensors: Tensors, facts: dict) -> Segmenter:
@@ -383,14 +385,14 @@ def identify(tensors: Tensors, facts: dict) -> Segmenter:
     # What an architecture does not name, it does not have: 0 registers, no layer scale.
     fits = [a for a, sizes in ARCHS.items() if all(sizes.get(k, 0) == found[k] for k in found)]
     if not fits:
-        raise WeightsError(f"no architecture has its sizes, {found}: {', '.join(ARCHS)}")
+        raise WeightsError(f"no architecture has its sizes, {found}")
 
     has = ("backbone.norm.weight" in tensors, "neck.convs.0.weight" in tensors)
     neck = next(name for name, needs in NECKS.items() if needs == has)
     num_classes = len(tensors.get("decode_head.classifier.weight", ())) or None
 
-    facts["dtype"] = str(patch_embed.dtype).removeprefix("torch.")
-    facts |= dict(arch=fits[0], neck=neck if num_classes else None, num_classes=num_classes)
+    facts |= dict(arch=fits[0], num_classes=num_classes, dtype=patch_embed.dtype)
+    facts["neck"] = neck if num_classes else None
     with torch.device("meta"):
         return build_model(fits[0], neck, num_classes or 150)
 
@@ -399,31 +401,27 @@ def recall(content: dict, facts: dict) -> None:
     """Take over what the file says about its training. Our checkpoints hold args and classes.
     mmsegmentation's "meta" holds the run's config, as text, and the classes of the data set."""
     try:
-        classes = content.get("classes")
-        if facts["kind"] == "mmsegmentation":
-            meta = content.get("meta", {})
-            config = "".join(value for value in meta.values() if isinstance(value, str))
-            if facts["arch"] == "vit_b16" and "deit" in config:
-                facts["arch"] = "deit_b16"
+        # Version 0.x has config, CLASSES and PALETTE here, 1.x has cfg and dataset_meta.
+        meta = content.get("meta", {})
+        config = meta.get("config") or meta.get("cfg") or ""
+        if facts["arch"] == "vit_b16" and "deit" in config:
+            facts["arch"] = "deit_b16"
 
-            said = meta.get("dataset_meta", meta)  # mmsegmentation 1.x, 0.x
-            said = {key.lower(): value for key, value in said.items()}
-            zero_ignored = said.get("reduce_zero_label") or "reduce_zero_label=True" in config
-            if "classes" in said:
-                classes = (said["classes"], said.get("palette"), bool(zero_ignored))
-
-        if classes and facts["neck"]:
-            names = tuple(one_line(name.strip()) for name in classes[0])  # one is called "bed "
-            palette = np.array(classes[1], np.uint8).reshape(facts["num_classes"], 3).tolist()
-            if len(names) != len(palette):
-                raise ValueError("not a colour for each name")
-            facts["classes"] = (names, palette, *classes[2:])
+        said = {k.lower(): v for k, v in (meta | meta.get("dataset_meta", {})).items()}
+        zero_ignored = "reduce_zero_label=True" in config or said.get("reduce_zero_label")
+        theirs = said.get("classes"), said.get("palette"), bool(zero_ignored)
+        names, palette, *more = content.get("classes") or theirs
+        if names:
+            palette = np.array(palette, np.uint8).reshape(facts["num_classes"], 3).tolist()
+            named = zip(names, palette, strict=True)  # a name for each colour
+            names = tuple(one_line(name.strip()) for name, _ in named)  # one is called "bed "
+            facts["classes"] = (names, palette, *more)
 
         args = content.get("args")
         if args and args["arch"] in ARCHS:
-            facts |= {"args": args, "arch": args["arch"]}
+            facts |= dict(args=args, arch=args["arch"])
     except Exception:  # other people's files may hold anything here
-        facts["left_out"].append("what the file says about its training (not as we know it)")
+        facts["left_out"] += ["what the file says about its training (not as we know it)"]
 
 
 def add_known_missing(tensors: Tensors, facts: dict) -> None:
@@ -431,46 +429,43 @@ def add_known_missing(tensors: Tensors, facts: dict) -> None:
     bias = "backbone.patch_embed.proj.bias"
     if facts["kind"].startswith("mmsegmentation") and bias not in tensors:
         tensors[bias] = torch.zeros(ARCHS[facts["arch"]]["width"])
-        facts["added"].append("a patch bias of zeros, as mmsegmentation 1.2 has none")
+        facts["added"] += ["a patch bias of zeros, as mmsegmentation 1.2 has none"]
 
     if facts["neck"] and "auxiliary_head.classifier.weight" not in tensors:
-        facts["left_out"].append("auxiliary_head (not in the file, training starts a new one)")
+        facts["left_out"] += ["auxiliary_head (not in the file, training starts a new one)"]
 
 
 def fit_positions(tensors: Tensors, backbone: VisionTransformer, facts: dict) -> None:
     """Bring the positions to the backbone's grid or, for a whole model, the backbone to the grid of
     the positions. If the table is missing or is not a square, compare() says so."""
-    name = "backbone.pos_embed"
-    if name not in tensors:
+    if "backbone.pos_embed" not in tensors:
         return
 
-    pos_embed = tensors[name]  # (1, N, D)
+    pos_embed = tensors["backbone.pos_embed"]  # (1, N, D)
     if tensors.pop("backbone.dist_token", None) is not None:  # its position is the second
-        pos_embed = torch.cat([pos_embed[:, :1], pos_embed[:, 2:]], dim=1)  # (1, N - 1, D)
-        facts["left_out"].append("dist_token and its position (only DeiT's distillation uses it)")
+        others = torch.arange(pos_embed.shape[1]) != 1
+        pos_embed = pos_embed[:, others]  # (1, N - 1, D)
+        facts["left_out"] += ["dist_token and its position (only DeiT's distillation uses it)"]
 
     side = math.isqrt(pos_embed.shape[1])
     if pos_embed.shape[1] == side * side:  # DeiT-III, and DINOv2 with registers
         pos_embed = F.pad(pos_embed, (0, 0, 1, 0))  # (1, 1 + N, D)
-        facts["added"].append("a position of zeros for the class token, which has none")
-    if pos_embed.shape[1] != 1 + side * side:
-        return
+        facts["added"] += ["a position of zeros for the class token, which has none"]
 
     size = side * backbone.patch_embed.patch
     facts["resolution"] = f"{size}x{size}"
     if facts["neck"]:
         backbone.set_grid((side, side))
-    if backbone.grid != (side, side):
+    elif pos_embed.shape[1] == 1 + side * side:
         pos_embed = resize_pos_embed(pos_embed.float(), (side, side), backbone.grid)
-    tensors[name] = pos_embed
+    tensors["backbone.pos_embed"] = pos_embed
 
 
-def compare(tensors: Tensors, model: Tensors, skipped: tuple[str, ...] = ()) -> None:
+def compare(tensors: Tensors, model: Tensors) -> None:
     """WeightsError that lists the tensors that are missing, left over or of another shape.
 
     A file may hold a backbone, a neck, a decode_head and an auxiliary_head. It must hold every
-    tensor of the parts that it has, and of the model's neck if it has a head. Names that begin with
-    one of `skipped` do not count.
+    tensor of the parts that it has, and of the model's neck if it has a head.
 
     (load_state_dict lists such tensors too, but it has overwritten half of a model by then, and
     does not notice that BatchNorm's num_batches_tracked is missing.)"""
@@ -478,16 +473,15 @@ def compare(tensors: Tensors, model: Tensors, skipped: tuple[str, ...] = ()) -> 
     if "decode_head" in must:
         must.add("neck")
 
-    theirs = {f"{name} {tuple(value.shape)}" for name, value in tensors.items()}
-    ours = {
-        f"{name} {tuple(value.shape)}"
-        for name, value in model.items()
-        if name.split(".")[0] in must and not name.startswith(skipped)
-    }
+    theirs, ours = [
+        {f"{name} {tuple(x.shape)}" for name, x in held.items() if name.split(".")[0] in must}
+        for held in (tensors, model)
+    ]
     if theirs != ours:
-        more = listed(sorted(theirs - ours)) or "nothing"
-        less = listed(sorted(ours - theirs)) or "nothing"
-        raise WeightsError(f"the file has {more} where the model has {less}")
+        raise WeightsError(
+            f"the file has {listed(sorted(theirs - ours)) or 'nothing'} "
+            f"where the model has {listed(sorted(ours - theirs)) or 'nothing'}"
+        )
 
 
 # ---- From a state_dict to a model ----------------------------------------------------------------
@@ -505,20 +499,22 @@ def load_into(
     - the final norm of a backbone is left out if the model has none;
     - with new_classes, a whole model for another number of classes leaves both classifiers as they
       are."""
-    here, there = model.decode_head.classifier.out_channels, facts["num_classes"]
-    left_out, reason = (), ""
-    if there is None and model.backbone.norm is None:
-        left_out, reason = ("backbone.norm.",), "the model has no final norm"
-    elif new_classes and there not in (None, here):
+    left_out = ()
+    if facts["neck"] is None and model.backbone.norm is None:
+        left_out = ("backbone.norm.",)
+    elif new_classes and facts["num_classes"] != model.decode_head.classifier.out_channels:
         left_out = ("decode_head.classifier.", "auxiliary_head.classifier.")
-        reason = f"{there} classes in the file, {here} here: training starts new ones"
 
-    used = {name: value for name, value in state_dict.items() if not name.startswith(left_out)}
-    ours = model.state_dict()
+    used, ours = [
+        {name: value for name, value in tensors.items() if not name.startswith(left_out)}
+        for tensors in (state_dict, model.state_dict())
+    ]
     ours["backbone.pos_embed"] = used["backbone.pos_embed"]  # set_grid makes room for it
-    compare(used, ours, left_out)
+    compare(used, ours)
 
-    facts["left_out"] += [f"{name} ({reason})" for name in state_dict if name not in used]
+    facts["left_out"] += [
+        f"{name} (the model has none of its shape)" for name in state_dict if name not in used
+    ]
     model.backbone.set_grid(facts["grid"])
     model.load_state_dict(used, strict=False)  # compare() was the strict part
 
@@ -526,11 +522,11 @@ def load_into(
 def describe(facts: dict) -> str:
     """facts in one line."""
     keys = "kind arch neck num_classes resolution tensors dtype added left_out"
-    words = []
-    for key in keys.split():
-        value = facts.get(key)
-        if value:
-            words.append(f"{key} {listed(value) if isinstance(value, list) else value}")
+    words = [
+        f"{key} {listed(facts[key]) if isinstance(facts[key], list) else facts[key]}"
+        for key in keys.split()
+        if facts.get(key)
+    ]
     return one_line("; ".join(words))
 
 
@@ -545,8 +541,11 @@ def to_mmseg(state_dict: Tensors) -> Tensors:
 
 def backbone_of(state_dict: Tensors) -> Tensors:
     """The tensors of the backbone without its prefix, so in timm's names."""
-    prefix = "backbone."
-    return {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    return {
+        name.removeprefix("backbone."): value
+        for name, value in state_dict.items()
+        if name.startswith("backbone.")
+    }
 
 
 def to_timm(state_dict: Tensors, arch: str) -> Tensors:
@@ -554,9 +553,8 @@ def to_timm(state_dict: Tensors, arch: str) -> Tensors:
     so the position is added to the token."""
     out = backbone_of(state_dict)
     if not ARCHS[arch].get("cls_position", True):
-        pos_embed = out["pos_embed"]  # (1, 1 + h w, D)
-        out["cls_token"] = out["cls_token"] + pos_embed[:, :1]
-        out["pos_embed"] = pos_embed[:, 1:].contiguous()
+        cls, out["pos_embed"] = out["pos_embed"].tensor_split([1], dim=1)  # (1, 1, D), (1, h w, D)
+        out["cls_token"] = out["cls_token"] + cls
     return out
 
 
@@ -582,21 +580,18 @@ def read_zip(path: str) -> dict:
     """numpy's archive of arrays (numpy refuses Python objects by itself), or torch.save's file."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        if all(entry.filename.endswith(".npy") for entry in entries):
+        if entries[0].filename.endswith(".npy"):
             with np.load(path) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+                return {name: torch.from_numpy(value) for name, value in arrays.items()}
 
         # Reading an entry compares it with its checksum, which torch does not do. A checksum of 0
         # means that torch was told to compute none.
         for entry in entries:
             if entry.CRC:
-                with archive.open(entry) as file:
-                    while file.read(1 << 20):
-                        pass
+                archive.read(entry)
 
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    mapped = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-    return read_torch(path, names, mapped)
+    return read_torch(path, names, all(x.compress_type == zipfile.ZIP_STORED for x in entries))
 
 
 class Skipped:
@@ -610,20 +605,17 @@ class Skipped:
         pass
 
 
-def plain_dict(*args) -> dict:
-    """Stands in for collections.defaultdict, whose argument would be called for missing keys."""
-    return {}
+# For all other names: Skipped. (A defaultdict's argument would be called for missing keys.)
+STAND_INS = {"collections.defaultdict": lambda *args: {}}
 
 
-STAND_INS = {"collections.defaultdict": plain_dict}  # for all other names: Skipped
-
-
-def read_torch(path: str, names: Iterable[str] = STAND_INS, mapped: bool = True) -> dict:
-    """torch.save's file. A mapped one takes memory only for the tensors that are used.
+def read_torch(path: str, names: Iterable = STAND_INS, mapped: bool = True) -> dict:
+    """torch.save's file, a dictionary. A mapped one takes memory only for the tensors that are
+    used.
 
     A pickle names the classes and functions that build its objects. torch knows those of tensors
-    and plain containers. For the others, `names`, we give it stand-ins that do nothing. It calls
-    these and never imports what the pickle names."""
+    and plain containers. For the others, `names`, we give it stand-ins that do nothing. torch calls
+    the stand-ins and never imports what the pickle names."""
     stand_ins = [(STAND_INS.get(name, Skipped), name) for name in names]
 
     try:
@@ -631,10 +623,7 @@ def read_torch(path: str, names: Iterable[str] = STAND_INS, mapped: bool = True)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:  # torch's own words advise to execute the file
         raise ValueError("it holds more than tensors and plain containers") from error
-
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not a dictionary of tensors")
-    return content
+    return dict(content)  # TypeError if it is a list, say
 
 
 # safetensors: u64 n | n bytes of JSON {name: {dtype, shape, data_offsets: [a, b]}} | the data
@@ -656,34 +645,36 @@ def read_safetensors(path: str) -> Tensors:
     """Tensors that are views of the mapped file, read when they are used."""
     data = np.memmap(path, np.uint8, mode="c")  # bytes; what is written to them stays in memory
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(bytes(data[8:start]))
+    header = json.loads(bytes(data[8:start]), object_pairs_hook=unique)
     header.pop("__metadata__", None)
 
-    tensors = {}
+    data, tensors = data[start:], {}
     for name, entry in header.items():
-        first, last = entry["data_offsets"]
+        value = torch.from_numpy(data[slice(*entry["data_offsets"])])
         dtype = getattr(torch, DTYPES[entry["dtype"]])
-        value = torch.from_numpy(data[start + first : start + last])
         tensors[name] = value.view(dtype).reshape(entry["shape"])
 
     return tensors
 
 
 def write_checkpoint(content: dict, path: str) -> None:
-    """torch.save to path.part, then move it into place: a reader never sees half a file. OSError or
-    (torch) RuntimeError."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part = path + ".part"
+    """torch.save, so that a reader never sees half a file. OSError or (torch) RuntimeError."""
+    with whole_or_not_at_all(path) as part, open(part, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it has its name, should the power fail
 
+
+@contextmanager
+def whole_or_not_at_all(path: str) -> Iterator:
+    """Gives a name to write to, path.part, and then moves the file into its place."""
+    part = Path(path + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(part, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before it has its name, should the power fail
-        os.replace(part, path)
+        yield str(part)
+        part.replace(path)
     finally:
-        if os.path.exists(part):
-            os.remove(part)  # a full disk needs the room
+        part.unlink(missing_ok=True)  # a full disk needs the room
 
 
 # ---- URLs ----------------------------------------------------------------------------------------
@@ -710,37 +701,35 @@ PRETRAINED = read_table("""
 def local_path(url: str) -> str:
     """A path stays as it is. A URL's file is fetched to torch's cache, if it is not there yet.
     -> its path. With several processes, one has to call this before the others do. Hexadecimal
-    digits at the end of a file's name are the start of its sha256, which is checked."""
-    if not url.startswith(("http://", "https://")):
+    digits at the end of a file's name are the start of its sha256, which is checked.
+
+    torch's download would wait for ever for a server that stalls, and does not notice that a body
+    was cut short."""
+    if "://" not in url:
         return url
 
-    advice = "download it by other means and give the file's path, or take --pretrained none"
-    with about(f"{url}: cannot be fetched, {advice}", WeightsError):
+    with about(
+        f"{url}: cannot be fetched, download it by other means and give the file's path, or take "
+        "--pretrained none",
+        WeightsError,
+    ):
         name = os.path.basename(urlparse(url).path)
         sha = re.search(r"-([0-9a-f]{8,64})\.", name)
         if sha is None:  # many files are called model.safetensors: the address tells them apart
             name = hashlib.sha256(url.encode()).hexdigest()[:8] + "_" + name
-
         path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-        if not os.path.exists(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            fetch(url, path, sha and sha[1])
+        if os.path.exists(path):
+            return path
+
+        timeout = socket.getdefaulttimeout()
+        try:
+            socket.setdefaulttimeout(60)  # seconds without a byte
+            with whole_or_not_at_all(path) as part:
+                torch.hub.download_url_to_file(url, part, sha and sha[1], sys.stderr.isatty())
+                read_checkpoint(part)  # so only a file that can be opened enters the cache
+        finally:
+            socket.setdefaulttimeout(timeout)
         return path
-
-
-def fetch(url: str, path: str, sha: str | None) -> None:
-    """torch's download, and what it lacks: it would wait for ever for a server that stalls, and it
-    does not notice that a body was cut short. Any exception where the file cannot be had whole."""
-    timeout, part = socket.getdefaulttimeout(), path + ".part"
-    try:
-        socket.setdefaulttimeout(60)  # seconds without a byte
-        torch.hub.download_url_to_file(url, part, sha, progress=sys.stderr.isatty())
-        read_checkpoint(part)  # so only a file that can be opened enters the cache
-        os.replace(part, path)
-    finally:
-        socket.setdefaulttimeout(timeout)
-        if os.path.exists(part):
-            os.remove(part)
 
 
 # ---- python convert_weights.py -------------------------------------------------------------------
@@ -748,23 +737,22 @@ def fetch(url: str, path: str, sha: str | None) -> None:
 
 def convert(src: str, dst: str, to: str) -> None:
     """Read src, write dst in the names of `to`, say what was done."""
-    file, _ = split_choice(src)
     if dst.endswith(".safetensors"):
-        raise WeightsError(f"{dst}: safetensors are only read; torch's file is written, as x.pt")
-    if os.path.realpath(file) in (os.path.realpath(dst), os.path.realpath(dst + ".part")):
-        raise WeightsError(f"{dst}: writing it would overwrite {file}, give it another name")
+        raise WeightsError("safetensors are only read; torch's file is written, as x.pt")
+    if os.path.realpath(split_choice(src)[0]).removesuffix(".part") == os.path.realpath(dst):
+        raise WeightsError(f"{dst} would overwrite the file that is read, give it another name")
 
     state_dict, facts = load_weights(src)
     arch = facts["arch"]
     print(describe(facts))
 
     if to == "ours":
-        content = {"model": state_dict, "args": {"arch": arch}}
-        content |= {key: facts[key] for key in ("args", "classes") if key in facts}
+        args = facts.get("args", {"arch": arch})
+        content = {"model": state_dict, "args": args, "classes": facts.get("classes")}
     elif to == "timm":
         content = to_timm(state_dict, arch)
     elif ARCHS[arch].get("layer_scale"):
-        raise WeightsError(f"{src}: {arch} has layer scale, mmsegmentation's ViT has none")
+        raise WeightsError(f"{arch} has layer scale, mmsegmentation's ViT has none")
     else:
         content = to_mmseg(state_dict)
         content = backbone_of(content) if facts["neck"] is None else {"state_dict": content}
@@ -774,7 +762,7 @@ def convert(src: str, dst: str, to: str) -> None:
         )
 
     write_checkpoint(content, dst)
-    print(f"{dst}: written, {to}")
+    print("written:", dst)
 
 
 def main() -> None:
@@ -783,14 +771,13 @@ def main() -> None:
         epilog="example: python convert_weights.py upernet_deit-s16.pth deit_s.pt",
     )
     add = parser.add_argument
-    add("src", metavar="SRC", help="file or URL; SRC:path.to.it means one of several models in it")
-    add("dst", metavar="DST", help="the file to write, as torch.save does")
+    add("src", help="file or URL; SRC:path.to.it means one of several models in it")
+    add("dst", help="the file to write, as torch.save does")
     add("--to", choices=("ours", "mmseg", "timm"), default="ours",
         help="mmseg: {'state_dict': ...} in its names; timm: only the backbone (default: ours)")
-    args = parser.parse_args()
 
     with errors_in_one_sentence():
-        convert(args.src, args.dst, args.to)
+        convert(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -156,8 +156,8 @@ def test_a_backbone_sets_the_backbone_alone_and_says_what_it_left_out(net, tmp_p
     assert torch.equal(other.backbone.pos_embed, net.backbone.pos_embed)
     assert torch.equal(other.decode_head.classifier.weight, head)
     assert sorted(facts["left_out"]) == [
-        "backbone.norm.bias (the model has no final norm)",
-        "backbone.norm.weight (the model has no final norm)",
+        "backbone.norm.bias (the model has none of its shape)",
+        "backbone.norm.weight (the model has none of its shape)",
     ]
 
     del state_dict["backbone.blocks.1.mlp.fc1.bias"]
