@@ -139,9 +139,7 @@ def positions(
 # ---- transforms ----------------------------------------------------------------------------------
 
 
-def train_transform(
-    image: ndarray, label: ndarray, rng: Generator, crop: int, short: int
-) -> tuple:
+def train_transform(image: ndarray, label: ndarray, rng: Generator, crop: int, short: int) -> tuple:
     """The reference's training pipeline up to normalisation: scale, crop, flip, distort, pad.
 
     image (H, W, 3) uint8, label (H, W) uint8 -> (3, crop, crop) uint8, (crop, crop) uint8, (h, w)
@@ -195,9 +193,9 @@ def nearest_indices(old: int, new: int) -> ndarray:
     return np.minimum(np.int64(index), old - 1)
 
 
-def resize_bilinear(image: ndarray, h: int, w: int, box: tuple | None = None) -> ndarray:
+def resize_bilinear(image: ndarray, h: int, w: int, box: tuple = ()) -> ndarray:
     """What cv2.resize(image, (w, h))[y0:y1, x0:x1] gives, within one grey level, computing only
-    box = (y0, x0, y1, x1).
+    box = (y0, x0, y1, x1), or all where there is none.
 
     image (H, W, 3) uint8 -> (3, y1 - y0, x1 - x0) uint8. No antialiasing when shrinking: Pillow's
     filters, which do, would feed the network smoother pictures than the published runs saw."""
@@ -266,6 +264,7 @@ def scale_levels(x: ndarray, factor: float, offset: float = 0) -> ndarray:
 
 
 def to_uint8(x: ndarray) -> ndarray:
+    # Whatever lies outside 0..255 is clipped: a bare conversion would wrap around.
     return np.uint8(x.clip(0, 255))
 
 
@@ -439,6 +438,7 @@ def load_label(path: str, classes: Classes = Classes()) -> ndarray:
         count = len(classes.names)
         if classes.ignored_colours is None:
             values = np.asarray(file)
+
             # Labels are shifted here, and back only where evaluate.py saves predictions.
             first, unlabelled = (1, 0) if classes.zero_ignored else (0, IGNORE_INDEX)
             table = np.full(65536, -1, np.int16)  # what each value of a file means
@@ -503,8 +503,8 @@ def read_classes(root: str) -> Classes:
                     case _:
                         # Hues in steps of the golden section are far apart however many there
                         # are; three brightnesses tell apart what comes near.
-                        brightness = 1 - len(names) % 3 / 4
-                        rgb = colorsys.hsv_to_rgb(len(names) * 0.618 % 1, 0.9, brightness)
+                        k = len(names)
+                        rgb = colorsys.hsv_to_rgb(k * 0.618 % 1, 0.9, 1 - k % 3 / 4)
                         palette.append(colour or [round(255 * x) for x in rgb])
                         names.append(name)
 
@@ -572,8 +572,8 @@ def listed(texts: list) -> str:
 
 
 def check(root: str) -> list:
-    """Read every file of a data set; print the sizes, the classes, and every fault by file. -> the
-    faults"""
+    """Read every file of a data set; print the sizes, the classes, and in the end every fault by
+    file. -> the faults"""
     classes = read_classes(root)
     faults = []
 
@@ -591,7 +591,7 @@ def check(root: str) -> list:
         ("validation", find_pairs(root, "validation", optional=True)),
     ):
         good = []
-        with ThreadPool(16) as pool:
+        with ThreadPool(16) as pool:  # Pillow decodes outside Python's lock
             for facts in pool.imap(read, pairs):
                 good += facts
                 progress(f"{split}: {len(good)} of {len(pairs)}")
@@ -933,10 +933,10 @@ def data_root(name: str) -> str:
 def make_toy(root: str) -> str:
     """Draw 96 training and 24 validation pictures in ADE20K's layout, with a classes.txt of their
     own, in root; where root exists, leave it. -> root"""
-    if exists(join(root, "classes.txt")):
-        return root
     if exists(root):
-        raise DataError(f"{root}: has no classes.txt, as older toy sets: remove it, run again")
+        if not exists(join(root, "classes.txt")):
+            raise DataError(f"{root}: has no classes.txt, as older toy sets: remove it, run again")
+        return root
 
     part = f"{Path(root)}.part{os.getpid()}"  # moved into place when whole
     for i in range(120):
