@@ -22,10 +22,11 @@ import re
 import shutil
 import socket
 import sys
-import zipfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from os.path import dirname, exists, isdir, join, lexists, splitext
 from pathlib import Path
 from typing import NamedTuple
@@ -42,14 +43,12 @@ from upernet import IGNORE_INDEX
 
 DEFAULT_ROOT = "data/ade/ADEChallengeData2016"
 
-Pair = tuple[str, str]  # the paths of a picture and of its label file
-
 
 # ---- classes -------------------------------------------------------------------------------------
 
 # Names and colours of the challenge (objectInfo150, color150), the names as the reference prints
 # them.
-CLASSES = tuple("""
+CLASSES = tuple(re.split(r",\s+", """\
 wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
 person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
 house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub,
@@ -63,8 +62,7 @@ stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming p
 barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade name,
 microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase,
 traffic light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower,
-radiator, glass, clock, flag
-""".strip().replace("\n", " ").split(", "))
+radiator, glass, clock, flag"""))
 PALETTE = np.frombuffer(bytes.fromhex("""
 787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff0652
 8fff8cccff04ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0
@@ -82,8 +80,8 @@ b8ff000085ffffd60019c2c266ff005c00ff
 class Classes(NamedTuple):
     """What the labels of a data set mean."""
 
-    names: tuple[str, ...] = CLASSES
-    palette: list[list[int]] = PALETTE.tolist()  # [R, G, B] of each, 0..255
+    names: tuple = CLASSES
+    palette: list = PALETTE.tolist()  # [R, G, B] of each, 0..255
 
     # In ADE20K's label files 0 means "not labelled", and k is class k - 1. Without zero_ignored k
     # is class k, and 255 means "not labelled".
@@ -91,7 +89,7 @@ class Classes(NamedTuple):
 
     # A list: the label files hold the colours of the palette, and those of the list mean "not
     # labelled". None: they hold numbers.
-    ignored_colours: list[list[int]] | None = None
+    ignored_colours: list | None = None
 
 
 # ---- samples -------------------------------------------------------------------------------------
@@ -103,13 +101,13 @@ class TrainSet(torch.utils.data.Dataset):
     is cut and distorted. So a run does not depend on the number of workers and processes, and one
     resumed at iteration i continues at once with the samples it would have seen."""
 
-    pairs: list[Pair]
+    pairs: list  # of the paths of a picture and its label file
     seed: int
     crop: int = 512
     short: int = 512
     classes: Classes = Classes()
 
-    def paths(self, position: int) -> Pair:
+    def paths(self, position: int) -> tuple:
         """The picture and its label file. Every pass over the data has an order of its own."""
         epoch, i = divmod(position, len(self.pairs))
         rng = default_rng([self.seed, epoch, 0])
@@ -120,7 +118,7 @@ class TrainSet(torch.utils.data.Dataset):
         try:
             image, label = load(*self.paths(position), self.classes)
         except DataError as fault:
-            raise DataError(f"{fault}; `python ade20k.py check DIR` names all faults") from fault
+            raise DataError(f"{fault}; `python ade20k.py check DIR` names all faults")
 
         rng = default_rng([self.seed, position, 1])
         sample = train_transform(image, label, rng, self.crop, self.short)
@@ -129,7 +127,7 @@ class TrainSet(torch.utils.data.Dataset):
 
 def positions(
     start: int, iters: int, batch: int, rank: int = 0, world: int = 1
-) -> Iterator[list[int]]:
+) -> Iterator[list]:
     """Iteration i takes the positions i * batch to (i + 1) * batch - 1. Yields, for each iteration
     from start on, the equal part of them that one process takes."""
     count = batch // world
@@ -141,9 +139,7 @@ def positions(
 # ---- transforms ----------------------------------------------------------------------------------
 
 
-def train_transform(
-    image: ndarray, label: ndarray, rng: Generator, crop: int = 512, short: int = 512
-) -> tuple:
+def train_transform(image: ndarray, label: ndarray, rng: Generator, crop: int, short: int) -> tuple:
     """The reference's training pipeline up to normalisation: scale, crop, flip, distort, pad.
 
     image (H, W, 3) uint8, label (H, W) uint8 -> (3, crop, crop) uint8, (crop, crop) uint8, (h, w)
@@ -153,19 +149,28 @@ def train_transform(
     # Scale the picture into (4 short, short) * U(0.5, 2).
     H, W = label.shape
     ratio = rng.random() * 1.5 + 0.5
-    long = 4 * short
-    h, w = scaled_size(H, W, int(long * ratio), int(short * ratio))
+    h, w = scaled_size(H, W, int(4 * short * ratio), int(short * ratio))
     label = label[nearest_indices(H, h)][:, nearest_indices(W, w)]  # (h, w)
 
+    # A crop in which one class covers 75% or more of the labelled pixels teaches little: it is
+    # redrawn, at most ten times.
+    for _ in range(11):
+        y = rng.integers(max(h - crop, 0) + 1)
+        x = rng.integers(max(w - crop, 0) + 1)
+        cropped = label[y : y + crop, x : x + crop]
+        # The pixels of each class. (bincount takes twice as long.)
+        pixels = Image.fromarray(cropped).histogram()[:IGNORE_INDEX]
+        if max(pixels) < 0.75 * sum(pixels):
+            break
+
     # Of the image only the part inside the crop is resized.
-    label, y, x = random_crop(label, crop, rng)
+    label = cropped
     height, width = label.shape  # crop, or less where the picture is smaller
-    box = (y, x, y + height, x + width)
-    image = resize_bilinear(image, h, w, box)  # (3, height, width)
+    image = resize_bilinear(image, h, w, (y, x, y + height, x + width))  # (3, height, width)
 
     if rng.random() < 0.5:
-        image = image[:, :, ::-1]
-        label = label[:, ::-1]
+        image = np.flip(image, axis=2)
+        label = np.flip(label, axis=1)
     image = distort(image, rng)
 
     pad = [(0, crop - height), (0, crop - width)]
@@ -174,68 +179,46 @@ def train_transform(
     return image, label, (height, width)
 
 
-def random_crop(label: ndarray, crop: int, rng: Generator) -> tuple:
-    """label (H, W) -> a crop of it, and its upper left corner y, x. A crop in which one class
-    covers 75% or more of the labelled pixels teaches little: it is redrawn, at most ten times."""
-    h, w = label.shape
-    for _ in range(11):
-        y = rng.integers(max(h - crop, 0) + 1)
-        x = rng.integers(max(w - crop, 0) + 1)
-        cropped = label[y : y + crop, x : x + crop]
-
-        histogram = Image.fromarray(cropped).histogram()  # (bincount takes twice as long)
-        pixels = histogram[:IGNORE_INDEX]  # of each class
-        if max(pixels) < 0.75 * sum(pixels):
-            break
-    return cropped, y, x
-
-
-def scaled_size(height: int, width: int, long: int, short: int) -> tuple[int, int]:
+def scaled_size(height: int, width: int, long: int, short: int) -> tuple:
     """The largest (h, w) of the same aspect with long side <= long, short side <= short, as
     mmcv.rescale_size; at least 1."""
     scale = min(long / max(height, width), short / min(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    return tuple(max(1, int(side * scale + 0.5)) for side in (height, width))
 
 
 def nearest_indices(old: int, new: int) -> ndarray:
     """The source index of each of `new` pixels, as cv2's INTER_NEAREST: floor(i * old / new), not
     the pixel's centre."""
     index = np.arange(new) * (1 / (new / old))  # cv2's old / new, with its last bit
-    return np.minimum(index.astype(np.int64), old - 1)
+    return np.minimum(np.int64(index), old - 1)
 
 
-def resize_bilinear(image: ndarray, h: int, w: int, box: tuple | None = None) -> ndarray:
+def resize_bilinear(image: ndarray, h: int, w: int, box: tuple = ()) -> ndarray:
     """What cv2.resize(image, (w, h))[y0:y1, x0:x1] gives, within one grey level, computing only
-    box = (y0, x0, y1, x1).
+    box = (y0, x0, y1, x1), or all where there is none.
 
     image (H, W, 3) uint8 -> (3, y1 - y0, x1 - x0) uint8. No antialiasing when shrinking: Pillow's
     filters, which do, would feed the network smoother pictures than the published runs saw."""
     y0, x0, y1, x1 = box or (0, 0, h, w)
     H, W, _ = image.shape
-    y = source_places(y0, y1, H, h)
-    x = source_places(x0, x1, W, w)
+    y = (np.arange(y0, y1) + 0.5) * H / h - 0.5  # the places that the pixels' centres come from
+    x = (np.arange(x0, x1) + 0.5) * W / w - 0.5
 
     # Take the rows that the target needs, mix their columns, mix the rows.
-    first, end = int(y[0]), int(y[-1]) + 2
-    image = image[first:end].transpose(2, 0, 1)  # (3, n, W)
-    image = image.astype(np.float32, order="C")
+    first = int(y[0])
+    image = image[first : int(y[-1]) + 2].transpose(2, 0, 1)  # (3, n, W)
+    image = np.ascontiguousarray(image, np.float32)
     image = interpolate(image, x, axis=2)  # (3, n, x1 - x0)
     image = interpolate(image, y - first, axis=1)  # (3, y1 - y0, x1 - x0)
     image += 0.5
-    return image.astype(np.uint8)
-
-
-def source_places(first: int, end: int, old: int, new: int) -> ndarray:
-    """Of an axis resized from old to new pixels: the places in the source that the centres of the
-    target pixels first to end - 1 come from."""
-    return (np.arange(first, end) + 0.5) * old / new - 0.5
+    return np.uint8(image)
 
 
 def interpolate(x: ndarray, place: ndarray, axis: int) -> ndarray:
     """x (3, H, W) float32 at places between its pixels along an axis: 2.25 is a quarter of the
     way from pixel 2 to pixel 3."""
-    index = np.floor(place).astype(np.intp)
-    weight = (place - index).astype(np.float32)
+    index = np.intp(np.floor(place))
+    weight = np.float32(place - index)
     if axis == 1:
         weight = weight[:, None]
 
@@ -277,29 +260,31 @@ def distort(image: ndarray, rng: Generator) -> ndarray:
 
 def scale_levels(x: ndarray, factor: float, offset: float = 0) -> ndarray:
     """x * factor + offset, clipped to 0..255 and truncated, uint8."""
-    x = x.astype(np.float32) * factor + offset
-    return np.clip(x, 0, 255).astype(np.uint8)
+    return to_uint8(np.float32(x) * factor + offset)
+
+
+def to_uint8(x: ndarray) -> ndarray:
+    # Whatever lies outside 0..255 is clipped: a bare conversion would wrap around.
+    return np.uint8(x.clip(0, 255))
 
 
 # ImageNet's, RGB. The reference uses them for ViT-B too, although its weights were pretrained with
 # 127.5 / 127.5.
-MEAN, STD = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]]).view(2, 3, 1, 1)
+MEAN_STD = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]]).view(2, 3, 1, 1)
 
 
 def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
     """(B, 3, H, W) uint8 -> (x - mean) / std, float32, on the images' device; 0 outside each
     picture's (h, w) in sizes (B, 2), where the picture was padded."""
     # (A copy that blocks would wait for all that the GPU has still to do.)
-    device = images.device
-    x = images.float() - MEAN.to(device, non_blocking=True)
-    x = x / STD.to(device, non_blocking=True)
+    mean, std = MEAN_STD.to(images.device, non_blocking=True)
+    x = (images.float() - mean) / std
     if sizes is None:
         return x
 
     h, w = sizes.T[..., None, None, None]  # each (B, 1, 1, 1)
-    in_rows = torch.arange(x.shape[2], device=device)[:, None] < h  # (B, 1, H, 1)
-    in_columns = torch.arange(x.shape[3], device=device) < w  # (B, 1, 1, W)
-    return x * (in_rows & in_columns)
+    row, column = (torch.arange(n, device=x.device) for n in x.shape[2:])  # (H,), (W,)
+    return x * ((row[:, None] < h) & (column < w))
 
 
 # ---- HSV, as the reference's cv2 rounds it -------------------------------------------------------
@@ -309,20 +294,17 @@ def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
 # on trust that both functions equal cv2's, continue with the next part.
 
 
-def fixed_point(numerator: int) -> ndarray:
-    """numerator / n for n = 0..255 (0 for n = 0) in 20.12 fixed point: cv2 divides by table."""
-    quotients = np.append(0, (numerator << 12) / np.arange(1.0, 256))
-    return np.rint(quotients).astype(np.int32)
-
-
-HUE_STEP = fixed_point(30)  # 30 / spread: a sixth of the circle is 30 steps
-SATURATION_STEP = fixed_point(255)  # 255 / value
+# cv2 divides by tables of 30 / spread (a sixth of the circle is 30 steps) and 255 / value for 1 to
+# 255, in 20.12 fixed point. (0 divides nothing but 0.)
+HUE_STEP, SATURATION_STEP = np.int32(
+    np.rint(np.array([[30], [255]]) * 4096 / np.arange(256).clip(1))
+)
 
 
 def rgb_to_hsv(image: ndarray) -> tuple:
     """(3, H, W) uint8 -> hue (H, W) 0..179, saturation 0..255, value 0..255, integers, equal to
     cv2's."""
-    rgb = image.astype(np.int16)
+    rgb = np.int16(image)
     r, g, b = rgb
     value = rgb.max(axis=0)
     spread = value - rgb.min(axis=0)
@@ -334,10 +316,10 @@ def rgb_to_hsv(image: ndarray) -> tuple:
     saturation = spread * SATURATION_STEP.take(value, mode="clip")
     hue = hue * HUE_STEP.take(spread, mode="clip")
     for x in (saturation, hue):
-        x += 1 << 11  # so that the shift rounds
+        x += 2048  # so that the shift rounds
         x >>= 12
     hue[hue < 0] += 180
-    return hue.astype(np.intp), saturation, value  # (hue: an index)
+    return np.intp(hue), saturation, value  # (hue: an index)
 
 
 # Back to RGB (Smith 1978, "Color gamut transform pairs"): channel = value * (1 - saturation *
@@ -346,8 +328,7 @@ def rgb_to_hsv(image: ndarray) -> tuple:
 # so that the truncation at the end meets the same numbers.
 SECTOR = np.float32(np.arange(180)) * (6 / 180)  # 0..6
 PLACE = (np.float64(SECTOR) + [[5], [3], [1]]) % 6  # (3, 180): of R, G, B
-RAMP = np.minimum(PLACE, 4 - PLACE).clip(0, 1)
-FADE = np.float64(np.float32(RAMP))
+FADE = np.float64(np.float32(np.minimum(PLACE, 4 - PLACE).clip(0, 1)))
 
 
 def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
@@ -356,8 +337,8 @@ def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
     value = np.float32(value) * (1 / 255)
     saturation = np.float64(np.float32(saturation) * (1 / 255))
 
-    image = np.empty((3, *hue.shape), np.uint8)
-    for channel, fade in zip(image, FADE):
+    channels = []
+    for fade in FADE:
         # float64 up to the bracket's end, rounded once: cv2 uses a fused multiply-add there. In
         # place, because new memory costs more than the sums.
         x = fade.take(hue)
@@ -365,17 +346,14 @@ def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
         x = np.float32(1 - x)
         x *= value
         x *= 255
-        channel[:] = x
-    return image
+        channels.append(np.uint8(x))
+    return np.stack(channels)
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
-# The formats of label files, which keep every value. (TIFF does so in most compressions.)
-LOSSLESS = ("PNG", "BMP", "TIFF")
-
 # Pillow refuses a png with more than 1 MB of text; accept it up to 16 MB.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 24
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 16_000_000
 
 
 class UserError(Exception):
@@ -388,7 +366,7 @@ class DataError(UserError):
 
 
 @contextmanager
-def about(path: str, kind: type[UserError] = DataError) -> Iterator[None]:
+def about(path: str, kind: type = DataError) -> Iterator:
     """Whatever goes wrong inside becomes one sentence that begins with the file's name."""
     try:
         yield
@@ -410,10 +388,11 @@ def load(image_path: str, label_path: str | None, classes: Classes = Classes()) 
         return image, None
 
     label = load_label(label_path, classes)
-    if label.shape != image.shape[:2]:
+    size = image.shape[:2]
+    if label.shape != size:
         raise DataError(
-            f"{image_path}: the picture has height and width {image.shape[:2]}, its label file "
-            f"{label.shape}, they must be equal"
+            f"{image_path}: the picture has height and width {size}, its label file {label.shape}, "
+            "they must be equal"
         )
     return image, label
 
@@ -435,11 +414,10 @@ def load_image(path: str) -> ndarray:
         with suppress(Exception):
             ImageOps.exif_transpose(picture, in_place=True)
 
-        if picture.mode == "F":
-            raise ValueError("its pixels are floating-point numbers of unknown range")
-        if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip instead of scale
-            upper = (np.asarray(picture) >> 8).clip(0, 255)
-            picture = Image.fromarray(upper.astype(np.uint8))
+        # 16 bits, which Pillow would clip instead of scale. Floating-point numbers, whose range is
+        # unknown, cannot be shifted and so end it here.
+        if picture.mode[0] in "IF":
+            picture = Image.fromarray(to_uint8(np.asarray(picture) >> 8))
         return np.asarray(picture.convert("RGB"))
 
 
@@ -450,55 +428,40 @@ def load_label(path: str, classes: Classes = Classes()) -> ndarray:
     colours. DataError if its format may have changed labels, or it holds a value or a colour that
     is no class."""
     with about(path), Image.open(path) as file:
-        compression = file.info.get("compression")  # of a TIFF
-        if file.format not in LOSSLESS or compression in ("jpeg", "tiff_jpeg", "webp"):
-            raise ValueError(f"is a {file.format} file that may change labels, save them as png")
-        if re.search("L;[24]", str(file.tile)):
-            raise ValueError("is grey of 2 or 4 bits, which Pillow stretches: save it with 8")
+        # What may change labels: formats that lose something, a TIFF's compression among them, and
+        # grey of 2 or 4 bits, which Pillow stretches to 0..255.
+        stored = str([file.tile, file.info.get("compression")])
+        if file.format not in ("PNG", "BMP", "TIFF") or re.search("jpeg|webp|L;[24]", stored):
+            raise ValueError(f"is a {file.format} file that may change labels, save as 8-bit png")
 
+        # values -> label: 0..C-1, 255, or -1 where a value has no meaning.
+        count = len(classes.names)
         if classes.ignored_colours is None:
             values = np.asarray(file)
-            label = label_of_numbers(values, classes)
-        elif ";16" in str(file.tile):
+
+            # Labels are shifted here, and back only where evaluate.py saves predictions.
+            first, unlabelled = (1, 0) if classes.zero_ignored else (0, IGNORE_INDEX)
+            table = np.full(65536, -1, np.int16)  # what each value of a file means
+            table[first : first + count] = range(count)
+            table[unlabelled] = IGNORE_INDEX
+            label = table.take(values)  # (H, W)
+        elif ";16" in stored:
             raise ValueError("has 16 bits a colour, those in classes.txt have 8: save it with 8")
         else:
             values = np.asarray(file.convert("RGB"))
-            label = label_of_colours(values, classes)
+            pixels = values @ [65536, 256, 1]  # (H, W), a colour as one number
+            label = np.full(pixels.shape, -1)
+            for k, colour in enumerate(classes.palette + classes.ignored_colours):
+                label[pixels == int.from_bytes(colour)] = k
+            label[label >= count] = IGNORE_INDEX
 
         wrong = values[label < 0]
         if wrong.size:
             raise ValueError(
                 f"holds {wrong[0]}, which is neither a class nor ignored; classes.txt says what "
-                "labels mean"
+                "labels mean, and begins with a line `colours` where they are colours"
             )
-        return label.astype(np.uint8)
-
-
-def label_of_numbers(values: ndarray, classes: Classes) -> ndarray:
-    """(H, W), 1 to 16 bits -> (H, W) int16 0..C-1, 255, or -1 where a value has no meaning"""
-    if values.ndim != 2:
-        raise ValueError(
-            "labels must be one channel of numbers; for colours, begin classes.txt with a line "
-            "`colours`"
-        )
-
-    # Labels are shifted here, and back only where evaluate.py saves predictions as label files.
-    first, unlabelled = (1, 0) if classes.zero_ignored else (0, IGNORE_INDEX)
-    count = len(classes.names)
-    table = np.full(1 << 16, -1, np.int16)  # what each value of a file means
-    table[first : first + count] = range(count)
-    table[unlabelled] = IGNORE_INDEX
-    return table.take(values)
-
-
-def label_of_colours(rgb: ndarray, classes: Classes) -> ndarray:
-    """(H, W, 3) uint8 -> (H, W) integers 0..C-1, 255, or -1 where a colour has no meaning"""
-    pixels = rgb @ [1 << 16, 1 << 8, 1]  # (H, W), a colour as one number
-    label = np.full(pixels.shape, -1)
-    for k, colour in enumerate(classes.palette + classes.ignored_colours):
-        label[pixels == int.from_bytes(colour)] = k
-    label[label >= len(classes.palette)] = IGNORE_INDEX
-    return label
+        return np.uint8(label)
 
 
 def read_classes(root: str) -> Classes:
@@ -514,16 +477,19 @@ def read_classes(root: str) -> Classes:
 
     names, palette, zero_ignored, ignored = [], [], False, None
     with about(path), open(path, encoding="utf-8-sig") as file:
-        lines = [re.sub(r"(^|\s)#.*", "", line).strip() for line in file]
-        for line in filter(None, lines):
+        for line in file:
+            line = re.sub(r"(^|\s)#.*", "", line).strip()
+            if not line:
+                continue
+
             with about(repr(line)):
                 name, rgb = re.fullmatch(r"(.*?)((?:\s+\d+){3})?", line).groups("")
-                colour = list(bytes(int(x) for x in rgb.split()))  # (ValueError above 255)
+                colour = list(bytes(map(int, rgb.split())))  # (ValueError above 255)
                 if name in names or (ignored is not None and colour in [[], *palette, *ignored]):
                     raise ValueError("needs a name and, with `colours`, a colour of its own")
 
                 match line.lower().split():
-                    case ["ignore", "0" | "255" as value] if not names and ignored is None:
+                    case ["ignore", "0" | "255" as value] if not names:
                         zero_ignored = value == "0"
                     case ["colours" | "colors"] if not names and not zero_ignored:
                         ignored = []
@@ -535,7 +501,11 @@ def read_classes(root: str) -> Classes:
                             "`ignore R G B` asks for `colours`"
                         )
                     case _:
-                        palette.append(colour or default_colour(len(names)))
+                        # Hues in steps of the golden section are far apart however many there
+                        # are; three brightnesses tell apart what comes near.
+                        k = len(names)
+                        rgb = colorsys.hsv_to_rgb(k * 0.618 % 1, 0.9, 1 - k % 3 / 4)
+                        palette.append(colour or [round(255 * x) for x in rgb])
                         names.append(name)
 
         if not 0 < len(names) < 256:
@@ -543,114 +513,103 @@ def read_classes(root: str) -> Classes:
     return Classes(tuple(names), palette, zero_ignored, ignored)
 
 
-def default_colour(k: int) -> list[int]:
-    """A colour for class k. Hues in steps of the golden section are far apart however many there
-    are; three brightnesses tell apart what comes near."""
-    rgb = colorsys.hsv_to_rgb(k * 0.618 % 1, 0.9, 1 - k % 3 / 4)
-    return [round(255 * x) for x in rgb]
-
-
 # ---- finding the files, and checking them --------------------------------------------------------
 
 
-def find_pairs(root: str, split: str, optional: bool = False, complete: bool = True) -> list[Pair]:
+def find_pairs(root: str, split: str, optional: bool = False) -> list:
     """The (image, label) paths of ROOT/images/SPLIT and ROOT/annotations/SPLIT, sorted by name.
 
-    DataError if there are no pictures, or if a file has no partner. optional: [] where neither
-    folder exists. complete=False, for check(): a missing partner gets a path where no file is."""
+    DataError if there are no pictures, or if not every name is that of one picture and one label
+    file. optional: [] where neither folder exists."""
     folders = [join(root, kind, split) for kind in ("images", "annotations")]
     if optional and not any(map(isdir, folders)):
         return []
 
-    images, labels = map(files_by_stem, folders)
-    lone = sorted(images.keys() ^ labels.keys())
-    if lone and complete:
-        raise DataError(f"{root}: no picture or no label file in {split} for {listed(lone)}")
-    if not images:
-        raise DataError(f"{folders[0]}: holds no pictures")
-    return [
-        (images.get(stem, join(folders[0], stem)), labels.get(stem, join(folders[1], stem)))
-        for stem in sorted(images | labels)
-    ]
+    found = defaultdict(list)  # of each name without suffix: its files in both folders
+    for folder in folders:
+        if not isdir(folder):
+            raise DataError(
+                f"{folder}: no such folder; a data set holds its pictures in images/training and "
+                "images/validation, and label files of the same names in annotations/training and "
+                "annotations/validation; `python ade20k.py download data/ade` fetches ADE20K "
+                "(1 GB), --data DIR names another data set, --data toy draws a small one"
+            )
+        for name in os.listdir(folder):
+            stem, suffix = splitext(name)
+            if suffix.lower() in Image.registered_extensions():
+                found[stem].append(join(folder, name))
 
-
-def files_by_stem(folder: str) -> dict[str, str]:
-    """-> {name without suffix: path}, sorted by name, of the files in any format of Pillow"""
-    if not isdir(folder):
+    wrong = [stem for stem in sorted(found) if [*map(dirname, found[stem])] != folders]
+    if wrong or not found:
         raise DataError(
-            f"{folder}: no such folder; a data set holds its pictures in images/training and "
-            "images/validation, and label files of the same names in annotations/training and "
-            "annotations/validation; `python ade20k.py download data/ade` fetches ADE20K (1 GB), "
-            "--data DIR names another data set, --data toy draws a small one"
+            f"{root}: in {split} each picture needs one label file of its name, each label file "
+            f"one picture, not so: {listed(wrong) or 'there are none'}"
         )
-
-    files = {}
-    for name in sorted(os.listdir(folder)):
-        stem, suffix = splitext(name)
-        if suffix.lower() in Image.registered_extensions():
-            if stem in files:
-                raise DataError(f"{files[stem]}: has the name of {name}, rename one of them")
-            files[stem] = join(folder, name)
-    return files
+    return [tuple(found[stem]) for stem in sorted(found)]
 
 
-def label_warnings(pairs: list[Pair], classes: Classes) -> list[str]:
+def label_warnings(pairs: list, classes: Classes) -> Iterator:
     """A sentence about the classes that no label holds, if there are any, by at most 300 label
     files spread evenly."""
     some = pairs[:: len(pairs) // 301 + 1]  # (of 300 or fewer, all)
-    seen = set()
-    for _, path in some:
-        seen.update(np.unique(load_label(path, classes)))
+    seen = {k for _, path in some for k in np.unique(load_label(path, classes))}
     missing = [name for k, name in enumerate(classes.names) if k not in seen]
 
     # A part of a large set may lack rare classes, but hardly a third of all.
-    if not missing or (len(some) < len(pairs) and len(missing) < len(classes.names) / 3):
-        return []
-    return [
-        f"{len(missing)} classes are in none of the {len(some)} label files that were looked at: "
-        f"{listed(missing)}"
-    ]
+    if missing and (some == pairs or len(missing) >= len(classes.names) / 3):
+        yield (
+            f"{len(missing)} classes are in none of the {len(some)} label files that were looked "
+            f"at: {listed(missing)}"
+        )
 
 
-def listed(texts: list[str], separator: str = ", ") -> str:
+def listed(texts: list) -> str:
     """All of them, or the first twenty and how many more there are."""
     shown = texts[:20]
     if len(texts) > 20:
         shown.append(f"and {len(texts) - 20} more")
-    return separator.join(shown)
+    return ", ".join(shown)
 
 
-def check(root: str) -> int:
-    """Read every file of a data set; print every fault by file, the sizes, and the classes. -> the
-    number of faults"""
+def check(root: str) -> list:
+    """Read every file of a data set; print the sizes, the classes, and in the end every fault by
+    file. -> the faults"""
     classes = read_classes(root)
-    faults = 0
-    for split in ("training", "validation"):
-        pairs = find_pairs(root, split, split == "validation", complete=False)
-        sizes, counts = [], []
-        for n, pair in enumerate(pairs, start=1):
-            progress(f"{split}: {n} of {len(pairs)} pictures")
-            try:
-                _, label = load(*pair, classes)
-                sizes.append(label.shape)
-                counts.append(np.bincount(label.ravel(), minlength=256))
-            except DataError as fault:
-                print(f"FAULT {one_line(str(fault))}")
-                faults += 1
+    faults = []
 
-        print(f"{split}: {len(sizes)} of {len(pairs)} pictures can be used")
-        if not sizes:
-            continue
-        counts = np.array(counts)  # (n, 256)
-        pictures = (counts > 0).sum(axis=0)
-        share = counts.sum(axis=0) / counts.sum()
-        print(
-            f"  height and width {np.min(sizes, axis=0)} to {np.max(sizes, axis=0)}, "
-            f"{share[IGNORE_INDEX]:.1%} of the pixels unlabelled"
-        )
-        for k, name in enumerate(classes.names):
-            name = one_line(name)
-            print(f"  {name:20s} {share[k]:7.2%} of the pixels, {pictures[k]:6d} pictures")
+    def read(pair):
+        """-> [(height and width, pixels of each value)] or, after a fault, []"""
+        try:
+            _, label = load(*pair, classes)
+            return [(label.shape, np.bincount(label.ravel(), minlength=256))]
+        except DataError as fault:
+            faults.append(str(fault))
+            return []
+
+    for split, pairs in (
+        ("training", find_pairs(root, "training")),
+        ("validation", find_pairs(root, "validation", optional=True)),
+    ):
+        good = []
+        with ThreadPool(16) as pool:  # Pillow decodes outside Python's lock
+            for facts in pool.imap(read, pairs):
+                good += facts
+                progress(f"{split}: {len(good)} of {len(pairs)}")
+
+        print(f"{split}: {len(good)} of {len(pairs)} pictures can be used")
+        if good:
+            sizes, counts = map(np.array, zip(*good))  # (n, 2), (n, 256)
+            print("  height and width", sizes.min(axis=0), "to", sizes.max(axis=0))
+            shares = counts.sum(axis=0) / counts.sum()
+            pictures = np.count_nonzero(counts, axis=0)
+            for k, name in [*enumerate(classes.names), (IGNORE_INDEX, "(not labelled)")]:
+                print(
+                    f"  {one_line(name):20s} {shares[k]:7.2%} of the pixels, "
+                    f"{pictures[k]:6d} pictures"
+                )
+
+    for fault in sorted(faults):
+        print("FAULT", one_line(fault))
     return faults
 
 
@@ -871,7 +830,7 @@ LIGHTS = """
 """
 
 
-def draw_scene(rng: Generator) -> tuple[ndarray, ndarray]:
+def draw_scene(rng: Generator) -> tuple:
     """One scene: a picture (192, 256, 3) uint8 RGB and its label (192, 256) uint8, as label files
     have it."""
     ground, crowds = rng.choice(SCENES).split("\n\n")
@@ -882,7 +841,7 @@ def draw_scene(rng: Generator) -> tuple[ndarray, ndarray]:
         return haze + (colour - haze) * np.exp(-z / air)
 
     image, label, distance = draw_ground(rows(ground), zenith, bend, rng)
-    canvas = Image.fromarray(in_haze(sun * image, distance).clip(0, 255).astype(np.uint8))
+    canvas = Image.fromarray(to_uint8(in_haze(sun * image, distance)))
     labels = Image.fromarray(label)
     shade = Image.new("L", canvas.size)
 
@@ -904,37 +863,35 @@ def draw_scene(rng: Generator) -> tuple[ndarray, ndarray]:
                 draw(shade, corners, 255 if colour == "shadow" else 0)
                 if colour != "shadow":
                     colour = sun * tint * numbers(rng.choice(BRIGHT) if colour == "?" else colour)
-                    draw(canvas, corners, tuple(in_haze(colour, z).astype(int)))
+                    draw(canvas, corners, tuple(np.int_(in_haze(colour, z))))
                     draw(labels, corners, label_value(name))
 
     # Of 2 x 2 pixels the picture takes the mean, the label the first. Shadows have soft edges, and
     # a camera adds noise.
     dark = shadow / 255 * gaussian_filter(np.asarray(shade.reduce(2)), 2)[:, :, None]
     image = np.asarray(canvas.reduce(2)) * (1 - dark) + 4 * rng.standard_normal((192, 256, 3))
-    return image.clip(0, 255).astype(np.uint8), np.asarray(labels)[::2, ::2]
+    return to_uint8(image), np.asarray(labels)[::2, ::2]
 
 
-def draw_ground(
-    strips: list, zenith: ndarray, bend: float, rng: Generator
-) -> tuple[ndarray, ndarray, ndarray]:
+def draw_ground(strips: list, zenith: ndarray, bend: float, rng: Generator) -> tuple:
     """Sky and ground: the picture (HEIGHT, WIDTH, 3), 0 to 255, the label (HEIGHT, WIDTH), and how
     many metres away each pixel is (HEIGHT, WIDTH, 1)."""
     names, colours, edges = zip(*strips)  # the edges are the x where strips begin
-    values = np.array([*map(label_value, ("sky", *names))], np.uint8)
+    values = np.uint8([*map(label_value, ("sky", *names))])
     colours = np.array([zenith, *map(numbers, colours)])
 
     # The projection inverted for y = 0: the place on the ground that each pixel shows. The sky is
     # the same plane upside down. Only its haze is that of a plane six times as far away.
-    row, column, _ = np.mgrid[:HEIGHT, :WIDTH, :1] + 0.5  # (HEIGHT, WIDTH, 1)
+    row, column, _ = np.indices((HEIGHT, WIDTH, 1)) + 0.5  # each (HEIGHT, WIDTH, 1)
     sky = row < HORIZON
     z = FOCAL * EYE / abs(row - HORIZON)
     x = (column - WIDTH / 2) * z / FOCAL - bend * np.minimum(z, 60) ** 2
-    part = (np.searchsorted(np.array(edges, float), x) * ~sky)[:, :, 0]  # 0: the sky
+    part = (np.searchsorted(np.float64(edges), x) * ~sky)[:, :, 0]  # 0: the sky
 
     # Noise that is smoothed a little makes rough ground. Smoothed much, it makes clouds. Its cells
     # are a tenth of a metre wide, and it repeats itself.
     noise = rng.standard_normal((256, 256))
-    at = np.int_(10 * z) % 256, np.int_(10 * x) % 256
+    at = tuple(np.int_([10 * z, 10 * x]) % 256)
     grain = gaussian_filter(noise, 1, mode="wrap")[at]
     cloud = gaussian_filter(noise, 8, mode="wrap")[at] * 14 + rng.uniform(-0.6, 0.4)
     image = colours[part] * (1 + 0.2 * grain)
@@ -942,7 +899,7 @@ def draw_ground(
     return image, values[part], z * (1 + 5 * sky)
 
 
-def draw(canvas: Image.Image, corners: ndarray, fill: int | tuple) -> None:
+def draw(canvas: Image.Image, corners: ndarray, fill) -> None:
     """Fill the polygon with these corners, (n, 3), or the ellipse between two of them."""
     x, y, z = corners.T
     points = list(zip(WIDTH / 2 + FOCAL * x / z, HORIZON + FOCAL * (EYE - y) / z))
@@ -957,7 +914,7 @@ def label_value(name: str) -> int:
     return [line[0] for line in rows(TOY_CLASSES)].index(name)
 
 
-def rows(table: str) -> list[list[str]]:
+def rows(table: str) -> list:
     """The words of each line."""
     return [line.split() for line in table.strip().splitlines()]
 
@@ -981,22 +938,19 @@ def make_toy(root: str) -> str:
             raise DataError(f"{root}: has no classes.txt, as older toy sets: remove it, run again")
         return root
 
-    part = f"{os.path.normpath(root)}.part{os.getpid()}"  # moved into place when whole
+    part = f"{Path(root)}.part{os.getpid()}"  # moved into place when whole
     for i in range(120):
         split = "training" if i < 96 else "validation"
         image, label = draw_scene(default_rng([1831, i]))  # which has all scenes about as often
         for kind, pixels, end in (("images", image, "jpg"), ("annotations", label, "png")):
-            path = f"{part}/{kind}/{split}/toy_{i % 96:03d}.{end}"
+            path = f"{part}/{kind}/{split}/toy_{i:03d}.{end}"
             os.makedirs(dirname(path), exist_ok=True)
             Image.fromarray(pixels).save(path, quality=95)
 
     Path(part, "classes.txt").write_text(TOY_CLASSES)
-    try:
+    with suppress(OSError):  # another process was faster, with the same pictures
         os.rename(part, root)
-    except OSError:  # another process was faster, with the same pictures
-        shutil.rmtree(part)
-        if not exists(root):
-            raise
+    shutil.rmtree(part, ignore_errors=True)
     return root
 
 
@@ -1025,11 +979,9 @@ def download(folder: str) -> str:
             if hashlib.file_digest(file, "sha1").hexdigest() != SHA1:
                 raise ValueError(f"its SHA-1 is not {SHA1}: remove it, and fetch it again")
 
-        unpacked = f"{root}.part"
-        with zipfile.ZipFile(path) as archive:
-            archive.extractall(unpacked)
-    os.rename(join(unpacked, "ADEChallengeData2016"), root)
-    os.rmdir(unpacked)
+        part = f"{root}.part"
+        shutil.unpack_archive(path, part)
+    os.renames(join(part, "ADEChallengeData2016"), root)  # which also removes the empty folder
     return root
 
 
@@ -1037,15 +989,15 @@ def download(folder: str) -> str:
 
 
 @contextmanager
-def errors_in_one_sentence() -> Iterator[None]:
+def errors_in_one_sentence() -> Iterator:
     """Errors that the user can mend end the program with one sentence and exit code 2, without a
     traceback. All four programs run inside it."""
     try:
         yield
     except (UserError, OSError) as error:
         # A loader's process puts its traceback before the sentence.
-        sentence = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-        print(f"error: {one_line(sentence)}", file=sys.stderr)
+        sentence = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
+        print("error:", one_line(sentence), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -1079,13 +1031,13 @@ def main() -> None:
         help="download: ADE20K, 1 GB, to DIR/ADEChallengeData2016; toy: draw a small data set in "
         "DIR; check: read all of DIR, report classes, sizes, every fault",
     )
-    parser.add_argument("dir", metavar="DIR")
+    parser.add_argument("DIR")
     args = parser.parse_args()
 
     with errors_in_one_sentence():
-        result = actions[args.action](args.dir)
+        result = actions[args.action](args.DIR)
         if args.action == "check":
-            sys.exit(result > 0)
+            sys.exit(result != [])
         print(result)
 
 

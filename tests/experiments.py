@@ -245,7 +245,7 @@ EXPERIMENTS = [
     ),
     Experiment(
         "unlabelled_is_a_class",
-        [Edit("ade20k.py", "unlabelled, IGNORE_INDEX, values", "unlabelled, 0, values")],
+        [Edit("ade20k.py", "table[unlabelled] = IGNORE_INDEX", "table[unlabelled] = 0")],
         "unlabelled pixels count as the first class",
         "The classic silent error: balloons become buildings, in training and in the score. "
         "Does the score tell?",
