@@ -88,8 +88,8 @@ from evaluate import (
 from model import ARCHS, NECKS
 from upernet import Segmenter, build_model
 
-# By --optimizer, what --lr, --warmup and --weight-decay are where they are not given, and the power
-# and floor of the decay.
+# What --optimizer decides: --lr, --warmup and --weight-decay where they are not given, and for the
+# poly decay its power and floor.
 OPTIMIZERS = {
     "adamw": dict(lr=6e-5, warmup=1500, weight_decay=0.01, power=1.0, floor=0.0),
     "sgd": dict(lr=0.01, warmup=0, weight_decay=5e-4, power=0.9, floor=1e-4),
@@ -275,8 +275,8 @@ def train(args: Namespace, checkpoint: dict) -> None:
             leave(f"error: {PATIENCE} losses in a row were not finite: continue with --resume and "
                   "a lower --lr, or without the pictures named above", 3)
         if stop:  # it may have come to another process
-            number = signals[0] if signals else signal.SIGTERM
-            leave(f"stopped by a signal after iteration {i}: continue with --resume", 128 + number)
+            leave(f"stopped by a signal after iteration {i}: continue with --resume",
+                  128 + (signals[0] if signals else signal.SIGTERM))
         if due and val_pairs:  # on --resume too: a checkpoint is written before its validation
             validate(log, i, signals, model, val_pairs, classes, dtype, world)
         if i == args.iters:
@@ -424,7 +424,8 @@ class Log:
         self.entries = checkpoint.get("entries", [])  # the lines of log.jsonl
 
         # Of each step that was taken since the last line with a loss: loss, decode, aux, seconds,
-        # and those of the seconds that it waited for data.
+        # and those of the seconds that it waited for data. (What earlier versions saved as "losses"
+        # had no times.)
         self.losses = checkpoint.get("steps", [])
 
     @contextmanager
@@ -442,16 +443,19 @@ class Log:
             )
 
     def say(self, words: str, **entry) -> None:
-        if self.rank == 0:
-            print(words, flush=True)
-            if entry:
-                self.entries.append(entry)
-                # All lines, moved into place: never half of one, and what a full disk refused comes
-                # with the next.
-                with self.writing("log.jsonl") as path:
-                    with open(path + ".part", "w") as file:
-                        file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
-                    os.replace(path + ".part", path)
+        """To the terminal, and to the log if there are facts with it."""
+        if self.rank > 0:
+            return
+
+        print(words, flush=True)
+        if entry:
+            self.entries.append(entry)
+            # All lines, moved into place: never half of one, and what a full disk refused comes
+            # with the next.
+            with self.writing("log.jsonl") as path:
+                with open(path + ".part", "w") as file:
+                    file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
+                os.replace(path + ".part", path)
 
     def skip(self, n: int, samples: TrainSet) -> None:
         """Name the pictures of iteration n, whose loss is not finite."""
@@ -465,7 +469,7 @@ class Log:
         )
 
     def step(self, n: int, row: list[float], rate: float) -> None:
-        """Every 50 iterations, the means of losses and times."""
+        """Every 50 iterations, the means of losses and times over the steps that were taken."""
         if math.isfinite(row[0]):
             self.losses.append(row)
         if (n % LOG_EVERY and n != self.args.iters) or not self.losses:
@@ -509,7 +513,7 @@ def validate(
 
     def look(i, *row):
         if signals:
-            leave("stopped; --resume starts with that validation", 128 + signals[0])
+            leave("stopped in a validation; --resume starts with that validation", 128 + signals[0])
         if 4 * i >= len(pairs) * len(rows):  # the first one of each quarter
             rows.append(row)  # image, label, prediction
 
@@ -774,8 +778,8 @@ def main() -> None:
             train(args, checkpoint)
         except RuntimeError as error:
             if re.search("[Tt]imed out|onnection (closed|reset)|Broken pipe", str(error)):
-                words = "error: another process has died or hangs, continue with --resume: "
-                leave(words + first_line(error), 1)
+                leave("error: another process has died or hangs, continue with --resume: "
+                      + first_line(error), 1)
             raise
 
 
