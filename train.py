@@ -24,7 +24,7 @@ import sys
 import zlib
 from argparse import ArgumentParser, Namespace
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from os.path import basename, exists, join, normpath
@@ -88,11 +88,12 @@ from evaluate import (
 from model import ARCHS, NECKS
 from upernet import Segmenter, build_model
 
-OPTIMIZERS = {  # with the arguments of learning_rate
-    "adamw": dict(lr=6e-5, power=1.0, floor=0.0, warmup=1500),
-    "sgd": dict(lr=0.01, power=0.9, floor=1e-4, warmup=0),
+# What --optimizer decides: --lr, --warmup and --weight-decay where they are not given, and for the
+# poly decay its power and floor.
+OPTIMIZERS = {
+    "adamw": dict(lr=6e-5, warmup=1500, weight_decay=0.01, power=1.0, floor=0.0),
+    "sgd": dict(lr=0.01, warmup=0, weight_decay=5e-4, power=0.9, floor=1e-4),
 }
-WEIGHT_DECAY = {"adamw": 0.01, "sgd": 5e-4}
 PATIENCE = 5  # losses in a row that are not finite, until a run ends
 LOG_EVERY = 50  # iterations
 
@@ -117,20 +118,16 @@ def build_optimizer(
     model: Segmenter,
     name: str,
     lr: float,
-    weight_decay: float | None = None,
+    weight_decay: float = 0.01,
     layer_decay: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) or SGD, with the published betas and
-    momentum, and weight decay where None is given. fused: one kernel for all weights, the same
-    arithmetic.
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101; torch's betas are the published ones) or
+    SGD. fused: one kernel for all weights, the same arithmetic.
 
     Each group's "scale" multiplies its learning rate: layer_decay ** (depth + 1 - k) for layer k,
     where the embeddings are layer 0, the blocks 1 to depth, and the new neck and heads depth + 1
     (BEiT, Bao et al. 2022, arXiv:2106.08254; MAE, He et al. 2022, arXiv:2111.06377, both in the
     appendix): early layers of a pretrained backbone are general and need little change."""
-    if weight_decay is None:
-        weight_decay = WEIGHT_DECAY[name]
-
     depth = len(model.backbone.blocks)
     weights = defaultdict(list)
     for key, weight in model.named_parameters():
@@ -141,14 +138,13 @@ def build_optimizer(
         if weight.requires_grad:
             weights[exempt, scale].append(weight)
 
-    groups = []
-    for exempt, scale in sorted(weights):  # checkpoints hold the optimizer's state by position
-        decay = 0.0 if exempt else weight_decay
-        groups.append(dict(params=weights[exempt, scale], weight_decay=decay, scale=scale))
-
+    groups = [  # sorted: checkpoints hold the optimizer's state by position
+        dict(params=weights[exempt, scale], weight_decay=0 if exempt else weight_decay, scale=scale)
+        for exempt, scale in sorted(weights)
+    ]
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def layer_of(key: str, depth: int) -> int:
@@ -157,12 +153,12 @@ def layer_of(key: str, depth: int) -> int:
     if block:
         return 1 + int(block[1])
 
-    if key.startswith("backbone.") and not key.startswith("backbone.norm."):
+    if key.startswith("backbone.") and ".norm." not in key:
         return 0
     return depth + 1
 
 
-def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tuple[int, int]:
+def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tuple:
     """batch = world processes x micro pictures at a time x accumulated. -> (micro, accumulated), or
     UsageError. micro=None: all pictures of a process at once."""
     pictures = batch // world  # of each process
@@ -219,20 +215,20 @@ def train(args: Namespace, checkpoint: dict) -> None:
     with torch.device("meta" if args.dry_run else "cpu"):
         model = build_model(args.arch, args.neck, len(classes.names))
 
-    count = sum(p.numel() for p in model.parameters())
+    log = Log(args, rank, checkpoint)
     plan = (
-        f"{args.work_dir}: {args.arch}, neck {args.neck}, {count:,} parameters, "
-        f"{dtype} on {world} x {device.type}\n"
-        f"batch {args.batch_size} = {world} processes x {micro} pictures x {accumulated} "
-        f"accumulated; {args.data}: {len(train_pairs)} training pictures, "
-        f"iterations {start} to {args.iters}"
+        "{args.work_dir}: {args.arch}, neck {args.neck}, {count:,} parameters, "
+        "{dtype} on {world} x {device.type}\n"
+        "batch {args.batch_size} = {world} processes x {micro} pictures x {accumulated} "
+        "accumulated; {args.data}: {pictures} training pictures, iterations {start} to {args.iters}"
+    ).format(
+        args=args, count=sum(p.numel() for p in model.parameters()), dtype=dtype, device=device,
+        world=world, micro=micro, accumulated=accumulated, pictures=len(train_pairs), start=start,
     )
     if args.dry_run:
-        if rank == 0:
-            print(plan)
-        return
+        return log.say(plan)
 
-    load_start(model, args, checkpoint, rank, world)
+    load_start(model, log, checkpoint, world)
     adapt(model, args.drop_path, args.freeze)
     if sync_bn:
         # BatchNorm's mean and variance over the batch of all processes, 16 pictures as published.
@@ -245,7 +241,6 @@ def train(args: Namespace, checkpoint: dict) -> None:
     # Optimizer. The smallest float16 is 6e-8, above many gradients: the scaler multiplies the loss
     # by a power of two that keeps them in range, and divides it out before the step. bfloat16 has
     # float32's range and needs none.
-    schedule = OPTIMIZERS[args.optimizer] | dict(lr=args.lr, warmup=args.warmup)
     optimizer = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
@@ -254,20 +249,18 @@ def train(args: Namespace, checkpoint: dict) -> None:
             if checkpoint["scaler"]:  # a disabled one has no state
                 scaler.load_state_dict(checkpoint["scaler"])
 
-    # Log: what is about to be done, and what is wrong with it.
-    log = Log(args, rank, checkpoint)
-    names = fingerprint(train_pairs)
+    # What is about to be done, and what is wrong with it. The names tell whether pictures change.
+    names = "\n".join(basename(image) for image, _ in train_pairs)
+    names = f"{len(train_pairs)} training pictures, crc {zlib.crc32(names.encode()):08x} of names"
     if rank == 0:
         os.makedirs(args.work_dir, exist_ok=True)
         log.say(plan, iteration=start, args=vars(args))
         for words in doubts(args, train_pairs, val_pairs, classes, names, checkpoint):
             log.say(f"warning: {words}")
 
-    saved = checkpoint.get("path")  # the last checkpoint, None if it could not be written
     stop, skipped = False, 0  # whether a signal asks to stop; steps in a row that were not taken
     signals = watch_signals()
     batches = iter(loader)
-    log.clock = monotonic()
 
     for i in range(start, args.iters + 1):  # i iterations are done
         due = i > 0 and (i % args.interval == 0 or i == args.iters)
@@ -275,18 +268,22 @@ def train(args: Namespace, checkpoint: dict) -> None:
             content = dict(
                 model=model.state_dict(), optimizer=optimizer.state_dict(),
                 scaler=scaler.state_dict(), iteration=i, args=vars(args), classes=tuple(classes),
-                names=names, entries=log.entries, losses=log.losses,
+                names=names, entries=log.entries, steps=log.losses,
             )
-            saved = save(content, log, world)
-        if stop or skipped == PATIENCE:
-            leave_early(i, skipped, signals)
+            save(content, log, world)
+        if skipped == PATIENCE:
+            leave(f"error: {PATIENCE} losses in a row were not finite: continue with --resume and "
+                  "a lower --lr, or without the pictures named above", 3)
+        if stop:  # it may have come to another process
+            leave(f"stopped by a signal after iteration {i}: continue with --resume",
+                  128 + (signals[0] if signals else signal.SIGTERM))
         if due and val_pairs:  # on --resume too: a checkpoint is written before its validation
-            validate(log, i, saved, signals, model, val_pairs, classes, dtype, world)
+            validate(log, i, signals, model, val_pairs, classes, dtype, world)
         if i == args.iters:
             break
 
         # The learning rate, and the seed of dropout and drop path (samples have one with a 1).
-        rate = learning_rate(i, args.iters, **schedule)
+        rate = learning_rate(i, args.iters, args.lr, args.power, args.floor, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         torch.manual_seed(int(default_rng([args.seed, i, rank, 2]).integers(2**63)))
@@ -294,7 +291,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
 
         began = monotonic()
         batch = next(batches)
-        log.waited += monotonic() - began
+        waited = monotonic() - began
         images, labels, sizes = (t.to(device, non_blocking=True) for t in batch)
         statistics = [b.clone() for b in model.buffers()]  # BatchNorm's, to be put back
 
@@ -323,19 +320,19 @@ def train(args: Namespace, checkpoint: dict) -> None:
             for b, before in zip(model.buffers(), statistics):
                 b.copy_(before)
             skipped += 1
-            log.skip(i, samples)
+            log.skip(i + 1, samples)
         optimizer.zero_grad()
-        log.step(i + 1, losses, rate)
+        log.step(i + 1, [*losses, monotonic() - began, waited], rate)
 
     leave_processes(world)
-    if rank == 0 and saved is None:
+    if rank == 0 and log.saved is None:
         leave("error: the last checkpoint is not saved, make room and continue with --resume", 1)
-    log.say(f"{saved}: evaluate it with `python evaluate.py`")
+    log.say(f"{log.saved}: evaluate it with `python evaluate.py`")
     if args.data == "toy":
         log.say(AFTER_TOY)
 
 
-def agree(losses: Tensor, signals: list, world: int) -> tuple[list[float], bool]:
+def agree(losses: Tensor, signals: list, world: int) -> tuple:
     """losses (3,) of this process -> their means over all processes, and whether a signal asks any
     process to stop. A loss that is not finite in one process makes the mean so in all."""
     total = torch.tensor([*losses.tolist(), len(signals)], dtype=torch.float64)
@@ -361,34 +358,25 @@ def fix_order_of_sums() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def fingerprint(pairs: list) -> str:
-    """How many pictures these are, and a checksum of their names, to compare on --resume."""
-    names = "\n".join(basename(image) for image, _ in pairs)
-    return f"{len(pairs)} training pictures, crc {zlib.crc32(names.encode()):08x} of names"
-
-
-def load_start(model: Segmenter, args: Namespace, checkpoint: dict, rank: int, world: int) -> None:
+def load_start(model: Segmenter, log: "Log", checkpoint: dict, world: int) -> None:
     """Give the model the checkpoint's weights, or pretrained ones. Rank 0 fetches what lies behind
     a URL, then all processes read the file."""
-    source = checkpoint.get("path") or args.pretrained
+    source = checkpoint.get("path") or log.args.pretrained
     if source == "auto":
-        source = PRETRAINED.get(args.arch)
-    if source is None:
-        raise UsageError(
-            f"there is no pretrained file for {args.arch}: --pretrained none starts from scratch"
-        )
+        with about("--pretrained none starts from scratch, no file is known for", UsageError):
+            source = PRETRAINED[log.args.arch]
     if source == "none":
         return
 
-    if rank == 0:
+    if log.rank == 0:
         local_path(split_choice(source)[0])
     if world > 1:
         dist.barrier()
     state_dict, facts = load_weights(source)
     with about(source, UsageError):
         load_into(model, state_dict, facts, new_classes=not checkpoint)
-    if rank == 0 and not checkpoint:
-        print(f"{source}: {describe(facts)}", flush=True)
+    if not checkpoint:
+        log.say(f"{source}: {describe(facts)}")
 
 
 def adapt(model: Segmenter, drop_path: float | None, freeze: bool) -> None:
@@ -411,32 +399,34 @@ def doubts(
 
     if 2 * args.warmup > args.iters:  # by then the decay has halved the rate
         yield (
-            f"--warmup {args.warmup} is more than half of --iters {args.iters}: the learning rate "
-            "never rises to half of --lr"
+            f"--warmup {args.warmup} is more than half of --iters: the learning rate never rises "
+            "to half of --lr"
         )
     before = saved.get("names", names)
     if names != before:
-        yield f"{args.data}: {before} until here, from here on other pictures: {names}"
+        yield f"{before} until here, from here on other pictures: {names}"
     if not val_pairs:
-        yield f"{args.data}: has no images/validation, this run trains without validating"
+        yield "the data set has no images/validation, this run trains without validating"
 
 
 # ---- log and validation --------------------------------------------------------------------------
 
 
 class Log:
-    """The work directory and the clock of a run. What rank 0 says goes to the terminal, and as one
-    JSON object a line to WORK_DIR/log.jsonl. A checkpoint holds all of it, so whatever came after
-    the checkpoint is dropped on --resume, and comes again."""
+    """The work directory of a run. What rank 0 says goes to the terminal, and as one JSON object a
+    line to WORK_DIR/log.jsonl. A checkpoint holds all of it, so whatever came after the checkpoint
+    is dropped on --resume, and comes again."""
 
     def __init__(self, args: Namespace, rank: int, checkpoint: dict):
-        self.args, self.rank = args, rank
+        self.args = args
+        self.rank = rank
+        self.saved = checkpoint.get("path")  # the last checkpoint, None if it could not be written
         self.entries = checkpoint.get("entries", [])  # the lines of log.jsonl
 
-        # Since the last line with a loss: loss, decode and aux of the steps that were taken; how
-        # many iterations; seconds that the model waited for data; when the clock was started.
-        self.losses = checkpoint.get("losses", [])
-        self.iterations, self.waited, self.clock = 0, 0.0, monotonic()
+        # Of each step that was taken since the last line with a loss: loss, decode, aux, seconds,
+        # and those of the seconds that it waited for data. (What earlier versions saved as "losses"
+        # had no times.)
+        self.losses = checkpoint.get("steps", [])
 
     @contextmanager
     def writing(self, name: str) -> Iterator[str]:
@@ -447,47 +437,48 @@ class Log:
         try:
             yield path
         except Exception as error:
-            reason = first_line(error)
-            warn(f"warning: {path} is not written ({reason}); training continues, and tries again")
+            warn(
+                f"warning: {path} is not written ({first_line(error)}); training continues, and "
+                "tries again"
+            )
 
     def say(self, words: str, **entry) -> None:
-        if self.rank == 0:
-            print(words, flush=True)
-            if entry:
-                self.entries.append(entry)
-                self.write()
+        """To the terminal, and to the log if there are facts with it."""
+        if self.rank > 0:
+            return
 
-    def write(self) -> None:
-        """All lines, moved into place: never half of one, and what a full disk refused comes with
-        the next."""
-        with self.writing("log.jsonl") as path:
-            with open(path + ".part", "w") as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
-            os.replace(path + ".part", path)
+        print(words, flush=True)
+        if entry:
+            self.entries.append(entry)
+            # All lines, moved into place: never half of one, and what a full disk refused comes
+            # with the next.
+            with self.writing("log.jsonl") as path:
+                with open(path + ".part", "w") as file:
+                    file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
+                os.replace(path + ".part", path)
 
-    def skip(self, i: int, samples: TrainSet) -> None:
-        """Name the pictures of iteration i, whose loss is not finite."""
-        batch = next(positions(i, i + 1, self.args.batch_size))
-        files = ", ".join(samples.paths(position)[0] for position in batch)
+    def skip(self, n: int, samples: TrainSet) -> None:
+        """Name the pictures of iteration n, whose loss is not finite."""
+        batches = positions(n - 1, n, self.args.batch_size)
+        files = ", ".join(samples.paths(position)[0] for position in next(batches))
         self.say(
-            f"warning: iteration {i + 1}: the loss is not finite, the step is not taken; "
-            f"its pictures: {files}",
-            iteration=i + 1,
+            f"warning: iteration {n}: the loss is not finite, the step is not taken; its pictures: "
+            f"{files}",
+            iteration=n,
             skipped=files,
         )
 
-    def step(self, n: int, losses: list[float], rate: float) -> None:
-        """Every 50 iterations, the means of losses and times."""
-        self.iterations += 1
-        if math.isfinite(losses[0]):
-            self.losses.append(losses)
-        if n % LOG_EVERY and n != self.args.iters:
+    def step(self, n: int, row: list[float], rate: float) -> None:
+        """Every 50 iterations, the means of losses and times over the steps that were taken."""
+        if math.isfinite(row[0]):
+            self.losses.append(row)
+        if (n % LOG_EVERY and n != self.args.iters) or not self.losses:
             if self.rank == 0:
                 progress(f"{n} of {self.args.iters} iterations")
             return
 
-        loss, decode, aux = np.mean(self.losses or [[math.nan] * 3], axis=0).tolist()
-        seconds = (monotonic() - self.clock) / self.iterations
+        loss, decode, aux, seconds, waited = np.mean(self.losses, axis=0).tolist()
+        self.losses = []
         entry = dict(
             iteration=n,
             loss=loss,
@@ -495,24 +486,19 @@ class Log:
             aux=aux,
             lr=rate,
             seconds=seconds,
-            data_seconds=self.waited / self.iterations,
-            images_per_second=self.args.batch_size / seconds,
+            data_seconds=waited,
         )
         words = (
-            "{iteration}/{iters}  loss {loss:.4f} (decode {decode:.4f} + aux {aux:.4f})  "
-            "lr {lr:.3e}  {seconds:.3f} s/iter ({data_seconds:.3f} waiting for data)  "
-            "{images_per_second:.1f} images/s  {left} left"
+            "{iteration}/{args.iters}  loss {loss:.4f} (decode {decode:.4f} + aux {aux:.4f})  "
+            "lr {lr:.3e}  {seconds:.3f} s/iter ({data_seconds:.3f} waiting for data)  {left} left"
         )
-        iters = self.args.iters
-        left = timedelta(seconds=int((iters - n) * seconds))
-        self.say(words.format(iters=iters, left=left, **entry), **entry)
-        self.losses, self.iterations, self.waited, self.clock = [], 0, 0.0, monotonic()
+        left = timedelta(seconds=int((self.args.iters - n) * seconds))
+        self.say(words.format(args=self.args, left=left, **entry), **entry)
 
 
 def validate(
     log: Log,
     n: int,
-    saved: str | None,
     signals: list,
     model: Segmenter,
     pairs: list,
@@ -523,13 +509,11 @@ def validate(
     """Scores on the validation pictures after iteration n. Rank 0 logs them, draws four of its own
     pictures and the curves, and copies the best checkpoint to best.pt, which nothing resumes from
     or removes."""
-    began = monotonic()
     rows = []
 
-    def look(i: int, *row) -> None:
+    def look(i, *row):
         if signals:
-            words = "stopped during the validation; --resume starts with that validation"
-            leave(words, 128 + signals[0])
+            leave("stopped in a validation; --resume starts with that validation", 128 + signals[0])
         if 4 * i >= len(pairs) * len(rows):  # the first one of each quarter
             rows.append(row)  # image, label, prediction
 
@@ -546,45 +530,38 @@ def validate(
         )
 
     if log.rank == 0:
-        result = scores(matrix)
-        summary = table(result, classes.names).splitlines()[-1]
-        log.say(
-            f"{n}/{log.args.iters}  validation: {summary}  {log.args.work_dir}/sheet_{n}.png",
-            iteration=n, mIoU=result["mIoU"], mAcc=result["mAcc"], aAcc=result["aAcc"],
-        )
-
-        best = max(entry.get("mIoU") or 0 for entry in log.entries)
-        if saved and result["mIoU"] == best:
-            with log.writing("best.pt") as path:
-                write_checkpoint(read_checkpoint(saved), path)
         with log.writing(f"sheet_{n}.png") as path:
             sheet(rows, classes).save(path)
+        result = scores(matrix)
+        summary = table(result, classes.names).splitlines()[-1]
+        log.say(f"{n}/{log.args.iters}  validation: {summary}  {path}", iteration=n, **result)
+
+        if log.saved and result["mIoU"] == max(entry.get("mIoU") or 0 for entry in log.entries):
+            with log.writing("best.pt") as path:
+                write_checkpoint(read_checkpoint(log.saved), path)
         with log.writing("curves.png") as path:
             curves(log.entries).save(path)
-    log.clock += monotonic() - began  # does not count as training
 
 
 # ---- saving and resuming -------------------------------------------------------------------------
 
 
-def save(content: dict, log: Log, world: int) -> str | None:
+def save(content: dict, log: Log, world: int) -> None:
     """Write checkpoint_N.pt on rank 0, then remove those before the last --keep; the other
-    processes wait. -> its path on rank 0, None where it could not be written."""
-    saved = None
+    processes wait."""
+    log.saved = None
     if log.rank == 0:
         with log.writing(f"checkpoint_{content['iteration']}.pt") as path:
             write_checkpoint(content, path)
-            saved = path
+            log.saved = path
 
-    if saved:
-        found = checkpoints(log.args.work_dir)
-        # What is newer than this one is damaged: it does not count.
-        for old in found[: found.index(saved) + 1][: -log.args.keep]:
-            with suppress(OSError):  # Windows keeps files that are mapped: next time
-                os.remove(old)
+            # What is newer than this one is damaged: it does not count.
+            found = checkpoints(log.args.work_dir)
+            for old in found[: found.index(path) + 1][: -log.args.keep]:
+                with suppress(OSError):  # Windows keeps files that are mapped: next time
+                    os.remove(old)
     if world > 1:
         dist.barrier()  # if another process left now, torchrun would end this one
-    return saved
 
 
 def newest_whole(found: list[str]) -> dict:
@@ -609,28 +586,15 @@ def watch_signals() -> list:
     def note(number, frame):
         # torchrun passes the terminal's Ctrl-C on to processes that got it from the terminal
         # themselves: within two seconds it is the same request.
-        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         if not signals:
             signals.extend([number, monotonic()])
-        elif not under_torchrun or monotonic() - signals[1] > 2:
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or monotonic() - signals[1] > 2:
             os._exit(128 + number)
 
     for number in SIGNALS:
         signal.signal(number, note)
 
     return signals
-
-
-def leave_early(n: int, skipped: int, signals: list) -> NoReturn:
-    """End after iteration n, which was saved where possible: say why, and how to continue."""
-    if skipped == PATIENCE:
-        leave(
-            f"error: {PATIENCE} losses in a row were not finite, and their steps are not taken: "
-            "continue with --resume and a lower --lr, or without the pictures named above",
-            3,
-        )
-    number = signals[0] if signals else signal.SIGTERM  # it came to another process
-    leave(f"stopped by a signal after iteration {n}: continue with --resume", 128 + number)
 
 
 def leave(words: str, code: int) -> NoReturn:
@@ -646,7 +610,7 @@ def warn(words: str) -> None:
 # ---- python train.py -----------------------------------------------------------------------------
 
 # torchrun --max-restarts repeats the command after a process has died, which then resumes.
-RESTARTED = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 # What --data toy changes: a small model from scratch, small pictures, a short schedule with a
 # higher rate.
@@ -674,16 +638,68 @@ POSITIVE, COUNT, REAL = at_least(1), at_least(0), at_least(0, float)
 
 
 def options() -> ArgumentParser:
-    """The command line, except --help. Its defaults are those of the published DeiT-S recipe."""
+    """The command line. Its defaults are those of the published DeiT-S recipe."""
     parser = ArgumentParser(
-        description="Train ViT/DeiT + UPerNet on ADE20K. Defaults stand in brackets. --data toy, "
-        "--optimizer sgd and --resume have defaults of their own: add --help to see them.",
+        description="Train ViT/DeiT + UPerNet on ADE20K. Defaults stand in brackets.",
         epilog="example: torchrun --nproc_per_node 8 train.py --arch deit_s16 --neck mln "
         "--iters 160000",
-        add_help=False,
     )
-    recipe_options(parser.add_argument_group("recipe").add_argument)
-    run_options(parser.add_argument_group("run").add_argument)
+    add = parser.add_argument_group("recipe").add_argument
+    add("--arch", choices=ARCHS, default="deit_s16", help="(%(default)s)")
+    add("--neck", choices=NECKS, default="none",
+        help="ln: LayerNorm after the last layer, mln: multi-level neck (%(default)s)")
+    add("--iters", type=POSITIVE, default=160000,
+        help="80000 or 160000 are published (%(default)s)")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(%(default)s)")
+
+    add("--lr", type=REAL, help="base learning rate (adamw 6e-05, sgd 0.01)")
+    add("--warmup", type=COUNT, help="iterations of linear warmup (adamw 1500, sgd 0)")
+    add("--weight-decay", type=REAL,
+        help="(adamw 0.01, 0 of cls_token, reg_token and pos_embed; sgd 0.0005)")
+    add("--layer-decay", type=REAL, default=1.0,
+        help="the learning rate of layer k times this ** (depth + 1 - k) (%(default)s)")
+    add("--drop-path", type=REAL,
+        help="rate of the last layer, below 1 (as in the recipe of --arch and --neck)")
+    add("--freeze", action="store_true", help="only train neck and heads")
+
+    add("--batch-size", type=POSITIVE, default=16,
+        help="pictures a step over all processes (%(default)s)")
+    add("--crop-size", type=POSITIVE, default=512,
+        help="side of the training crops in pixels (%(default)s)")
+    add("--short-side", type=POSITIVE, default=512,
+        help="of pictures at scale 1, in pixels (%(default)s)")
+
+    add("--pretrained", default="auto", metavar="auto|none|FILE|URL",
+        help="auto: the backbone the recipe starts from, fetched once; none: from scratch; or any "
+        "file convert_weights.py reads (%(default)s)")
+    add("--seed", type=COUNT, default=0,
+        help="of data order, augmentation, initialisation and dropout (%(default)s)")
+    more_options(parser)
+    return parser
+
+
+def more_options(parser: ArgumentParser) -> None:
+    """What does not belong to the recipe."""
+    add = parser.add_argument_group("run").add_argument
+    add("--data", default=DEFAULT_ROOT,
+        help="data set in ADE20K's layout; or toy, drawn here, which is small and has defaults of "
+        "its own: TOY in train.py (%(default)s)")
+    add("--work-dir",
+        help="checkpoints, log and pictures (a new folder under runs/)")
+    add("--interval", type=POSITIVE,
+        help="iterations from one checkpoint and validation to the next (a tenth of --iters; with "
+        "--data toy 200)")
+    add("--resume", action="store_true",
+        help="continue from the newest checkpoint in --work-dir, or start there if it has none; "
+        "without --work-dir continue the newest run under runs/")
+    add("--keep", type=POSITIVE, default=2,
+        help="how many of the newest checkpoints to keep; best.pt is one more (%(default)s)")
+    add("--timeout", type=POSITIVE, default=1800,
+        help="seconds that processes wait for one that hangs (%(default)s)")
+    add("--micro-batch", type=POSITIVE,
+        help="pictures at once on each process, the rest of its share is accumulated (all)")
+    add("--dry-run", action="store_true",
+        help="print the plan and stop; data and weights may be missing")
 
     add = parser.add_argument_group("speed").add_argument
     add("--dtype", choices=("auto", *DTYPES), default="auto",
@@ -695,128 +711,60 @@ def options() -> ArgumentParser:
     add("--deterministic", action="store_true",
         help="the same result every time on one machine, where torch has such operations (it warns "
         "of the others); slower. CPUs do not need it")
-    return parser
 
 
-def recipe_options(add: Callable) -> None:
-    """What decides about the result."""
-    add("--arch", choices=ARCHS, default="deit_s16", help="(%(default)s)")
-    add("--neck", choices=NECKS, default="none",
-        help="ln: LayerNorm after the last layer, mln: multi-level neck (%(default)s)")
-    add("--iters", type=POSITIVE, default=160000,
-        help="80000 or 160000 are published (%(default)s)")
-    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(%(default)s)")
-
-    add("--lr", type=REAL, help="base learning rate (%(default)s)")
-    add("--warmup", type=COUNT, metavar="ITERS", help="linear warmup (%(default)s)")
-    add("--weight-decay", type=REAL,
-        help="(adamw 0.01, 0 of cls_token, reg_token and pos_embed; sgd 5e-4)")
-    add("--layer-decay", type=REAL, default=1.0,
-        help="the learning rate of layer k times this ** (depth + 1 - k) (%(default)s)")
-    add("--drop-path", type=REAL,
-        help="rate of the last layer, below 1 (as in the recipe of --arch and --neck)")
-    add("--freeze", action="store_true", help="only train neck and heads")
-
-    add("--batch-size", type=POSITIVE, default=16,
-        help="pictures a step over all processes (%(default)s)")
-    add("--crop-size", type=POSITIVE, default=512, metavar="PIXELS",
-        help="side of the training crops (%(default)s)")
-    add("--short-side", type=POSITIVE, default=512, metavar="PIXELS",
-        help="of pictures at scale 1 (%(default)s)")
-
-    add("--pretrained", default="auto", metavar="auto|none|FILE|URL",
-        help="auto: the backbone the recipe starts from, fetched once; none: from scratch; or any "
-        "file convert_weights.py reads (%(default)s)")
-    add("--seed", type=COUNT, default=0,
-        help="of data order, augmentation, initialisation and dropout (%(default)s)")
-
-
-def run_options(add: Callable) -> None:
-    """Where a run reads and writes, and how it continues."""
-    add("--data", default=DEFAULT_ROOT, metavar="DIR",
-        help="data set in ADE20K's layout, or toy (%(default)s)")
-    add("--work-dir", metavar="DIR",
-        help="checkpoints, log and pictures (a new folder under runs/)")
-    add("--interval", type=POSITIVE, metavar="ITERS",
-        help="validate and save every so often (a tenth of --iters; with --data toy 200)")
-
-    add("--resume", action="store_true",
-        help="continue from the newest checkpoint in --work-dir, or start there if it has none; "
-        "without --work-dir continue the newest run under runs/")
-    add("--keep", type=POSITIVE, default=2,
-        help="how many of the newest checkpoints to keep; best.pt is one more (%(default)s)")
-    add("--timeout", type=POSITIVE, default=1800, metavar="SECONDS",
-        help="how long processes wait for one that hangs (%(default)s)")
-
-    add("--micro-batch", type=POSITIVE,
-        help="pictures at once on each process, the rest of its share is accumulated (all)")
-    add("--dry-run", action="store_true",
-        help="print the plan and stop; data and weights may be missing")
-
-
-def parse(argv: list[str] | None = None) -> tuple[Namespace, dict]:
+def parse(argv: list[str] | None = None) -> tuple:
     """-> the arguments, and the content of the checkpoint to continue from or {}.
 
-    The command line is read three times: for what decides about the defaults, for the work
-    directory, and with the defaults of the checkpoint in it."""
+    What the command line does not say, the checkpoint does, or the toy recipe, or the published
+    one. So the command line is read again where the defaults turn out to be others."""
     parser = options()
-    args, _ = parser.parse_known_args(argv)
-    schedule = OPTIMIZERS[args.optimizer]
-    parser.set_defaults(lr=schedule["lr"], warmup=schedule["warmup"])
+    args = parser.parse_args(argv)
     if args.data == "toy":
         parser.set_defaults(**TOY)
+        args = parser.parse_args(argv)
 
-    args, _ = parser.parse_known_args(argv)
     resume = args.resume or RESTARTED
-    folder = args.work_dir
-    if not folder:
-        folder = newest_run("runs") if args.resume else new_work_dir(args)
-
-    checkpoint = {}
+    folder = args.work_dir or default_work_dir(args)
     found = checkpoints(folder)
+    checkpoint = {}
     if found and not resume:
         raise UsageError(
             f"{folder}: holds the checkpoints of a run, continue it with --resume or name another"
         )
     if found:
         checkpoint = newest_whole(found)
-        known = {k: v for k, v in checkpoint["args"].items() if hasattr(args, k)}
-        parser.set_defaults(**known)  # (earlier versions had more)
+        saved = checkpoint["args"]
+        parser.set_defaults(**saved)
+        args = parser.parse_args(argv)
+
+        for key, old in saved.items():
+            new = getattr(args, key)
+            option = "--" + key.replace("_", "-")
+            if new != old and key in FIXED:
+                setattr(args, key, old)
+                warn(f"{option} {new} is ignored: the checkpoint has {old}")
+            elif new != old and key not in NO_EFFECT:
+                warn(f"{option} was {old} until here, from here on {new}")
     elif resume:
         warn(f"{folder}: holds no checkpoint yet, a new run starts")
 
-    parser.add_argument("-h", "--help", action="help", help="show this and stop")
-    args = parser.parse_args(argv)
-    if checkpoint:
-        name_changes(args, known)
-    args.work_dir = folder
+    for key, value in OPTIMIZERS[args.optimizer].items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
     args.interval = args.interval or max(1, args.iters // 10)
+    args.work_dir = folder
     return args, checkpoint
 
 
-def name_changes(args: Namespace, saved: dict) -> None:
-    """What the weights and the optimizer's state depend on stays as it was saved; other arguments
-    may change on --resume. Both are said."""
-    for key, old in saved.items():
-        new = getattr(args, key)
-        option = f"--{key.replace('_', '-')}"
-        if new == old or key in NO_EFFECT:
-            continue
+def default_work_dir(args: Namespace) -> str:
+    """With --resume the newest run under runs/. Otherwise runs/ARCH_NECK_DATA_ITERS, with -2, -3,
+    ... if that is taken; after a restart by torchrun the last one taken."""
+    if args.resume:
+        return newest_run("runs")
 
-        words = f"{option} was {old} until here, from here on {new}"
-        if key in FIXED:
-            setattr(args, key, old)
-            words = f"{option} {new} is ignored: the checkpoint has {old}"
-        warn(words)
-
-
-def new_work_dir(args: Namespace) -> str:
-    """runs/ARCH_NECK_DATA_ITERS, with -2, -3, ... if that is taken; after a restart by torchrun the
-    last one taken."""
-    data = basename(normpath(args.data))
-    base = f"runs/{args.arch}_{args.neck}_{data}_{args.iters}"
+    base = f"runs/{args.arch}_{args.neck}_{basename(normpath(args.data))}_{args.iters}"
     names = [base] + [f"{base}-{k}" for k in range(2, 10000)]
-
     free = [exists(name) for name in names].index(False)
     if RESTARTED and free:
         free -= 1
@@ -829,11 +777,10 @@ def main() -> None:
         try:
             train(args, checkpoint)
         except RuntimeError as error:
-            if not re.search("[Tt]imed out|onnection (closed|reset)|Broken pipe", str(error)):
-                raise
-
-            reason = first_line(error)
-            leave(f"error: another process has died or hangs ({reason}); continue with --resume", 1)
+            if re.search("[Tt]imed out|onnection (closed|reset)|Broken pipe", str(error)):
+                leave("error: another process has died or hangs, continue with --resume: "
+                      + first_line(error), 1)
+            raise
 
 
 if __name__ == "__main__":

@@ -25,10 +25,15 @@ from evaluate import UsageError
 from upernet import build_model
 
 
+def schedule_of(name):
+    """The arguments of learning_rate."""
+    return {k: v for k, v in train.OPTIMIZERS[name].items() if k != "weight_decay"}
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_learning_rates_equal_the_reference(name, golden):
     ours = [
-        train.learning_rate(i, 160000, **train.OPTIMIZERS[name])
+        train.learning_rate(i, 160000, **schedule_of(name))
         for i in (0, 1, 749, 1499, 1500, 80000, 159999)
     ]
     theirs = golden("optimizers")[f"{name}_lr"]
@@ -39,8 +44,9 @@ def test_learning_rates_equal_the_reference(name, golden):
 def test_four_steps_give_the_references_weights(name, tolerance, golden, filled):
     gold = golden("optimizers")
     net = filled("small", "mln").double().train()
-    schedule = train.OPTIMIZERS[name]
-    optimizer = train.build_optimizer(net, name, schedule["lr"])
+    schedule = schedule_of(name)
+    decay = train.OPTIMIZERS[name]["weight_decay"]
+    optimizer = train.build_optimizer(net, name, schedule["lr"], decay)
     images = torch.from_numpy(formulas.image(97, 131, 4))
     images = images.double()
     labels = torch.from_numpy(formulas.labels(97, 131, 4))
@@ -434,7 +440,8 @@ def test_run_leaves_checkpoints_log_and_picture(straight):
     assert last["iteration"] == 6
     both = last["decode"] + last["aux"]
     assert last["loss"] == pytest.approx(both, rel=1e-5)
-    assert {"lr", "seconds", "data_seconds", "images_per_second"} <= set(last)
+    assert {"lr", "seconds", "data_seconds"} <= set(last)
+    assert 0 < last["data_seconds"] < last["seconds"]
     validated = [iteration for iteration, _ in validations(work)]
     assert validated == [3, 6]
 
@@ -461,10 +468,11 @@ def test_a_checkpoint_with_fewer_and_with_more_arguments_continues_to_the_last_b
     """As earlier versions wrote it: without its part of the log, and without the names of the data
     set's pictures."""
     content = content_of(straight[0] / "checkpoint_3.pt")
-    for key in ("names", "entries", "losses", "classes"):
+    for key in ("names", "entries", "steps", "classes"):
         del content[key]
-    for key in ("freeze", "layer_decay", "weight_decay", "drop_path", "deterministic"):
+    for key in ("freeze", "layer_decay", "drop_path", "deterministic", "power", "floor"):
         del content["args"][key]
+    content["args"]["weight_decay"] = None
     content["args"] |= dict(checkpoint="elsewhere/checkpoint_1.pt", work_dir="elsewhere")
     content["args"]["compile"] = None
 
@@ -617,15 +625,15 @@ def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
         return list(train.doubts(args, [1], [1], None, "", {}))
 
     for iters, said in ((2999, 1), (3000, 0)):
-        rates = [train.learning_rate(i, iters, **train.OPTIMIZERS["adamw"]) for i in range(iters)]
+        rates = [train.learning_rate(i, iters, **schedule_of("adamw")) for i in range(iters)]
         assert (max(rates) < 6e-5 / 2) is bool(said)
         assert len(doubted("--iters", iters)) == said
 
     (words,) = doubted("--iters", 200)
-    assert "--warmup 1500 is more than half of --iters 200" in words
+    assert "--warmup 1500 is more than half of --iters:" in words
     for arguments in ((), ("--data", "toy"), ("--iters", 200, "--warmup", 20)):
         assert not doubted(*arguments)
-    assert "warning: --warmup 1500 is more than half of --iters 6" in straight[1].stdout
+    assert "warning: --warmup 1500 is more than half of --iters:" in straight[1].stdout
 
 
 def test_a_frozen_run_changes_neck_and_heads_alone(straight, folder):
@@ -708,7 +716,7 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
             ("--data", "nowhere"),
             "nowhere/images/training: no such folder; a data set holds its pictures in images/",
         ),
-        (("--data", "set", "--arch", "toy_p8"), "no pretrained file for toy_p8"),
+        (("--data", "set", "--arch", "toy_p8"), "no file is known for: 'toy_p8'"),
         (("--data", "set", "--pretrained", "absent.pth"), "error: absent.pth: "),
         (("--data", "set", "--arch", "resnet50"), "invalid choice"),
         (("--data", "set", "--crop-size", "0"), "argument --crop-size: "),
@@ -903,7 +911,7 @@ def test_a_validation_draws_four_different_pictures_spread_over_the_set(
     args = SimpleNamespace(iters=9, workers=0, short_side=32, work_dir=str(tmp_path))
     model = SimpleNamespace(buffers=list)
     log = train.Log(args, 0, {})
-    train.validate(log, 3, None, [], model, [None] * count, Classes(("a", "b")), None, world)
+    train.validate(log, 3, [], model, [None] * count, Classes(("a", "b")), None, world)
 
     own = len(range(0, count, world))
     assert len(drawn) == len(set(drawn)) == min(4, own)
@@ -917,10 +925,25 @@ def test_between_the_lines_of_a_run_a_terminal_shows_how_far_it_is(rank, monkeyp
     said = []
     monkeypatch.setattr(train, "progress", said.append)
     log = train.Log(SimpleNamespace(iters=800, batch_size=4), rank, {})
-    log.step(7, [3.0, 2.0, 1.0], 0.1)
-    log.step(8, [math.nan, math.nan, 1.0], 0.1)
-    assert log.losses == [[3.0, 2.0, 1.0]]
+    row = [3.0, 2.0, 1.0, 0.5, 0.1]
+    log.step(7, row, 0.1)
+    log.step(8, [math.nan, math.nan, 1.0, 0.5, 0.1], 0.1)
+    assert log.losses == [row]
     assert said == (["7 of 800 iterations", "8 of 800 iterations"] if rank == 0 else [])
+
+
+def test_a_line_has_the_means_of_the_steps_that_were_taken(capsys, tmp_path):
+    log = train.Log(SimpleNamespace(iters=100, work_dir=str(tmp_path)), 0, {})
+    log.step(48, [3.0, 2.0, 1.0, 0.5, 0.1], 0.1)
+    log.step(49, [math.inf, 2.0, math.inf, 9.0, 0.1], 0.1)
+    log.step(50, [4.0, 2.0, 2.0, 1.5, 0.3], 0.1)
+    (entry,) = read_log(tmp_path)
+    want = dict(iteration=50, loss=3.5, decode=2, aux=1.5, lr=0.1, seconds=1, data_seconds=0.2)
+    assert entry == pytest.approx(want)
+    assert "0:00:50 left" in capsys.readouterr().out
+
+    log.step(100, [math.nan, math.nan, 1.0, 0.5, 0.1], 0.1)  # no step, no line
+    assert len(read_log(tmp_path)) == 1
 
 
 def test_a_toy_run_ends_with_what_to_try_next(folder, tmp_path, monkeypatch, capsys):
@@ -950,22 +973,34 @@ def test_toy_has_defaults_of_its_own_and_what_is_given_wins():
     assert args.crop_size == train.TOY["crop_size"]
 
 
-@pytest.mark.parametrize("given", [(), ("--data", "toy"), ("--optimizer", "sgd")])
-def test_help_shows_the_defaults_that_hold(given, capsys):
-    args, _ = parse(*given)
+def test_help_shows_the_defaults(capsys):
+    args, _ = parse()
     with pytest.raises(SystemExit):
-        parse(*given, "--help")
+        parse("--help")
     words = capsys.readouterr().out.split()
     text = " ".join(words)
     text = text[text.index("recipe:") :]
 
-    for key in ("arch", "iters", "lr", "warmup", "batch_size", "crop_size", "pretrained", "seed"):
-        option = key.replace("_", "-")
-        start = text.index(f" --{option} ")
-        end = text.index(")", start) + 1
-        help_text = text[start:end]
-        default = getattr(args, key)
-        assert f"({default})" in help_text, key
+    def help_of(key):
+        start = text.index(f" --{key.replace('_', '-')} ")
+        return text[start : text.index(")", start) + 1]
+
+    for key in ("arch", "iters", "batch_size", "crop_size", "pretrained", "seed"):
+        assert f"({getattr(args, key)})" in help_of(key), key
+    for key in ("lr", "warmup", "weight_decay"):
+        for name, defaults in train.OPTIMIZERS.items():
+            assert f"{name} {defaults[key]}" in help_of(key)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_the_optimizer_decides_what_is_not_given(name):
+    args, _ = parse("--optimizer", name)
+    assert train.OPTIMIZERS[name].items() <= vars(args).items()
+    args, _ = parse("--optimizer", name, "--lr", 0, "--warmup", 0, "--weight-decay", 0)
+    assert (args.lr, args.warmup, args.weight_decay) == (0, 0, 0)
+    args, _ = parse("--optimizer", name, "--data", "toy")
+    assert (args.lr, args.warmup) == (train.TOY["lr"], train.TOY["warmup"])
+    assert args.weight_decay == train.OPTIMIZERS[name]["weight_decay"]
 
 
 def test_plain_defaults_are_the_published_recipe():
