@@ -943,14 +943,17 @@ def make_toy(root: str) -> str:
         split = "training" if i < 96 else "validation"
         image, label = draw_scene(default_rng([1831, i]))  # which has all scenes about as often
         for kind, pixels, end in (("images", image, "jpg"), ("annotations", label, "png")):
-            path = f"{part}/{kind}/{split}/toy_{i:03d}.{end}"
+            path = f"{part}/{kind}/{split}/toy_{i % 96:03d}.{end}"
             os.makedirs(dirname(path), exist_ok=True)
             Image.fromarray(pixels).save(path, quality=95)
 
     Path(part, "classes.txt").write_text(TOY_CLASSES)
-    with suppress(OSError):  # another process was faster, with the same pictures
+    try:
         os.rename(part, root)
-    shutil.rmtree(part, ignore_errors=True)
+    except OSError:  # another process was faster, with the same pictures
+        shutil.rmtree(part)
+        if not exists(root):
+            raise
     return root
 
 

@@ -47,7 +47,6 @@ from ade20k import (
     DEFAULT_ROOT,
     Classes,
     DataError,
-    Pair,
     UserError,
     about,
     data_root,
@@ -239,7 +238,7 @@ def table(result: dict, classes: tuple) -> str:
 
 def evaluate(
     model: nn.Module,
-    pairs: list[Pair],
+    pairs: list[tuple],
     classes: Classes,
     rank: int = 0,
     world: int = 1,

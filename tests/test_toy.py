@@ -141,3 +141,11 @@ def test_of_two_that_draw_at_once_the_first_wins(tmp_path, monkeypatch):
     assert ade20k.make_toy(root) == root
     assert os.listdir(tmp_path) == ["toy"]
     assert os.listdir(root) == ["classes.txt"]
+
+
+def test_a_drawing_that_cannot_be_moved_into_place_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(ade20k, "draw_scene", lambda rng: (np.zeros((2, 2), np.uint8),) * 2)
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="No space"):
+        ade20k.make_toy(str(tmp_path / "toy"))
+    assert os.listdir(tmp_path) == []
