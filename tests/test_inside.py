@@ -337,7 +337,7 @@ def test_the_sheet_of_any_network_has_a_row_for_its_neck_if_it_has_one(
     monkeypatch.setattr(inside, "map_rows", note)
     sheet = inside.look_inside(net, image, label, CLASSES, short=64, dtype=dtype)
     assert len(drawn_rows) == 4 + rows
-    heights = [row.shape[0] for row in drawn_rows]
+    heights = [row.height for row in drawn_rows]
     assert sheet.height > sum(heights) > 4 * 133
 
     pixels = np.asarray(sheet).reshape(-1, 3)
