@@ -282,7 +282,7 @@ def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
     others = set()
     for name in entries.keys() - used:
         place, head, _ = name.partition("decode_head.")
-        if head and prefix.startswith(place):
+        if head and prefix.startswith(place) and place not in prefixes:
             raise WeightsError(f"{name} is of a whole model, of which {prefix} is only a part")
         if not name.startswith(("args.", "classes", "meta.")):  # see recall
             others.add(".".join(name.split(".")[:2]))
@@ -408,8 +408,11 @@ def recall(content: dict, facts: dict) -> None:
             facts["arch"] = "deit_b16"
 
         said = {k.lower(): v for k, v in (meta | meta.get("dataset_meta", {})).items()}
-        zero_ignored = "reduce_zero_label=True" in config or said.get("reduce_zero_label")
-        theirs = said.get("classes"), said.get("palette"), bool(zero_ignored)
+        theirs = (
+            said.get("classes"),
+            said.get("palette"),
+            bool(said.get("reduce_zero_label") or "reduce_zero_label=True" in config),
+        )
         names, palette, *more = content.get("classes") or theirs
         if names:
             palette = np.array(palette, np.uint8).reshape(facts["num_classes"], 3).tolist()
