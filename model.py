@@ -263,10 +263,9 @@ class VisionTransformer(nn.Module):
 # ---- The architectures ---------------------------------------------------------------------------
 #
 # The arguments of VisionTransformer, and three more: channels, the width of the UPerNet head;
-# drop_path_ln, the rate of drop path in recipes with a final norm, if it is another one than
-# drop_path; cls_position=False, if the released files have no position for the class token
-# (convert_weights.py gives it one of zeros, which adds nothing). A grid of 32 patches of 16 is a
-# picture of 512.
+# drop_path_ln, the rate of drop path in recipes with a final norm, if it differs from drop_path;
+# cls_position=False, if the released files have no position for the class token (convert_weights.py
+# gives it one of zeros, which adds nothing). A grid of 32 patches of 16 is a picture of 512.
 #
 # vit_b16, deit_b16 and deit_s16 have published recipes, the others do not. ViT-B and DeiT-B are one
 # network; they differ in their pretrained weights and in drop path (ViT-B was released without it,
