@@ -1,15 +1,18 @@
-"""The data: classes, the samples of a run, the transforms; reading and checking of files.
+"""The data: classes, the samples of a run, the transforms; reading, checking, drawing, downloading.
 
     jpg, png --load--> image (H, W, 3) uint8 RGB, label (H, W) uint8: 0 -> 255 (ignored), k -> k - 1
-      --train_transform(rng)--> (3, S, S) uint8, (S, S) uint8, (h, w) before padding
-      --loader--> batch --normalise--> the model
+      --train_transform(rng)--> image (3, S, S) uint8, label (S, S) uint8, its (h, w) before padding
+      --train.py's loader--> batches --normalise--> the model
+
+Names of dimensions: H W a picture in pixels, h w the same after scaling, S the side of the crop,
+C classes.
 
 Data set: ADE20K scene parsing (Zhou et al. 2017, CVPR; Zhou et al. 2019, IJCV), in the layout of
 the challenge of 2016:
 
     ROOT/images/{training,validation}/NAME.jpg
     ROOT/annotations/{training,validation}/NAME.png
-    ROOT/classes.txt                                   of data sets with other classes
+    ROOT/classes.txt                                   only in data sets with other classes
 
 As a program:  python ade20k.py {download,toy,check} DIR
 """
@@ -46,8 +49,8 @@ DEFAULT_ROOT = "data/ade/ADEChallengeData2016"
 
 # ---- classes -------------------------------------------------------------------------------------
 
-# Names and colours of the challenge (objectInfo150, color150), the names as the reference prints
-# them.
+# Names and colours of the challenge (objectInfo150, color150). The names are spelled as in the
+# reference.
 CLASSES = tuple(re.split(r",\s+", """\
 wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk,
 person, earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf,
@@ -83,12 +86,12 @@ class Classes(NamedTuple):
     names: tuple = CLASSES
     palette: list = PALETTE.tolist()  # [R, G, B] of each, 0..255
 
-    # In ADE20K's label files 0 means "not labelled", and k is class k - 1. Without zero_ignored k
-    # is class k, and 255 means "not labelled".
+    # True, as in ADE20K's label files: 0 means "not labelled", and k is class k - 1. False: k is
+    # class k, and 255 means "not labelled".
     zero_ignored: bool = True
 
-    # A list: the label files hold the colours of the palette, and those of the list mean "not
-    # labelled". None: they hold numbers.
+    # None: label files hold numbers, as above. A list: they hold colours. A colour of the palette
+    # is that class, a colour of this list means "not labelled".
     ignored_colours: list | None = None
 
 
@@ -97,24 +100,25 @@ class Classes(NamedTuple):
 
 @dataclass
 class TrainSet(torch.utils.data.Dataset):
-    """Sample number `position` of the run: (seed, position) decide which picture it is, and how it
-    is cut and distorted. So a run does not depend on the number of workers and processes, and one
-    resumed at iteration i continues at once with the samples it would have seen."""
+    """The training samples of a run, counted from its first iteration to its last. The seed and a
+    sample's position in this count decide which picture it is, and how it is cut and distorted. So
+    the samples do not depend on the number of workers and processes, and a run that is resumed at
+    iteration i continues at once with the samples it would have seen."""
 
-    pairs: list  # of the paths of a picture and its label file
+    pairs: list  # of (path of a picture, path of its label file)
     seed: int
-    crop: int = 512
-    short: int = 512
+    crop: int = 512  # the side S
+    short: int = 512  # the short side that pictures are scaled to, times 0.5 to 2
     classes: Classes = Classes()
 
     def paths(self, position: int) -> tuple:
-        """The picture and its label file. Every pass over the data has an order of its own."""
+        """The picture's path and its label file's. Every pass over the data has its own order."""
         epoch, i = divmod(position, len(self.pairs))
-        rng = default_rng([self.seed, epoch, 0])
+        rng = default_rng([self.seed, epoch, 0])  # 0: another stream than __getitem__'s
         return self.pairs[rng.permutation(len(self.pairs))[i]]
 
     def __getitem__(self, position: int) -> tuple:
-        """-> image (3, S, S) uint8, label (S, S) uint8, size (2,) before padding"""
+        """-> image (3, S, S) uint8, label (S, S) uint8, their size (2,) before padding"""
         try:
             image, label = load(*self.paths(position), self.classes)
         except DataError as fault:
@@ -128,8 +132,8 @@ class TrainSet(torch.utils.data.Dataset):
 def positions(
     start: int, iters: int, batch: int, rank: int = 0, world: int = 1
 ) -> Iterator[list]:
-    """Iteration i takes the positions i * batch to (i + 1) * batch - 1. Yields, for each iteration
-    from start on, the equal part of them that one process takes."""
+    """Iteration i takes the positions i * batch to (i + 1) * batch - 1, each process an equal part.
+    Yield the part of process number `rank` of `world`, for each iteration from start on."""
     count = batch // world
     for i in range(start, iters):
         first = i * batch + rank * count
@@ -142,11 +146,12 @@ def positions(
 def train_transform(image: ndarray, label: ndarray, rng: Generator, crop: int, short: int) -> tuple:
     """The reference's training pipeline up to normalisation: scale, crop, flip, distort, pad.
 
-    image (H, W, 3) uint8, label (H, W) uint8 -> (3, crop, crop) uint8, (crop, crop) uint8, (h, w)
-    before padding. Padding, on the right and below, is 255 in the label. In the image it is 0
-    *after* normalisation, which no uint8 can say: normalise(images, sizes) does it. Random numbers
-    are drawn in the reference's order, so that a test can replay its stream."""
-    # Scale the picture into (4 short, short) * U(0.5, 2).
+    image (H, W, 3) uint8, label (H, W) uint8 -> (3, crop, crop) uint8, (crop, crop) uint8, (height,
+    width) before padding. Padding goes to the right and below. In the label it is 255. In the image
+    it must be 0 *after* normalisation. No uint8 becomes exactly that, so normalise(images, sizes)
+    sets it. Random numbers are drawn in the reference's order, so that a test can replay the
+    reference's stream."""
+    # Scale to a long side of at most 4 short and a short side of at most short, both * U(0.5, 2).
     H, W = label.shape
     ratio = rng.random() * 1.5 + 0.5
     h, w = scaled_size(H, W, int(4 * short * ratio), int(short * ratio))
@@ -158,7 +163,7 @@ def train_transform(image: ndarray, label: ndarray, rng: Generator, crop: int, s
         y = rng.integers(max(h - crop, 0) + 1)
         x = rng.integers(max(w - crop, 0) + 1)
         cropped = label[y : y + crop, x : x + crop]
-        # The pixels of each class. (bincount takes twice as long.)
+        # How many pixels each class has. (bincount takes twice as long.)
         pixels = Image.fromarray(cropped).histogram()[:IGNORE_INDEX]
         if max(pixels) < 0.75 * sum(pixels):
             break
@@ -180,50 +185,50 @@ def train_transform(image: ndarray, label: ndarray, rng: Generator, crop: int, s
 
 
 def scaled_size(height: int, width: int, long: int, short: int) -> tuple:
-    """The largest (h, w) of the same aspect with long side <= long, short side <= short, as
-    mmcv.rescale_size; at least 1."""
+    """The largest (h, w) with the same aspect ratio, long side <= long and short side <= short, as
+    mmcv.rescale_size has it. No side is less than 1."""
     scale = min(long / max(height, width), short / min(height, width))
     return tuple(max(1, int(side * scale + 0.5)) for side in (height, width))
 
 
 def nearest_indices(old: int, new: int) -> ndarray:
-    """The source index of each of `new` pixels, as cv2's INTER_NEAREST: floor(i * old / new), not
-    the pixel's centre."""
-    index = np.arange(new) * (1 / (new / old))  # cv2's old / new, with its last bit
+    """The old pixel that each new one is taken from, (new,), as in cv2's INTER_NEAREST: floor(i *
+    old / new). That is the new pixel's corner, not its centre."""
+    index = np.arange(new) * (1 / (new / old))  # cv2's way to old / new: the last bit may differ
     return np.minimum(np.int64(index), old - 1)
 
 
 def resize_bilinear(image: ndarray, h: int, w: int, box: tuple = ()) -> ndarray:
-    """What cv2.resize(image, (w, h))[y0:y1, x0:x1] gives, within one grey level, computing only
-    box = (y0, x0, y1, x1), or all where there is none.
+    """What cv2.resize(image, (w, h))[y0:y1, x0:x1] gives, within one grey level. Only the box (y0,
+    x0, y1, x1) is computed; without one, everything.
 
-    image (H, W, 3) uint8 -> (3, y1 - y0, x1 - x0) uint8. No antialiasing when shrinking: Pillow's
-    filters, which do, would feed the network smoother pictures than the published runs saw."""
+    image (H, W, 3) uint8 -> (3, y1 - y0, x1 - x0) uint8. Shrinking does not antialias. Pillow's
+    filters do, and would feed the network smoother pictures than the published runs saw."""
     y0, x0, y1, x1 = box or (0, 0, h, w)
     H, W, _ = image.shape
-    y = (np.arange(y0, y1) + 0.5) * H / h - 0.5  # the places that the pixels' centres come from
+    y = (np.arange(y0, y1) + 0.5) * H / h - 0.5  # where the new centres lie in the old picture
     x = (np.arange(x0, x1) + 0.5) * W / w - 0.5
 
-    # Take the rows that the target needs, mix their columns, mix the rows.
+    # Take the n rows that the result needs, mix their columns, mix the rows.
     first = int(y[0])
     image = image[first : int(y[-1]) + 2].transpose(2, 0, 1)  # (3, n, W)
     image = np.ascontiguousarray(image, np.float32)
     image = interpolate(image, x, axis=2)  # (3, n, x1 - x0)
     image = interpolate(image, y - first, axis=1)  # (3, y1 - y0, x1 - x0)
-    image += 0.5
+    image += 0.5  # so that the truncation rounds
     return np.uint8(image)
 
 
 def interpolate(x: ndarray, place: ndarray, axis: int) -> ndarray:
-    """x (3, H, W) float32 at places between its pixels along an axis: 2.25 is a quarter of the
-    way from pixel 2 to pixel 3."""
+    """x (3, H, W) float32, read at m places between its pixels along an axis, which becomes m long.
+    Place 2.25 is a quarter of the way from pixel 2 to pixel 3."""
     index = np.intp(np.floor(place))
     weight = np.float32(place - index)
     if axis == 1:
         weight = weight[:, None]
 
     # before + (after - before) * weight, in place, because new memory costs more than the sums.
-    # mode="clip": beyond the border its last pixel is repeated.
+    # mode="clip" repeats the last pixel beyond the border.
     before = x.take(index, axis, mode="clip")
     after = x.take(index + 1, axis, mode="clip")
     after -= before
@@ -250,7 +255,8 @@ def distort(image: ndarray, rng: Generator) -> ndarray:
 
     if rng.integers(2):
         hue, saturation, value = rgb_to_hsv(image)
-        turned = (np.arange(180) + rng.integers(-18, 18)) % 180  # of each hue: `%` is slow
+        # A table of the 180 hues, turned: a `%` for every pixel would be slow.
+        turned = (np.arange(180) + rng.integers(-18, 18)) % 180
         image = hsv_to_rgb(turned.take(hue), saturation, value)
 
     if not contrast_second and rng.integers(2):
@@ -264,19 +270,19 @@ def scale_levels(x: ndarray, factor: float, offset: float = 0) -> ndarray:
 
 
 def to_uint8(x: ndarray) -> ndarray:
-    # Whatever lies outside 0..255 is clipped: a bare conversion would wrap around.
+    # Values outside 0..255 are clipped first: the bare conversion would wrap around.
     return np.uint8(x.clip(0, 255))
 
 
-# ImageNet's, RGB. The reference uses them for ViT-B too, although its weights were pretrained with
-# 127.5 / 127.5.
+# ImageNet's mean and standard deviation of R, G, B. The reference uses them for ViT-B too, although
+# ViT-B was pretrained with 127.5 / 127.5.
 MEAN_STD = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]]).view(2, 3, 1, 1)
 
 
 def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
-    """(B, 3, H, W) uint8 -> (x - mean) / std, float32, on the images' device; 0 outside each
-    picture's (h, w) in sizes (B, 2), where the picture was padded."""
-    # (A copy that blocks would wait for all that the GPU has still to do.)
+    """(B, 3, H, W) uint8 -> (x - mean) / std, float32, on the images' device. sizes (B, 2): each
+    picture's (h, w) before padding; what lies outside becomes 0."""
+    # (A blocking copy would wait until the GPU has finished all earlier work.)
     mean, std = MEAN_STD.to(images.device, non_blocking=True)
     x = (images.float() - mean) / std
     if sizes is None:
@@ -294,53 +300,55 @@ def normalise(images: Tensor, sizes: Tensor | None = None) -> Tensor:
 # on trust that both functions equal cv2's, continue with the next part.
 
 
-# cv2 divides by tables of 30 / spread (a sixth of the circle is 30 steps) and 255 / value for 1 to
-# 255, in 20.12 fixed point. (0 divides nothing but 0.)
+# cv2 does not divide by the value (the largest channel) and the spread (the largest minus the
+# smallest), but multiplies by tables of 255 / value and 30 / spread, for 1 to 255, in fixed point
+# with 12 binary places. 30 steps of hue are a sixth of the circle. (Where value or spread is 0, so
+# is the number that it would divide.)
 HUE_STEP, SATURATION_STEP = np.int32(
     np.rint(np.array([[30], [255]]) * 4096 / np.arange(256).clip(1))
 )
 
 
 def rgb_to_hsv(image: ndarray) -> tuple:
-    """(3, H, W) uint8 -> hue (H, W) 0..179, saturation 0..255, value 0..255, integers, equal to
-    cv2's."""
+    """(3, H, W) uint8 -> hue 0..179, saturation 0..255, value 0..255, integers equal to cv2's, each
+    (H, W)."""
     rgb = np.int16(image)
     r, g, b = rgb
     value = rgb.max(axis=0)
     spread = value - rgb.min(axis=0)
 
-    # Around the largest channel: red stands at 0, green at 60, blue at 120.
+    # The hue lies around that of the largest channel: red has 0, green 60, blue 120.
     hue = np.where(value == g, b - r + 2 * spread, r - g + 4 * spread)
     hue = np.where(value == r, g - b, hue)
 
     saturation = spread * SATURATION_STEP.take(value, mode="clip")
     hue = hue * HUE_STEP.take(spread, mode="clip")
     for x in (saturation, hue):
-        x += 2048  # so that the shift rounds
+        x += 2048  # half of 4096, so that the shift rounds
         x >>= 12
     hue[hue < 0] += 180
-    return np.intp(hue), saturation, value  # (hue: an index)
+    return np.intp(hue), saturation, value  # (intp, because the hue will index tables)
 
 
 # Back to RGB (Smith 1978, "Color gamut transform pairs"): channel = value * (1 - saturation *
 # fade(hue)). fade is 0 over the two of six sectors where the channel dominates (R around hue 0, G
-# around 60, B around 120), 1 opposite, a ramp between. Rounded to float32 as in cv2's vector code,
-# so that the truncation at the end meets the same numbers.
-SECTOR = np.float32(np.arange(180)) * (6 / 180)  # 0..6
+# around 60, B around 120), 1 over the two opposite, a ramp between. It is rounded to float32 as in
+# cv2's vector code, so that the truncation at the end meets the same numbers.
+SECTOR = np.float32(np.arange(180)) * (6 / 180)  # (180,): each hue as a number of sectors, 0..6
 PLACE = (np.float64(SECTOR) + [[5], [3], [1]]) % 6  # (3, 180): of R, G, B
 FADE = np.float64(np.float32(np.minimum(PLACE, 4 - PLACE).clip(0, 1)))
 
 
 def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
-    """The inverse of rgb_to_hsv, truncated, equal to what cv2 computes in vectors (ends of rows it
-    rounds). -> (3, H, W) uint8"""
+    """The inverse of rgb_to_hsv, truncated, equal to cv2's vector code. (At the end of a row cv2
+    uses other code, which rounds.) -> (3, H, W) uint8"""
     value = np.float32(value) * (1 / 255)
     saturation = np.float64(np.float32(saturation) * (1 / 255))
 
     channels = []
     for fade in FADE:
-        # float64 up to the bracket's end, rounded once: cv2 uses a fused multiply-add there. In
-        # place, because new memory costs more than the sums.
+        # 1 - saturation * fade is computed in float64 and rounded once, because cv2 uses a fused
+        # multiply-add there. In place, because new memory costs more than the sums.
         x = fade.take(hue)
         x *= saturation
         x = np.float32(1 - x)
@@ -352,13 +360,13 @@ def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
 
 # ---- reading -------------------------------------------------------------------------------------
 
-# Pillow refuses a png with more than 1 MB of text; accept it up to 16 MB.
+# Pillow refuses a png with more than 1 MB of text. Accept up to 16 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 16_000_000
 
 
 class UserError(Exception):
-    """An error that the user can mend, in one sentence: the file or option, its value, the way
-    out."""
+    """An error that the user can mend. Its text is one sentence: the file or option, its value, and
+    what to do."""
 
 
 class DataError(UserError):
@@ -366,23 +374,24 @@ class DataError(UserError):
 
 
 @contextmanager
-def about(path: str, kind: type = DataError) -> Iterator:
-    """Whatever goes wrong inside becomes one sentence that begins with the file's name."""
+def about(subject: str, kind: type = DataError) -> Iterator:
+    """Any error inside becomes one of this kind, whose sentence begins with the subject, most often
+    the file's name."""
     try:
         yield
     except Exception as error:  # readers of damaged files raise almost anything
-        raise kind(f"{path}: {first_line(error)}") from error
+        raise kind(f"{subject}: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, without the advice that follows; its kind where it says nothing."""
+    """What an exception says, without the advice in further lines; its type if it says nothing."""
     words = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return words.splitlines()[0]
 
 
 def load(image_path: str, label_path: str | None, classes: Classes = Classes()) -> tuple:
-    """load_image and load_label of one sample; DataError if their sizes differ. The label is None
-    where there is no label file."""
+    """The image (H, W, 3) uint8 and the label (H, W) uint8 of one sample, as load_image and
+    load_label read them. Without a label file the label is None. DataError if the sizes differ."""
     image = load_image(image_path)
     if label_path is None:
         return image, None
@@ -400,22 +409,22 @@ def load(image_path: str, label_path: str | None, classes: Classes = Classes()) 
 def load_image(path: str) -> ndarray:
     """Any picture Pillow can read -> (H, W, 3) uint8 RGB, upright. DataError if it cannot be read.
 
-    Grey is repeated, alpha dropped, 16 bits are cut to the upper 8, EXIF rotation is applied: as
-    cv2.imread does it."""
+    As in cv2.imread, grey is repeated, alpha is dropped, 16 bits are cut to the upper 8, and EXIF
+    rotation is applied."""
     with about(f"{path}: cannot be read as a picture"):
         try:
             picture = Image.open(path)
         except Image.DecompressionBombError as error:
             raise ValueError("has more than 178 million pixels, cut it into tiles") from error
 
-        # A file that is cut short ends it here. A broken EXIF block does not: exif_transpose turns
-        # the pixels before it raises an error.
+        # A truncated file raises its error here. A broken EXIF block must not: exif_transpose turns
+        # the pixels before it raises.
         picture.load()
         with suppress(Exception):
             ImageOps.exif_transpose(picture, in_place=True)
 
-        # 16 bits, which Pillow would clip instead of scale. Floating-point numbers, whose range is
-        # unknown, cannot be shifted and so end it here.
+        # 16 bits: Pillow would clip them, not scale them. Floating-point numbers, whose range is
+        # unknown, cannot be shifted, so a file of them raises an error here.
         if picture.mode[0] in "IF":
             picture = Image.fromarray(to_uint8(np.asarray(picture) >> 8))
         return np.asarray(picture.convert("RGB"))
@@ -424,12 +433,12 @@ def load_image(path: str) -> ndarray:
 def load_label(path: str, classes: Classes = Classes()) -> ndarray:
     """A label file -> (H, W) uint8, 0..C-1, or 255 where there is no label.
 
-    The file has one channel of 1, 8 or 16 bits (of a palette, the indices), or the classes'
-    colours. DataError if its format may have changed labels, or it holds a value or a colour that
-    is no class."""
+    The file has one channel of 1, 8 or 16 bits (with a palette, its indices), or the classes'
+    colours. DataError if its format may have changed labels, or if it holds a value or a colour
+    that is neither a class nor ignored."""
     with about(path), Image.open(path) as file:
-        # What may change labels: formats that lose something, a TIFF's compression among them, and
-        # grey of 2 or 4 bits, which Pillow stretches to 0..255.
+        # Refuse what may have changed labels: lossy formats (a TIFF may hold a JPEG), and grey of 2
+        # or 4 bits, which Pillow stretches to 0..255.
         stored = str([file.tile, file.info.get("compression")])
         if file.format not in ("PNG", "BMP", "TIFF") or re.search("jpeg|webp|L;[24]", stored):
             raise ValueError(f"is a {file.format} file that may change labels, save as 8-bit png")
@@ -437,7 +446,7 @@ def load_label(path: str, classes: Classes = Classes()) -> ndarray:
         # values -> label: 0..C-1, 255, or -1 where a value has no meaning.
         count = len(classes.names)
         if classes.ignored_colours is None:
-            values = np.asarray(file)
+            values = np.asarray(file)  # (H, W)
 
             # Labels are shifted here, and back only where evaluate.py saves predictions.
             first, unlabelled = (1, 0) if classes.zero_ignored else (0, IGNORE_INDEX)
@@ -448,11 +457,11 @@ def load_label(path: str, classes: Classes = Classes()) -> ndarray:
         elif ";16" in stored:
             raise ValueError("has 16 bits a colour, those in classes.txt have 8: save it with 8")
         else:
-            values = np.asarray(file.convert("RGB"))
-            pixels = values @ [65536, 256, 1]  # (H, W), a colour as one number
-            label = np.full(pixels.shape, -1)
+            values = np.asarray(file.convert("RGB"))  # (H, W, 3)
+            colours = values @ [65536, 256, 1]  # (H, W), each colour as one number
+            label = np.full(colours.shape, -1)
             for k, colour in enumerate(classes.palette + classes.ignored_colours):
-                label[pixels == int.from_bytes(colour)] = k
+                label[colours == int.from_bytes(colour)] = k
             label[label >= count] = IGNORE_INDEX
 
         wrong = values[label < 0]
@@ -467,10 +476,10 @@ def load_label(path: str, classes: Classes = Classes()) -> ndarray:
 def read_classes(root: str) -> Classes:
     """The classes of ROOT/classes.txt, or ADE20K's where there is no such file.
 
-    One name a line, with `R G B` behind it or without; # begins a comment. The first line may be
-    `ignore 0` (see zero_ignored), `ignore 255`, or `colours` (see ignored_colours): then each name
-    has its colour, and lines `ignore R G B` name colours of unlabelled pixels. DataError with the
-    line that cannot be used."""
+    Each line is a name, or a name and `R G B`; # begins a comment. The first line may be `ignore 0`
+    or `ignore 255` (see zero_ignored), or `colours` (see ignored_colours). After `colours` each
+    name needs its own colour, and lines `ignore R G B` name colours of unlabelled pixels. DataError
+    with the line that cannot be used."""
     path = join(root, "classes.txt")
     if not lexists(path):
         return Classes()
@@ -484,7 +493,7 @@ def read_classes(root: str) -> Classes:
 
             with about(repr(line)):
                 name, rgb = re.fullmatch(r"(.*?)((?:\s+\d+){3})?", line).groups("")
-                colour = list(bytes(map(int, rgb.split())))  # (ValueError above 255)
+                colour = list(bytes(map(int, rgb.split())))  # [] without; ValueError above 255
                 if name in names or (ignored is not None and colour in [[], *palette, *ignored]):
                     raise ValueError("needs a name and, with `colours`, a colour of its own")
 
@@ -501,8 +510,8 @@ def read_classes(root: str) -> Classes:
                             "`ignore R G B` asks for `colours`"
                         )
                     case _:
-                        # Hues in steps of the golden section are far apart however many there
-                        # are; three brightnesses tell apart what comes near.
+                        # Without R G B, hues in steps of the golden section: far apart, however
+                        # many there are. Three brightnesses tell apart hues that come near.
                         k = len(names)
                         rgb = colorsys.hsv_to_rgb(k * 0.618 % 1, 0.9, 1 - k % 3 / 4)
                         palette.append(colour or [round(255 * x) for x in rgb])
@@ -519,13 +528,13 @@ def read_classes(root: str) -> Classes:
 def find_pairs(root: str, split: str, optional: bool = False) -> list:
     """The (image, label) paths of ROOT/images/SPLIT and ROOT/annotations/SPLIT, sorted by name.
 
-    DataError if there are no pictures, or if not every name is that of one picture and one label
-    file. optional: [] where neither folder exists."""
+    DataError if there are no pictures, or if one of them has not exactly one label file of its
+    name, or the reverse. optional: [] if neither folder exists."""
     folders = [join(root, kind, split) for kind in ("images", "annotations")]
     if optional and not any(map(isdir, folders)):
         return []
 
-    found = defaultdict(list)  # of each name without suffix: its files in both folders
+    found = defaultdict(list)  # name without suffix -> the paths of its files, pictures first
     for folder in folders:
         if not isdir(folder):
             raise DataError(
@@ -539,6 +548,7 @@ def find_pairs(root: str, split: str, optional: bool = False) -> list:
             if suffix.lower() in Image.registered_extensions():
                 found[stem].append(join(folder, name))
 
+    # Right is one file in each folder.
     wrong = [stem for stem in sorted(found) if [*map(dirname, found[stem])] != folders]
     if wrong or not found:
         raise DataError(
@@ -549,13 +559,13 @@ def find_pairs(root: str, split: str, optional: bool = False) -> list:
 
 
 def label_warnings(pairs: list, classes: Classes) -> Iterator:
-    """A sentence about the classes that no label holds, if there are any, by at most 300 label
-    files spread evenly."""
-    some = pairs[:: len(pairs) // 301 + 1]  # (of 300 or fewer, all)
+    """Yield a sentence about the classes that no label holds, if there are any. Only some 300 label
+    files are read, evenly spread."""
+    some = pairs[:: len(pairs) // 301 + 1]  # all, if there are 300 or fewer
     seen = {k for _, path in some for k in np.unique(load_label(path, classes))}
     missing = [name for k, name in enumerate(classes.names) if k not in seen]
 
-    # A part of a large set may lack rare classes, but hardly a third of all.
+    # Some files of a large set may lack rare classes, but hardly a third of all classes.
     if missing and (some == pairs or len(missing) >= len(classes.names) / 3):
         yield (
             f"{len(missing)} classes are in none of the {len(some)} label files that were looked "
@@ -564,7 +574,7 @@ def label_warnings(pairs: list, classes: Classes) -> Iterator:
 
 
 def listed(texts: list) -> str:
-    """All of them, or the first twenty and how many more there are."""
+    """The texts in one line: all of them, or the first twenty and how many more there are."""
     shown = texts[:20]
     if len(texts) > 20:
         shown.append(f"and {len(texts) - 20} more")
@@ -572,8 +582,8 @@ def listed(texts: list) -> str:
 
 
 def check(root: str) -> list:
-    """Read every file of a data set; print the sizes, the classes, and in the end every fault by
-    file. -> the faults"""
+    """Read every file of a data set. Print the sizes, how often each class occurs, and in the end
+    every fault with its file. -> the faults"""
     classes = read_classes(root)
     faults = []
 
@@ -600,8 +610,8 @@ def check(root: str) -> list:
         if good:
             sizes, counts = map(np.array, zip(*good))  # (n, 2), (n, 256)
             print("  height and width", sizes.min(axis=0), "to", sizes.max(axis=0))
-            shares = counts.sum(axis=0) / counts.sum()
-            pictures = np.count_nonzero(counts, axis=0)
+            shares = counts.sum(axis=0) / counts.sum()  # (256,)
+            pictures = np.count_nonzero(counts, axis=0)  # (256,)
             for k, name in [*enumerate(classes.names), (IGNORE_INDEX, "(not labelled)")]:
                 print(
                     f"  {one_line(name):20s} {shares[k]:7.2%} of the pixels, "
@@ -621,11 +631,11 @@ def check(root: str) -> list:
 #
 #     column = WIDTH / 2 + FOCAL * x / z          row = HORIZON + FOCAL * (EYE - y) / z
 #
-# on a canvas twice as large as the picture, which is shrunk in the end to make edges smooth.
+# on a canvas twice as high and wide as the picture. In the end it is shrunk, to make edges smooth.
 HEIGHT, WIDTH, FOCAL, HORIZON, EYE = 384, 512, 440, 160, 4
 
-# classes.txt, with ADE20K's names and colours. A label file holds the number of the line: 0 is not
-# labelled, 1 is building.
+# classes.txt, with ADE20K's names and colours. A label file holds the number of a class's line,
+# from 0: 0 is not labelled, 1 is building.
 TOY_CLASSES = """\
 ignore 0
 building 180 120 120
@@ -643,10 +653,10 @@ sand 160 150 20
 boat 173 255 0
 """
 
-# The things, a shape a line, from back to front. First the thing, then the colour of the shape (?:
-# one of BRIGHT, by chance; shadow: it darkens what is there), then the corners of a polygon: x,y or
-# x,y,z in metres from the place where the thing stands. Two corners, upper left and lower right,
-# make an ellipse.
+# The things, one shape per line, from back to front. First the thing, then the colour of the shape
+# (?: one of BRIGHT, by chance; shadow: it darkens what is there), then the corners of a polygon:
+# x,y or x,y,z in metres from the place where the thing stands. Two corners, upper left and lower
+# right, make an ellipse.
 THINGS = """
 mountain 128,134,156 -110,0 -82,33 -50,55 -22,93 0,110 90,0
 mountain 88,94,122 20,0 10,60 0,68 33,110 110,0
@@ -720,9 +730,10 @@ parasol ? -1.5,1.8 -0.8,2.4 0,2.6 0.8,2.4 1.5,1.8
 """
 BRIGHT = "206,62,54 240,184,60 52,104,176 238,236,228 224,112,158 60,150,140".split()
 
-# The scenes. First the ground from left to right: class, colour, and the x where it begins. Then
-# what stands on it: thing, class, how many at most, and the two z,x between which each stands. The
-# scene decides what a shape is: the same house is a building where it stands in a street.
+# The scenes. First the strips of the ground from left to right: class, colour, and the x where the
+# strip begins. Then what stands on it: thing, class, how many at most, and two z,x, the corners of
+# the area where they stand. The scene decides the class of a thing: the same house is a building
+# where it stands in a street.
 SCENES = ["""
 sidewalk 178,172,172 -1e9
 sidewalk 236,228,212 -3.8
@@ -820,8 +831,9 @@ tree tree 4 10,4 60,5
 lamp ignore 2 9,-5.8 40,-5.8
 """]
 
-# The lights: what all colours are multiplied by, the sky above, the colour of everything far away,
-# the metres of air after which 1 / e of a colour is left, and how dark shadows are.
+# The lights, one per line: the factors of all colours, the colour of the sky above, the colour of
+# everything far away, the metres of air after which 1 / e of a colour is left, and how dark shadows
+# are.
 LIGHTS = """
 1.06,1.03,0.97 62,124,211 186,216,236 500 0.5
 1.14,0.93,0.70 90,130,240 255,208,150 400 0.5
@@ -831,13 +843,13 @@ LIGHTS = """
 
 
 def draw_scene(rng: Generator) -> tuple:
-    """One scene: a picture (192, 256, 3) uint8 RGB and its label (192, 256) uint8, as label files
-    have it."""
+    """One scene: a picture (192, 256, 3) uint8 RGB and its label (192, 256) uint8, in the values
+    that label files hold."""
     ground, crowds = rng.choice(SCENES).split("\n\n")
     sun, zenith, haze, air, shadow = map(numbers, rng.choice(rows(LIGHTS)))
     bend = rng.uniform(-0.006, 0.006)  # x = 0 of the tables lies at bend * z^2, up to z = 60
 
-    def in_haze(colour, z):  # what is left of a colour behind so many metres of air
+    def in_haze(colour, z):  # what is left of a colour behind z metres of air
         return haze + (colour - haze) * np.exp(-z / air)
 
     image, label, distance = draw_ground(rows(ground), zenith, bend, rng)
@@ -845,16 +857,16 @@ def draw_scene(rng: Generator) -> tuple:
     labels = Image.fromarray(label)
     shade = Image.new("L", canvas.size)
 
-    # The things: count times, each is there with a chance of 0.8. From far to near they are drawn
+    # The things: each of `count` is there with a chance of 0.8. They are drawn from far to near,
     # into the picture and the label alike, and hide the shadows behind them.
-    places = [
+    places = [  # z, x, thing, class
         (*rng.uniform(*map(numbers, between)), thing, name)
         for thing, name, count, *between in rows(crowds)
         for _ in range(rng.binomial(int(count), 0.8))
     ]
     for z, x, thing, name in sorted(places, reverse=True):
-        place = x + bend * min(z, 60) ** 2, 0, z
-        size, tint = rng.uniform(0.85, 1.15, (2, 3))
+        place = x + bend * min(z, 60) ** 2, 0, z  # x, y, z
+        size, tint = rng.uniform(0.85, 1.15, (2, 3))  # of x, y, z; of R, G, B
 
         for owner, colour, *corners in rows(THINGS):
             if owner == thing:
@@ -866,8 +878,8 @@ def draw_scene(rng: Generator) -> tuple:
                     draw(canvas, corners, tuple(np.int_(in_haze(colour, z))))
                     draw(labels, corners, label_value(name))
 
-    # Of 2 x 2 pixels the picture takes the mean, the label the first. Shadows have soft edges, and
-    # a camera adds noise.
+    # 2 x 2 pixels become one: their mean in the picture, the first of them in the label. Shadows
+    # have soft edges, and a camera adds noise.
     dark = shadow / 255 * gaussian_filter(np.asarray(shade.reduce(2)), 2)[:, :, None]
     image = np.asarray(canvas.reduce(2)) * (1 - dark) + 4 * rng.standard_normal((192, 256, 3))
     return to_uint8(image), np.asarray(labels)[::2, ::2]
@@ -876,17 +888,18 @@ def draw_scene(rng: Generator) -> tuple:
 def draw_ground(strips: list, zenith: ndarray, bend: float, rng: Generator) -> tuple:
     """Sky and ground: the picture (HEIGHT, WIDTH, 3), 0 to 255, the label (HEIGHT, WIDTH), and how
     many metres away each pixel is (HEIGHT, WIDTH, 1)."""
-    names, colours, edges = zip(*strips)  # the edges are the x where strips begin
+    names, colours, edges = zip(*strips)  # the edges: each x where a strip begins
     values = np.uint8([*map(label_value, ("sky", *names))])
     colours = np.array([zenith, *map(numbers, colours)])
 
     # The projection inverted for y = 0: the place on the ground that each pixel shows. The sky is
-    # the same plane upside down. Only its haze is that of a plane six times as far away.
+    # the same plane upside down, except that its haze is that of a plane six times as far away.
     row, column, _ = np.indices((HEIGHT, WIDTH, 1)) + 0.5  # each (HEIGHT, WIDTH, 1)
     sky = row < HORIZON
     z = FOCAL * EYE / abs(row - HORIZON)
     x = (column - WIDTH / 2) * z / FOCAL - bend * np.minimum(z, 60) ** 2
-    part = (np.searchsorted(np.float64(edges), x) * ~sky)[:, :, 0]  # 0: the sky
+    # Which strip each pixel shows, (HEIGHT, WIDTH): 1 for the first, 0 for the sky.
+    part = (np.searchsorted(np.float64(edges), x) * ~sky)[:, :, 0]
 
     # Noise that is smoothed a little makes rough ground. Smoothed much, it makes clouds. Its cells
     # are a tenth of a metre wide, and it repeats itself.
@@ -895,12 +908,12 @@ def draw_ground(strips: list, zenith: ndarray, bend: float, rng: Generator) -> t
     grain = gaussian_filter(noise, 1, mode="wrap")[at]
     cloud = gaussian_filter(noise, 8, mode="wrap")[at] * 14 + rng.uniform(-0.6, 0.4)
     image = colours[part] * (1 + 0.2 * grain)
-    image += sky * cloud.clip(0, 0.9) * (245 - image)
+    image += sky * cloud.clip(0, 0.9) * (245 - image)  # from the sky's colour towards white
     return image, values[part], z * (1 + 5 * sky)
 
 
 def draw(canvas: Image.Image, corners: ndarray, fill) -> None:
-    """Fill the polygon with these corners, (n, 3), or the ellipse between two of them."""
+    """Fill the polygon with these corners (n, 3), or the ellipse between two corners (2, 3)."""
     x, y, z = corners.T
     points = list(zip(WIDTH / 2 + FOCAL * x / z, HORIZON + FOCAL * (EYE - y) / z))
 
@@ -910,7 +923,7 @@ def draw(canvas: Image.Image, corners: ndarray, fill) -> None:
 
 
 def label_value(name: str) -> int:
-    """What label files hold for a class: the number of its line in TOY_CLASSES."""
+    """What label files hold for a class: the number of its line in TOY_CLASSES, from 0."""
     return [line[0] for line in rows(TOY_CLASSES)].index(name)
 
 
@@ -925,23 +938,23 @@ def numbers(text: str) -> ndarray:
 
 
 def data_root(name: str) -> str:
-    """The folder that --data means: `toy` is drawn where it is missing, everything else is a
-    path."""
+    """The folder that --data means: `toy` is data/toy, which is drawn if it is missing; everything
+    else is a path."""
     return make_toy("data/toy") if name == "toy" else name
 
 
 def make_toy(root: str) -> str:
-    """Draw 96 training and 24 validation pictures in ADE20K's layout, with a classes.txt of their
-    own, in root; where root exists, leave it. -> root"""
+    """Draw 96 training and 24 validation pictures in ADE20K's layout in the folder root, with their
+    classes.txt. If root exists, leave it as it is. -> root"""
     if exists(root):
         if not exists(join(root, "classes.txt")):
             raise DataError(f"{root}: has no classes.txt, as older toy sets: remove it, run again")
         return root
 
-    part = f"{Path(root)}.part{os.getpid()}"  # moved into place when whole
+    part = f"{Path(root)}.part{os.getpid()}"  # renamed to root when it is complete
     for i in range(120):
         split = "training" if i < 96 else "validation"
-        image, label = draw_scene(default_rng([1831, i]))  # which has all scenes about as often
+        image, label = draw_scene(default_rng([1831, i]))  # 1831: all scenes about equally often
         for kind, pixels, end in (("images", image, "jpg"), ("annotations", label, "png")):
             path = f"{part}/{kind}/{split}/toy_{i % 96:03d}.{end}"
             os.makedirs(dirname(path), exist_ok=True)
@@ -960,14 +973,14 @@ def make_toy(root: str) -> str:
 # ---- downloading ---------------------------------------------------------------------------------
 
 URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
-SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"  # as it stands in public scripts; 922 MB
+SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"  # of the 922 MB, as public scripts have it
 
 
 def download(folder: str) -> str:
-    """Fetch and unpack ADE20K (2016 challenge) to folder/ADEChallengeData2016; does nothing where
-    that exists. -> its path
+    """Fetch ADE20K (2016 challenge) and unpack it to folder/ADEChallengeData2016. If that exists,
+    do nothing. -> its path
 
-    A zip that was fetched by other means is taken from folder/ADEChallengeData2016.zip."""
+    If folder/ADEChallengeData2016.zip exists, it is unpacked, not fetched again."""
     root = join(folder, "ADEChallengeData2016")
     path = f"{root}.zip"
     if isdir(root):
@@ -984,7 +997,7 @@ def download(folder: str) -> str:
 
         part = f"{root}.part"
         shutil.unpack_archive(path, part)
-    os.renames(join(part, "ADEChallengeData2016"), root)  # which also removes the empty folder
+    os.renames(join(part, "ADEChallengeData2016"), root)  # and remove part, empty now
     return root
 
 
@@ -998,7 +1011,7 @@ def errors_in_one_sentence() -> Iterator:
     try:
         yield
     except (UserError, OSError) as error:
-        # A loader's process puts its traceback before the sentence.
+        # An error in a loader's process comes with its traceback before the sentence: cut it off.
         sentence = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
         print("error:", one_line(sentence), file=sys.stderr)
         sys.exit(2)
@@ -1007,13 +1020,13 @@ def errors_in_one_sentence() -> Iterator:
 
 
 def one_line(text: str) -> str:
-    """A text from elsewhere, as a terminal may print it: names in files may hold line breaks, and
-    codes that clear the screen."""
+    """The text, safe for a terminal. Names of files and classes may hold line breaks, or codes that
+    clear the screen."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def progress(text: str) -> None:
-    """On a terminal, one line that whatever comes next is written over; "" clears it. Elsewhere
+    """On a terminal, print a line that the next output overwrites; "" clears it. Otherwise print
     nothing."""
     if sys.stderr.isatty():
         print(f"\r{text}\033[K", end="\r", file=sys.stderr, flush=True)

@@ -7,16 +7,17 @@ Out: four maps (B, D, h, w), one after each quarter of the layers; h = ceil(H / 
 
 Papers: ViT (Dosovitskiy et al. 2021, arXiv:2010.11929), DeiT (Touvron et al. 2021,
 arXiv:2012.12877). "The reference" in all six files is mmsegmentation 0.17.0, the code that produced
-the published numbers. Where it departs from the papers, so does this file, and says so.
+the published numbers. Where the reference departs from the papers, this file follows the reference
+and says so.
 
-Why four maps and not only the last: a label per pixel needs to know what is there and where it
-ends. All layers of a ViT have one resolution, but each has its own view. Early layers mix mostly
-what lies close together, late ones the whole picture (ViT, section 4.5, measures how far attention
-reaches). So the early maps still hold the edges that the late ones have traded for meaning.
-UPerNet's head was made for such a series, from fine to coarse.
+Why four maps and not only the last: to label each pixel, the head must know what is there and also
+where it ends. All layers of a ViT have the same resolution, but they know different things. Early
+layers mix mostly what lies close together, late ones the whole picture (ViT, section 4.5, measures
+how far attention reaches). So the early maps still hold the edges that the late ones have traded
+for meaning. UPerNet's head was made to combine such a series of maps.
 
-Names of dimensions: B batch, N tokens, D width, H W pixels, h w patches. Parameters carry timm's
-names, so timm and DeiT files load as they are."""
+Names of dimensions: B batch, N tokens, D width, H W pixels, h w patches. Parameters have timm's
+names, so the weights of timm and DeiT load without renaming."""
 
 import torch
 import torch.nn as nn
@@ -28,21 +29,21 @@ Size = tuple[int, int]  # (h, w): of a picture in pixels, of a map in patches
 
 class PatchEmbed(nn.Module):
     """Cut the picture into patches and map each to D numbers (ViT, eq. 1): a convolution whose
-    stride is its size.
+    kernel and stride are both one patch.
 
     A patch that hangs over the right or lower edge is completed with 0, which is the mean colour
-    once pictures are normalised. (The reference does this. ViT itself has pictures of one size.)"""
+    once pictures are normalised. (The reference does this. In the papers no patch hangs over.)"""
 
     def __init__(self, patch: int, width: int):
         super().__init__()
         self.patch = patch
-        # (mmsegmentation 1.x has no bias here.)
+        # (Later mmsegmentation, 1.2, dropped the bias. The published weights have one.)
         self.proj = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, D, h, w)"""
-        # patch - 1 zeros complete any patch that hangs over. The convolution ignores a remainder
-        # that does not fill a patch.
+        # patch - 1 zeros complete any patch that hangs over. Zeros beyond that are too few for
+        # another patch, so the convolution ignores them.
         zeros = self.patch - 1
         images = F.pad(images, (0, zeros, 0, zeros))
         return self.proj(images)
@@ -52,12 +53,14 @@ def resize_pos_embed(pos_embed: Tensor, old: Size, new: Size) -> Tensor:
     """Resize position embeddings from a grid of old = (h, w) patches to new = (h, w).
 
     pos_embed: (1, 1 + old_h * old_w, D); the first is the class token's and stays as it is.
-    -> (1, 1 + new_h * new_w, D). ViT does this once, before it is trained at another size (section
-    3.2, "2D interpolation"); here it happens in every forward pass, as pictures vary in size. As in
-    the reference: torch's bicubic (a = -0.75), align_corners=False, no antialiasing. But the
-    reference resizes only if the *number* of patches differs, so that a 16x64 grid would read the
-    positions of a 32x32 one."""
-    if same_size(old, new):
+    -> (1, 1 + new_h * new_w, D).
+
+    ViT does this once, before it is trained at another size (section 3.2, "2D interpolation"). Here
+    it happens in every forward pass, as pictures vary in size. As in the reference, the resizing is
+    torch's bicubic (a = -0.75) with align_corners=False and without antialiasing. But the reference
+    resizes only if the *number* of patches differs: there, a picture of 16x64 patches reads the
+    positions of a 32x32 table as they are."""
+    if same_size(old, new):  # old == new, in a form that torch.export can trace: the last part
         return pos_embed
 
     cls, patches = pos_embed.tensor_split([1], dim=1)
@@ -83,14 +86,14 @@ class Attention(nn.Module):
         qkv = qkv.reshape(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, d)
 
-        # softmax(q @ k^T / sqrt(d)) @ v, without ever holding the (N, N) weights of all heads.
+        # The formula above, as one kernel that never holds the (N, N) weights of all heads.
         x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, d)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))  # the heads side by side
 
 
 class Mlp(nn.Module):
-    """Two linear layers, four times as wide between them, with a GELU (the exact one, with erf).
-    (B, N, D) -> (B, N, D)"""
+    """Two linear layers and between them, at four times the width, a GELU (the exact one, with erf,
+    not its approximation with tanh). (B, N, D) -> (B, N, D)"""
 
     def __init__(self, width: int):
         super().__init__()
@@ -105,24 +108,25 @@ class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training, leave a branch out for
     some of the pictures. (B, N, D) -> (B, N, D)
 
-    The survivors are divided by the probability of surviving, so that the expected value stays the
-    same."""
+    Where the branch stays, it is divided by the probability of staying, so that its expected value
+    does not change."""
 
-    rate = 0.0  # each layer has its own, see VisionTransformer.set_drop_path
+    rate = 0.0  # probability of leaving out; VisionTransformer.set_drop_path sets it for each layer
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
 
         keep = 1 - self.rate
-        draws = torch.rand(x.shape[0], 1, 1, device=x.device)  # one a picture, not one a token
-        survives = (draws < keep).to(x.dtype)
-        return x * (survives / keep)
+        draws = torch.rand(x.shape[0], 1, 1, device=x.device)  # one per picture, not one per token
+        stays = (draws < keep).to(x.dtype)  # (B, 1, 1), 0 or 1
+        return x * (stays / keep)
 
 
 class LayerScale(nn.Module):
     """One learned factor for each channel of a branch, near 0 at first, so that deep networks start
-    as shallow ones (Touvron et al. 2021, arXiv:2103.17239). (B, N, D) -> (B, N, D)"""
+    as shallow ones (Touvron et al. 2021, arXiv:2103.17239). Only DeiT-III and DINOv2 have it.
+    (B, N, D) -> (B, N, D)"""
 
     def __init__(self, width: int):
         super().__init__()
@@ -136,7 +140,7 @@ class Block(nn.Module):
     """One pre-norm encoder layer (ViT, eq. 2 and 3): x + attention(norm(x)), then x + mlp(norm(x)).
 
     The norms stand inside the branches, so that the sum x runs through all layers untouched. Their
-    eps is 1e-6 as in JAX, not torch's 1e-5: the pretrained weights expect it."""
+    eps is 1e-6, as in ViT's own code, not torch's 1e-5: the pretrained weights expect it."""
 
     def __init__(self, width: int, heads: int, layer_scale: bool):
         super().__init__()
@@ -147,7 +151,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
         self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
-        # One module, which draws for each branch. (In mmsegmentation 1.x it does not act on both.)
+        # One module for both branches; each call draws again. (Later mmsegmentation, 1.2, drops
+        # only the MLP branch. The published runs dropped both.)
         self.drop_path = DropPath()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,13 +167,14 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """The backbone. (B, 3, H, W) -> four (B, D, h, w), after layers 3, 6, 9 and 12 of 12.
 
-    depth is a multiple of 4; heads divides width; grid is the side of the table of positions, in
-    patches; drop_path is the rate of the last layer. As in the reference there is no classifier and
-    no dropout.
+    width is a multiple of heads, depth of 4. grid is the side of the table of positions, in
+    patches. drop_path is the rate of the last layer, layer_scale whether the branches have one. As
+    in the reference there is no classifier and no dropout.
 
     The class token, from which the pretraining read its answer, has no use here. It goes through
-    all layers nevertheless: the pretrained patches attend to it in each of them, and would compute
-    something else without it. The maps leave it out, as it lies nowhere in the picture.
+    all layers nevertheless: in pretraining the patches learned to attend to it in each layer, and
+    without it they would compute something else. The maps leave it out, as it lies nowhere in the
+    picture.
 
     final_norm ("LN" in the names of the recipes): one LayerNorm after the last layer. The maps of
     earlier layers are not normalised (as in the reference), so it changes only the last map.
@@ -202,7 +208,7 @@ class VisionTransformer(nn.Module):
         self.set_drop_path(drop_path)
         self.norm = nn.LayerNorm(width, eps=1e-6) if final_norm else None
 
-        # From scratch: timm's initialisation.
+        # For training from scratch: DeiT's initialisation.
         for tokens in self.parameters(recurse=False):  # class token, positions, registers
             nn.init.trunc_normal_(tokens, std=0.02)
         for module in self.modules():
@@ -211,14 +217,15 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def set_drop_path(self, rate: float) -> None:
-        """rate: of the last layer. Deeper layers are left out more often, because all others build
-        on the early ones."""
+        """Give each layer its rate: in equal steps from 0 in the first to `rate` in the last. Early
+        layers are left out least, because all later ones build on them."""
         for i, block in enumerate(self.blocks):
             block.drop_path.rate = rate * i / (len(self.blocks) - 1)
 
     def set_grid(self, grid: Size) -> None:
-        """Make room for a table of (h, w) positions: a model that was trained at another size keeps
-        its own. The caller loads them afterwards; until then the new table is not initialised."""
+        """Make room for a table of grid = (h, w) positions, for the weights of a model that was
+        trained with such a table. If the size changes, the new table is not initialised: the caller
+        has to load it."""
         if grid != self.grid:
             self.grid = h, w = grid
             table = self.pos_embed.new_empty(1, 1 + h * w, self.pos_embed.shape[2])
@@ -232,9 +239,11 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)  # (B, 1 + h w, D)
         x = x + resize_pos_embed(self.pos_embed, self.grid, (h, w))  # learned, and added (eq. 1)
         if self.reg_token is not None:
+            # Registers have no positions, so they come after the sum. x: (B, extra + h w, D)
             x = torch.cat([x[:, :1], self.reg_token.expand(B, -1, -1), x[:, 1:]], dim=1)
 
-        # Turning patches into tokens loses the images' memory format; restore it on the maps.
+        # Turning patches into tokens loses the images' memory format. Restore it on the maps, so
+        # that the head's convolutions run in it too.
         layout = torch.contiguous_format
         if images.is_contiguous(memory_format=torch.channels_last):
             layout = torch.channels_last
@@ -254,9 +263,9 @@ class VisionTransformer(nn.Module):
 # ---- The architectures ---------------------------------------------------------------------------
 #
 # The arguments of VisionTransformer, and three more: channels, the width of the UPerNet head;
-# drop_path_ln, the rate of drop path with a final norm, where it differs; cls_position=False where
-# the class token has no position in the released files (convert_weights.py gives it one of zeros,
-# which adds nothing). grid: 32 patches of 16 are pictures of 512.
+# drop_path_ln, the rate of drop path in recipes with a final norm, if it differs from drop_path;
+# cls_position=False, if the released files have no position for the class token (convert_weights.py
+# gives it one of zeros, which adds nothing). A grid of 32 patches of 16 is a picture of 512.
 #
 # vit_b16, deit_b16 and deit_s16 have published recipes, the others do not. ViT-B and DeiT-B are one
 # network; they differ in their pretrained weights and in drop path (ViT-B was released without it,
@@ -285,8 +294,8 @@ ARCHS = {
     "dinov2_l14_reg": dict(REGISTERS, width=1024, heads=16, depth=24),
 }
 
-# What a neck's name means: (a LayerNorm after the backbone's last layer, the multi-level neck). The
-# recipes name both behind the architecture, so one option chooses them.
+# What a neck's name means: whether there is (a LayerNorm after the backbone's last layer, a
+# multi-level neck). A recipe's name ends with both, deit-s16_ln_mln, so one option chooses both.
 NECKS = {
     "none":   (False, False),
     "ln":     (True, False),
@@ -304,14 +313,14 @@ def build_backbone(arch: str, neck: str) -> VisionTransformer:
             f"a neck one of {', '.join(NECKS)}"
         )
 
-    sizes = dict(ARCHS[arch])
-    for of_others in ("channels", "cls_position"):
-        sizes.pop(of_others, None)
+    arguments = dict(ARCHS[arch])
+    for name in ("channels", "cls_position"):  # upernet.py and convert_weights.py read these
+        arguments.pop(name, None)
     final_norm, _ = NECKS[neck]
-    rate_ln = sizes.pop("drop_path_ln", sizes["drop_path"])
+    rate_ln = arguments.pop("drop_path_ln", arguments["drop_path"])
     if final_norm:
-        sizes["drop_path"] = rate_ln
-    return VisionTransformer(**sizes, final_norm=final_norm)
+        arguments["drop_path"] = rate_ln
+    return VisionTransformer(**arguments, final_norm=final_norm)
 
 
 # ---- Tracing for pictures of any size ------------------------------------------------------------

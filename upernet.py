@@ -1,28 +1,32 @@
-"""The head: UPerNet turns four feature maps into one label per pixel. Also here: the neck that
-gives the maps their four sizes, the auxiliary head, the loss, and build_model().
+"""The head: UPerNet turns four feature maps into C logits per pixel. Also here: the neck that gives
+the maps their four sizes, the auxiliary head, the loss, and the whole model with build_model().
 
+The whole model:
 In:  images (B, 3, H, W) normalised float, and in training labels (B, H, W) int64 with 255 = "no
      label here".
 Out: logits (B, C, H, W) without labels; (loss, parts) with labels.
+
+The head:
 
     level 1 --1x1--------------------(+)--3x3--+
     level 2 --1x1------------(+)------^---3x3--+--> 3x3 over all four --dropout--1x1--> logits
     level 3 --1x1----(+)------^-----------3x3--+        (at the size of level 1)
     level 4 --PPM-----^-----------------------/
 
+"^" upsamples a level, "(+)" adds it to the next finer one.
+
 Paper: UPerNet (Xiao et al. 2018, arXiv:1807.10221): a feature pyramid (FPN, Lin et al. 2017,
-arXiv:1612.03144) on top of the pyramid pooling of PSPNet (Zhao et al. 2017, arXiv:1612.01105). "^"
-is an upsampling that is added.
+arXiv:1612.03144) on top of the pyramid pooling of PSPNet (PPM, Zhao et al. 2017, arXiv:1612.01105).
 
 Departures from the paper, all of them the reference's: dropout before the classifier, an auxiliary
 head on level 4, and only one task, scene parsing.
 
-Some steps have a fast form, which stands in the last part, "Faster". The docstring of each begins
-with the plain form, in a line or two of code, and that is all one needs to read the model.
+Some steps have a fast form, which stands in the last part, "Faster". Its docstring gives the plain
+form, a line or two of code, and that is all one needs to read the model.
 
-Names of dimensions: B batch, C classes, D channels of a map (the width of the backbone, at first),
-E channels after a convolution (in the head 512), h w the size of a map, H W the size it is brought
-to.
+Names of dimensions: B batch, C classes, D channels before a convolution (at first the width of the
+backbone), E channels after it (in the head of the recipes 512), h w the size of a map, H W the size
+it is resized to.
 """
 
 import torch
@@ -40,7 +44,8 @@ AUX_WEIGHT = 0.4  # of the auxiliary head's loss (PSPNet, section 5.2)
 
 
 def resize(x: Tensor, size: Size) -> Tensor:
-    """Bilinear, align_corners=False: (B, C, h, w) -> (B, C, *size). The same x at equal sizes."""
+    """Bilinear, align_corners=False: (B, D, h, w) -> (B, D, *size). Returns x itself if that is its
+    size already."""
     if same_size(x.shape[2:], size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
@@ -49,22 +54,23 @@ def resize(x: Tensor, size: Size) -> Tensor:
 def halve(x: Tensor) -> Tensor:
     """(B, D, h, w) -> (B, D, h // 2, w // 2), at least 1 x 1.
 
-    By scale factor, as the reference: samples stay exactly 2 pixels apart even when 7 pixels become
-    3. A map one pixel thick is doubled first, because half of it would be nothing."""
+    A scale factor instead of a size, as in the reference, keeps the samples exactly 2 pixels apart
+    even when 7 pixels become 3. A map one pixel thick is doubled first, because half of it would be
+    nothing."""
     h, w = x.shape[2:]
-    enough = torch.sym_max(h, 2), torch.sym_max(w, 2)  # a max that torch.export can trace
-    x = resize(x, enough)
+    at_least_2 = torch.sym_max(h, 2), torch.sym_max(w, 2)  # a max that torch.export can trace
+    x = resize(x, at_least_2)
     return F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
 
 
 class MultiLevelNeck(nn.Module):
-    """The neck that the recipes call MLN. The four maps of a ViT all have stride 16; it gives them
-    the strides 4, 8, 16 and 32 of the convolutional networks that UPerNet was made for.
+    """The neck that the recipes call MLN. The four maps of a ViT/16 all have stride 16. The neck
+    gives them the strides 4, 8, 16 and 32 of the convolutional networks that UPerNet was made for.
 
-    Per level a 1x1 convolution, a bilinear resize by 4, 2, 1 or 1/2, and a 3x3 convolution; no
-    norm, no activation. It adds no information, but it lets the head draw its borders on a grid of
-    4 pixels instead of 16. Published for DeiT-S: one point of mIoU, with 4.5 times the operations
-    (here it takes 3 times as many, because of conv3x3_of_upsampled)."""
+    Each level gets a 1x1 convolution, a bilinear resize by 4, 2, 1 or 1/2, and a 3x3 convolution,
+    without norm or activation. The neck adds no information, but it lets the head draw borders on a
+    grid of 4 pixels instead of 16. Published for DeiT-S: one point of mIoU more, with 4.5 times the
+    operations of the model without neck (here 3 times, because of conv3x3_of_upsampled)."""
 
     scales = (4, 2, 1, 0.5)
 
@@ -100,7 +106,7 @@ class MultiLevelNeck(nn.Module):
 
 
 class ConvBNReLU(nn.Module):
-    """Convolution (no bias: BatchNorm has one) + BatchNorm + ReLU, i channels in, o out."""
+    """Convolution (no bias: BatchNorm has one) + BatchNorm + ReLU, from i channels to o."""
 
     def __init__(self, i: int, o: int, kernel: int):
         super().__init__()
@@ -109,8 +115,8 @@ class ConvBNReLU(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor | list[Tensor]) -> Tensor:
-        """(B, D, h, w) -> (B, E, h, w). A list of maps is resized to the first one's size and laid
-        side by side; the list is emptied, see conv3x3_of_resized."""
+        """(B, D, h, w) -> (B, E, h, w). If x is a list, its maps are resized to the size of the
+        first one and concatenated along the channels. The list is empty afterwards."""
         if isinstance(x, list):
             x = conv3x3_of_resized(x, self.conv.weight)
         else:
@@ -119,8 +125,8 @@ class ConvBNReLU(nn.Module):
 
 
 def classifier(channels: int, num_classes: int) -> nn.Conv2d:
-    """A 1x1 convolution from features to logits. Its weights start near zero, so that training
-    starts from "all classes alike"."""
+    """A 1x1 convolution from features to logits. Its weights start near zero, so that at first all
+    classes are about equally likely."""
     conv = nn.Conv2d(channels, num_classes, 1)
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)
@@ -128,7 +134,8 @@ def classifier(channels: int, num_classes: int) -> nn.Conv2d:
 
 
 class UPerHead(nn.Module):
-    """Four maps (B, D, h_i, w_i), of four sizes or all of one -> logits (B, C, h_1, w_1)."""
+    """Four maps (B, D, h_i, w_i) -> logits (B, C, h_1, w_1). The maps have four sizes or, without
+    the neck, one."""
 
     pool_sizes = (1, 2, 3, 6)
 
@@ -158,7 +165,7 @@ class UPerHead(nn.Module):
         pyramid = [top]
         for conv, n in zip(self.ppm, self.pool_sizes):
             pooled = average_pool(top, n)  # (B, D, n, n)
-            pyramid.append(conv(pooled))
+            pyramid.append(conv(pooled))  # (B, E, n, n)
         scene = self.bottleneck(pyramid)  # (B, E, h_4, w_4)
 
         # Laterals: levels 1 to 3 get the number of channels that level 4 has now.
@@ -172,22 +179,23 @@ class UPerHead(nn.Module):
             size = levels[i].shape[2:]
             levels[i] = levels[i] + resize(levels[i + 1], size)
 
-        # Smoothing: a 3x3 convolution for each level except the top, which nothing was added to.
+        # Smoothing: a 3x3 convolution for each level except the top, to which nothing was added.
         for i, conv in enumerate(self.fpn_convs):
             levels[i] = conv(levels[i])
 
         # Fusion: one 3x3 convolution over the four levels side by side, at the size of the finest.
-        # It empties the list, which takes 120 MB less for a picture of 512x683 at six scales.
+        # It empties the list, which saves 120 MB for a picture of 512x683 at six scales.
         x = self.fpn_bottleneck(levels)  # (B, E, h_1, w_1)
         x = self.dropout(x)
         return self.classifier(x)  # (B, C, h_1, w_1)
 
 
 class FCNHead(nn.Module):
-    """The auxiliary head: a convolution and a classifier on level 4. It serves only training: it
-    brings gradient to the backbone past the whole other head (PSPNet, section 4: deep supervision).
+    """The auxiliary head: a convolution and a classifier on level 4. It serves only training: its
+    gradient reaches the backbone without passing through UPerHead (PSPNet, section 4: deep
+    supervision).
 
-    Four maps, of which it reads the last (B, D, h_4, w_4) -> logits (B, C, h_4, w_4)."""
+    The same four maps, but only the last, (B, D, h_4, w_4), is read -> logits (B, C, h_4, w_4)"""
 
     def __init__(self, width: int, channels: int, num_classes: int):
         super().__init__()
@@ -213,8 +221,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
     The mean is over all pixels: ignored ones add no loss but count in the divisor, as in the
     reference. So a labelled pixel weighs the same, 1 / (B H W), however much of the batch is
-    labelled. Under autocast, too, it is computed in float32 (as in the reference), and never with
-    all logits at the large size: see UpsampledCrossEntropy."""
+    labelled. Also as in the reference, the loss is computed in float32 under autocast. (Float64
+    stays float64.) The logits at the large size never exist all at once: see
+    UpsampledCrossEntropy."""
     with torch.autocast(logits.device.type, enabled=False):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         return UpsampledCrossEntropy.apply(logits.to(dtype), labels)
@@ -225,7 +234,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, arch: str, neck: str, num_classes: int):
         super().__init__()
-        self.backbone = build_backbone(arch, neck)  # refuses what it does not know
+        self.backbone = build_backbone(arch, neck)  # ValueError if a name is unknown
         sizes = ARCHS[arch]
         width = sizes["width"]
         channels = sizes["channels"]
@@ -235,7 +244,7 @@ class Segmenter(nn.Module):
         self.auxiliary_head = FCNHead(width, channels // 2, num_classes)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """images (B, 3, H, W) -> the four maps that the heads see."""
+        """images (B, 3, H, W) -> the four maps (B, D, h_i, w_i) that both heads read."""
         maps = self.backbone(images)
         if self.neck is not None:
             maps = self.neck(maps)
@@ -246,7 +255,7 @@ class Segmenter(nn.Module):
         "aux": ...}).
 
         loss is a scalar, the sum of the parts, in float32 (of a float64 model in float64). The
-        parts are detached; "aux" carries its weight of 0.4."""
+        parts are detached; "aux" is already multiplied by its weight of 0.4."""
         maps = self.features(images)
         logits = self.decode_head(maps)  # (B, C, h_1, w_1)
         if labels is None:
@@ -276,27 +285,28 @@ def build_model(arch: str, neck: str = "none", num_classes: int = 150) -> Segmen
 #     new    |  0  |  1  |  2  |  3  |  4  |  5  |  6  |  7  |      M[1] = 3/4  1/4  0    0
 #                     ^                                             M[2] = 1/4  3/4  0    0
 #          the centre of new 1 lies a quarter of the way            ...
-#          from that of old 0 to that of old 1
+#          from the centre of old 0 to the centre of old 1
 #
 # Three things follow:
 # - Neck and head convolve upsampled maps, 3x3. That is a sum of nine shifted maps, each times a
-#   (D, E) matrix. The matrix acts on channels, shifting and resizing on y and x. So the product can
-#   come first, on the small map (add_upsampled_conv3x3).
+#   (D, E) matrix. The matrix acts on the channels, shifting and resizing act on y and x, so their
+#   order does not matter. The product with the matrix comes first, on the small map
+#   (add_upsampled_conv3x3).
 # - Two resizings in a row are one, whose matrix is the product of both (evaluate.py).
 # - The loss and the prediction want the logits at the picture's size, but read them pixel by pixel:
-#   a few rows of My at a time will do (UpsampledCrossEntropy, evaluate.py).
+#   a few rows of My at a time are enough (UpsampledCrossEntropy, evaluate.py).
 
 
 def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """The (new, old) matrix of bilinear resizing along one axis, align_corners=False.
 
-    New pixel i has its centre at x = (i + 1/2) old / new - 1/2 of the old pixels, and mixes the two
-    on either side by how near they are. Beyond the outermost centres there is only the edge pixel.
-    A matrix's columns are what it makes of the unit vectors, so resizing these gives the matrix. It
-    is on the device of `like`, in its dtype."""
+    The centre of new pixel i lies at (i + 1/2) old / new - 1/2, counted in old pixels. It mixes the
+    old pixels on either side, the nearer one more. Beyond the outermost centres there is only the
+    edge pixel. Resizing a unit vector gives one column of the matrix, so resizing all of them gives
+    the matrix. It has the device and the dtype of `like`."""
     unit = torch.eye(old, dtype=like.dtype, device=like.device)
     resized = F.interpolate(unit[None], size=new, mode="linear", align_corners=False)
-    return resized[0].T  # from (old, new)
+    return resized[0].T  # (1, old, new) -> (new, old)
 
 
 def conv3x3_of_resized(
@@ -309,21 +319,22 @@ def conv3x3_of_resized(
         size = maps[0].shape[2:]
         F.conv2d(torch.cat([resize(x, size) for x in maps], dim=1), weight, padding=1)
 
-    A convolution is a sum over its input channels, so each map is convolved at its own size, and
-    added. Maps are removed from the list once they have been added, which frees their memory."""
+    A convolution is a sum over its input channels, so each map can be convolved by itself, a small
+    one without resizing it first, and the results added. Each map is taken out of the list when its
+    turn comes, so that its memory is free for the next."""
     size = maps[0].shape[2:]
     widths = [x.shape[1] for x in maps]
     weights = weight.split(widths, dim=1)  # (E, D_i, 3, 3)
 
     total = F.conv2d(maps.pop(0), weights[0], padding=1)  # (B, E, h_1, w_1)
-    for of_map in weights[1:]:
+    for map_weight in weights[1:]:
         x = maps.pop(0)
         if same_size(x.shape[2:], size):
-            total = total + F.conv2d(x, of_map, padding=1)
+            total = total + F.conv2d(x, map_weight, padding=1)
         else:
-            # add_upsampled_conv3x3 works in this format; converting here frees the old copy.
+            # add_upsampled_conv3x3 needs this format. Converting here frees the old copy.
             total = total.contiguous(memory_format=torch.channels_last)
-            total = add_upsampled_conv3x3(total, x, of_map)
+            total = add_upsampled_conv3x3(total, x, map_weight)
     return total
 
 
@@ -334,8 +345,8 @@ def conv3x3_of_upsampled(x: Tensor, scale: int, conv: nn.Conv2d) -> Tensor:
 
     The sum begins with the bias in every place, and the convolution is added to that."""
     B, _, h, w = x.shape
-    bias = conv.bias.to(x.dtype)
-    bias = bias.expand(B, scale * h, scale * w, -1)
+    bias = conv.bias.to(x.dtype)  # under autocast, x has another than the parameters
+    bias = bias.expand(B, scale * h, scale * w, -1)  # (B, scale h, scale w, E)
     total = bias.contiguous().movedim(3, 1)  # (B, E, scale h, scale w), channels last in memory
     return add_upsampled_conv3x3(total, x, conv.weight)
 
@@ -345,21 +356,21 @@ def add_upsampled_conv3x3(
     x: Tensor,  # (B, D, h, w)
     weight: Tensor,  # (E, D, 3, 3)
 ) -> Tensor:
-    """total plus the convolution of x, brought to (H, W). The plain form, which gives the same
+    """total plus a 3x3 convolution of x resized to (H, W). The plain form, which gives the same
     except for rounding:
 
         total + F.conv2d(resize(x, (H, W)), weight, padding=1)
 
-    Each of the nine taps is the map, shifted by a pixel or not along y and x, times a (D, E)
-    matrix. The product comes first, on the small map (see above). After 2x upsampling that takes
-    three tenths of the operations, after 8x 3%."""
+    The convolution has nine taps: each shifts the map by -1, 0 or 1 along y and x, and multiplies
+    it by a (D, E) matrix. The product comes first, on the small map (see "Faster" above). After 2x
+    upsampling that takes 30% of the operations, after 8x 3%."""
     B, D, h, w = x.shape
     _, E, H, W = total.shape
 
     my = resize_matrix(h, H, x)  # (H, h)
-    three_my = three_shifts(my)  # (3, H, h): for each ky
+    three_my = three_shifts(my)  # (3, H, h): one for each ky, the row of the 3x3 weight
     mx = resize_matrix(w, W, x)  # (W, w)
-    three_mx = three_shifts(mx)  # (3, W, w): for each kx
+    three_mx = three_shifts(mx)  # (3, W, w): one for each kx, its column
     mx_by_tap = three_mx.movedim(0, 2)  # (W, w, 3)
     mx_by_tap = mx_by_tap.flatten(1)  # (W, w 3)
     weight = weight.permute(2, 1, 3, 0)  # (3, D, 3, E): for each ky from D to (kx, E)
@@ -371,43 +382,45 @@ def add_upsampled_conv3x3(
     total = total.movedim(1, 3)  # (B, H, W, E)
     total = total.flatten(2)  # (B, H, W E)
 
-    # The three ky one after the other, added in place: a third of the memory.
+    # One ky at a time, added in place, takes a third of the memory of all three at once.
     for my_tap, weight_tap in zip(three_my, weight):  # (H, h) and (D, 3 E)
         part = x @ weight_tap  # (B, h w, 3 E), laid out as (B, h, w, kx, E)
-        part = part.view(B, h, w * 3, E)
+        part = part.view(B, h, w * 3, E)  # (B, h, w 3, E): the order of mx_by_tap's columns
         part = mx_by_tap @ part  # (B, h, W, E): the three kx, added up
         part = part.flatten(2)  # (B, h, W E)
 
-        my_tap = my_tap.to(part.dtype)  # autocast does not cast what an in-place operation takes
+        my_tap = my_tap.to(part.dtype)  # autocast leaves in-place operations uncast
         my_tap = my_tap.expand(B, H, h)
-        total.baddbmm_(my_tap, part)  # total + my_tap @ part
+        total.baddbmm_(my_tap, part)  # total += my_tap @ part
 
-    total = total.unflatten(2, (W, E))
-    return total.movedim(3, 1)
+    total = total.unflatten(2, (W, E))  # (B, H, W, E)
+    return total.movedim(3, 1)  # (B, E, H, W)
 
 
 def three_shifts(matrix: Tensor) -> Tensor:
-    """(n, old) -> (3, n, old): the matrix whose row i is the one before i, the one at i, the one
-    after it, for the three taps of a convolution along one axis. Beyond the edge lie zeros."""
+    """(n, old) -> (3, n, old): three matrices, whose row i is row i - 1, row i and row i + 1 of the
+    given one. They are what the three taps of a convolution read along one axis. Rows beyond the
+    edge are zeros, the convolution's padding."""
     padded = F.pad(matrix, (0, 0, 1, 1))  # (n + 2, old): a row of zeros at either end
     before = padded[:-2]
     after = padded[2:]
     return torch.stack([before, matrix, after])
 
 
-def rows_at_once(device: torch.device, numbers: int) -> int:
-    """How many rows of `numbers` logits each the loss and the prediction take at a time: on a CPU
-    what stays in its cache (4 MB; four times as fast as all at once), on a GPU large launches."""
+def rows_at_once(device: torch.device, logits_per_row: int) -> int:
+    """How many rows of logits the loss and the prediction take at a time. On a CPU: as many as fit
+    into its cache (4 MB; four times as fast as all at once). On a GPU: far more, because a few
+    large launches are faster than many small ones."""
     block = 2**26
     if device.type == "cpu":
         block = 2**20
-    return max(1, block // numbers)
+    return max(1, block // logits_per_row)
 
 
 def source_rows(start: int, stop: int, old: int, new: int) -> tuple[int, int]:
     """Which of the old rows the new rows start..stop-1 are mixed from: first..end-1. So rows
     start..stop-1 of resize_matrix are zero outside columns first..end-1. -> (first, end)"""
-    first = int((start + 0.5) * old / new - 0.5)  # of a number above -1/2: int rounds towards 0
+    first = int((start + 0.5) * old / new - 0.5)  # above -1/2, so int never gives -1
     last = int((stop - 0.5) * old / new - 0.5)
     return first, min(last + 2, old)
 
@@ -417,9 +430,9 @@ class UpsampledCrossEntropy(torch.autograd.Function):
     never exist as a whole. They, their softmax and the gradients of both would be the largest
     tensors of a training step: 2.5 GB each for 16 x 150 x 512 x 512 floats.
 
-    resize(x) = My x Mx^T: the product along x is taken for the whole (small) map, the one along y
-    for some rows of My at a time. The gradient is found on the way forward, while the rows exist;
-    the way back only scales it."""
+    resize(logits) = My logits Mx^T. The product with Mx is taken for the whole (small) map, the one
+    with My for a few of its rows at a time. Their transposes take the gradient back to the small
+    map. That happens in forward already, while the rows exist; backward only scales the result."""
 
     @staticmethod
     def forward(ctx, logits, labels):
@@ -438,19 +451,19 @@ class UpsampledCrossEntropy(torch.autograd.Function):
         for start in range(0, H, step):
             stop = min(start + step, H)
             first, end = source_rows(start, stop, h, H)
-            rows = my[start:stop, first:end]
+            rows = my[start:stop, first:end]  # (stop - start, end - first)
             large = rows @ wide[:, first:end]  # (B, stop - start, W C)
-            large = large.unflatten(2, (W, C))
+            large = large.unflatten(2, (W, C))  # (B, stop - start, W, C)
 
-            some = labels[:, start:stop]  # (B, stop - start, W)
-            loss, large_grad = summed_cross_entropy(large, some)
+            large_labels = labels[:, start:stop]  # (B, stop - start, W)
+            loss, large_grad = summed_cross_entropy(large, large_labels)
             total += loss
             large_grad = large_grad.flatten(2)  # (B, stop - start, W C)
-            wide_grad[:, first:end] += rows.mT @ large_grad
+            wide_grad[:, first:end] += rows.mT @ large_grad  # (B, end - first, W C)
 
-        wide_grad = wide_grad.unflatten(2, (W, C))
+        wide_grad = wide_grad.unflatten(2, (W, C))  # (B, h, W, C)
         grad = mx.mT @ wide_grad  # (B, h, w, C)
-        grad = grad.movedim(3, 1) / labels.numel()
+        grad = grad.movedim(3, 1) / labels.numel()  # (B, C, h, w)
         ctx.save_for_backward(grad)
         return total / labels.numel()
 
@@ -464,15 +477,15 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     labelled pixels, and its gradient, softmax(logits) - one_hot(label), (B, n, W, C).
 
     Written by hand, because torch.compile cannot trace autograd.grad."""
-    log_p = logits.log_softmax(3)
+    log_p = logits.log_softmax(3)  # (B, n, W, C)
     label = labels[..., None]  # (B, n, W, 1)
     kept = label != IGNORE_INDEX
-    label = label.where(kept, 0)  # any class will do for an ignored pixel, which counts nothing
+    label = label.where(kept, 0)  # any class will do: ignored pixels are multiplied by 0
 
     of_label = log_p.gather(3, label)  # (B, n, W, 1)
     loss = -(of_label * kept).sum()
 
-    grad = log_p.exp_()
+    grad = log_p.exp_()  # softmax(logits), in place
     minus_one = -torch.ones_like(of_label)
     grad.scatter_add_(3, label, minus_one)
     grad *= kept
@@ -480,9 +493,11 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def average_pool(x: Tensor, n: int) -> Tensor:
-    """(B, D, h, w) -> (B, D, n, n). The plain form, which ONNX lacks for maps of any size:
+    """(B, D, h, w) -> (B, D, n, n). The plain form:
 
-        F.adaptive_avg_pool2d(x, n)"""
+        F.adaptive_avg_pool2d(x, n)
+
+    ONNX has no such operation for maps of any size, only the matrix products."""
     h, w = x.shape[2:]
     along_y = pool_matrix(h, n, x)  # (n, h)
     along_x = pool_matrix(w, n, x)  # (n, w)
@@ -493,14 +508,14 @@ def pool_matrix(old: int, new: int, like: Tensor) -> Tensor:
     """The (new, old) matrix of adaptive average pooling along one axis: a new cell is the mean of
     all old pixels that it overlaps.
 
-    Divide the axis into old * new steps. Then cell i reaches from i old to (i + 1) old, and pixel k
-    from k new to (k + 1) new."""
+    Divide the axis into old * new steps. Then cell i reaches from step i * old to (i + 1) * old,
+    and pixel k from step k * new to (k + 1) * new."""
     i = torch.arange(new, device=like.device)
     i = i[:, None]  # (new, 1)
     k = torch.arange(old, device=like.device)
 
-    not_before = (k + 1) * new > i * old  # (new, old)
-    not_after = k * new < (i + 1) * old
+    not_before = (k + 1) * new > i * old  # (new, old): pixel k ends after cell i begins
+    not_after = k * new < (i + 1) * old  # it begins before the cell ends
     inside = not_before & not_after
     count = inside.sum(1, keepdim=True)  # (new, 1)
     return inside.to(like.dtype) / count
