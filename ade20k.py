@@ -559,9 +559,9 @@ def find_pairs(root: str, split: str, optional: bool = False) -> list:
 
 
 def label_warnings(pairs: list, classes: Classes) -> Iterator:
-    """Yield a sentence about the classes that no label holds, if there are any. Only some 300 label
+    """Yield a sentence about the classes that no label holds, if there are any. At most 300 label
     files are read, evenly spread."""
-    some = pairs[:: len(pairs) // 301 + 1]  # all, if there are 300 or fewer
+    some = pairs[:: (len(pairs) - 1) // 300 + 1]  # all, if there are 300 or fewer
     seen = {k for _, path in some for k in np.unique(load_label(path, classes))}
     missing = [name for k, name in enumerate(classes.names) if k not in seen]
 
