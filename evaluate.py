@@ -228,8 +228,8 @@ def table(result: dict, classes: tuple) -> str:
             lines.append("%-24s%8.2f%8.2f" % row)
 
     means = np.array([result["mIoU"], result["mAcc"], result["aAcc"]], float)
-    words = "mIoU %8.2f  mAcc %8.2f  aAcc %8.2f  (of %d classes)"
-    lines.append(words % (*means, len(lines) - 1))
+    words = "mIoU %8.2f  mAcc %8.2f  aAcc %8.2f  (%d of %d classes)"
+    lines.append(words % (*means, len(lines) - 1, len(classes)))
     return "\n".join(lines)
 
 

@@ -160,7 +160,7 @@ def test_confusion_matrix_and_scores_equal_a_plain_loop():
     lines = text.splitlines()
     shown = [line[0] for line in lines[1:-1]]
     assert shown == ["a", "b", "c", "d"]
-    assert "(of 4 classes)" in text
+    assert "(4 of 5 classes)" in text
     assert f"{result['mIoU']:.2f}" in text
 
 
