@@ -501,7 +501,7 @@ def run(args: Namespace) -> None:
         plan = PLAN.format(**vars(args), facts=describe(facts), source=source, device=device)
         print(plan, flush=True)
 
-    faults = [] if args.image else None  # with --image those that cannot be read are named at the end
+    faults = [] if args.image else None  # with --image unreadable ones are named at the end
     model = prepare(model, device, dtype, args.compile)
     matrix = evaluate(
         model, pairs, classes, rank, world, args.workers, partial(write, args, classes, names),
