@@ -278,11 +278,12 @@ def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
     used = {name for name in tensors if name.startswith(prefix) and not name.startswith(inner)}
 
     # A backbone next to a decode_head is part of a whole model, even where its names are not as we
-    # know them: "backbone.module.cls_token", "decode_head.conv_seg.bias".
+    # know them: "backbone.module.cls_token", "decode_head.conv_seg.bias". But the decode_head of a
+    # model that this one lies inside is not this one's.
     others = set()
     for name in entries.keys() - used:
         place, head, _ = name.partition("decode_head.")
-        if head and prefix.startswith(place):
+        if head and prefix.startswith(place) and place not in prefixes:
             raise WeightsError(f"{name} is of a whole model, of which {prefix} is only a part")
         if not name.startswith(("args.", "classes", "meta.")):  # see recall
             others.add(".".join(name.split(".")[:2]))
@@ -755,7 +756,7 @@ def convert(src: str, dst: str, to: str) -> None:
         raise WeightsError(f"{arch} has layer scale, mmsegmentation's ViT has none")
     else:
         content = to_mmseg(state_dict)
-        content = backbone_of(content) if facts["neck"] is None else {"state_dict": content}
+        content = {"state_dict": content} if facts["neck"] else backbone_of(content)
         print(
             "mmsegmentation 1.2 and later need patch_bias=True in the backbone's config, or they "
             "drop the bias of the patch embedding without a word"
