@@ -285,7 +285,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
         if i == args.iters:
             break
 
-        # The learning rate, and the seed of dropout and drop path (samples' seeds end with 0 and 1).
+        # The learning rate, and the seed of dropout and drop path (samples' end with 0 or 1).
         rate = learning_rate(i, args.iters, args.lr, args.power, args.floor, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -328,7 +328,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
         log.step(i + 1, [*losses, monotonic() - began, waited], rate)
 
     leave_processes(world)
-    if rank == 0 and log.saved is None:
+    if rank == 0 and not log.saved:
         leave("error: the last checkpoint is not saved, make room and continue with --resume", 1)
     log.say(f"{log.saved}: evaluate it with `python evaluate.py`")
     if args.data == "toy":
