@@ -10,10 +10,11 @@ each kind of file. The tables come first. Then come the steps from a file to a s
 
     unwrap, translate, identify, recall, add_known_missing, fit_positions, compare
 
-Then come the way back to the names of others and, last, the files themselves. The content tells
-what a file is, not its name: the first bytes tell the container (torch's zip or old pickle,
-safetensors, numpy's npz), the name of the patch embedding tells the kind. No pickle is executed:
-torch.load runs with weights_only=True, which builds only tensors and plain containers."""
+Then come load_into, the way back to the names of others, the files themselves and, last, URLs. A
+file's content tells what it is, whatever it is called: the first bytes tell the container (torch's
+zip or old pickle, safetensors, numpy's npz), the name of the patch embedding tells the kind. No
+pickle is executed: torch.load runs with weights_only=True, which builds only tensors and plain
+containers."""
 
 import argparse
 import hashlib
@@ -47,13 +48,13 @@ Tensors = dict[str, Tensor]  # by name
 
 
 def read_table(text: str) -> dict:
-    """A line holds a key and, behind blanks, its value."""
+    """-> {key: value}. Each line holds a key and, behind blanks, its value."""
     return dict(line.split(maxsplit=1) for line in text.strip().splitlines())
 
 
-# On the left a piece of a file's names, on the right the same piece of ours. rename() replaces one
-# after the other, so a longer piece stands above one that it contains. What no line names is called
-# the same in both. Where q, k and v are one matrix, they lie in this order everywhere.
+# On the left stands a piece of a file's names, on the right what it is in ours. rename() replaces
+# one after the other, so a longer piece stands above one that it contains. What no line names is
+# called the same in both. Where q, k and v are one matrix, they lie in this order everywhere.
 
 # mmsegmentation, and mmpretrain, whose attention has our names.
 MMSEG = read_table("""
@@ -82,7 +83,7 @@ MMSEG = read_table("""
     head.conv_seg.                                      head.classifier.
 """)
 
-# What the authors of DeiT-III and DINOv2 call differently from timm.
+# Names of the authors of DeiT-III and DINOv2 that differ from timm's, which are ours.
 TIMM = read_table("""
     .gamma_1                                            .ls1.gamma
     .gamma_2                                            .ls2.gamma
@@ -146,9 +147,9 @@ JAX = read_table("""
     scale                                               weight
 """)
 
-# The kinds of files, by what each calls the patch embedding: the kind, what we put before its
-# names, its table. mmsegmentation: whole models of 0.x and 1.x, and the backbones that its
-# vit2mmseg.py writes. timm: also DeiT, MAE and DINOv2.
+# The kinds of files. Key: what a kind calls the patch embedding. Value: the kind, what we put
+# before its names, its table. mmsegmentation: whole models of 0.x and 1.x, backbones as its
+# vit2mmseg.py writes them, and mmpretrain. timm: also DeiT, MAE and DINOv2.
 KINDS = {
     "backbone.patch_embed.proj.weight":       ("ours", "", {}),
     "backbone.patch_embed.projection.weight": ("mmsegmentation", "", MMSEG),
@@ -195,8 +196,8 @@ class WeightsError(UserError):
 
 
 def load_weights(path_or_url: str) -> tuple:
-    """Read any known format. -> (state_dict in our names, facts), or WeightsError. A path behind a
-    colon, as in x.pth:teacher, says which model is meant where a file holds several.
+    """Read any known format. -> (state_dict in our names, facts), or WeightsError. Where a file
+    holds several models, a name behind a colon says which one is meant, as in x.pth:teacher.
 
     facts:
         kind         one of those in KINDS
@@ -206,10 +207,10 @@ def load_weights(path_or_url: str) -> tuple:
         num_classes  None for a backbone
         dtype        of the patch embedding's numbers in the file
         tensors      how many are used
-        added        what the file lacks and is known, each with its reason
-        left_out     what is not used, tensors and other entries, each with its reason
+        added        tensors that the file lacks but whose values are known, each with its reason
+        left_out     what is not used or not there, tensors and other entries, each with its reason
         grid         (h, w) of the returned position table
-        resolution   of the pictures in training, from the positions in the file
+        resolution   height x width of the training's pictures, from the positions in the file
         classes      the fields of ade20k.Classes, where the file names them
         args         the command line of the training, in our own checkpoints
 
@@ -244,11 +245,12 @@ def split_choice(source: str) -> tuple:
 # What torch.compile, FSDP and activation checkpointing put inside names, wherever they wrap a part.
 WRAPPERS = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 
-# A line that is the name of a patch embedding, behind what else stands before the model's names.
+# Finds the patch embeddings in a list of names, one a line. The group is what stands before the
+# name in KINDS, so before all names of that model.
 PATCH_EMBED = re.compile(rf"^(|.*?\.)(?:{'|'.join(map(re.escape, KINDS))})$", re.MULTILINE)
 
-# Numbers in a file's model; the largest one here has 340 million. (A small file may repeat one
-# number without end.)
+# The most numbers that a file's model may have; the largest model here has 383 million. (With a
+# stride of 0 a small file can claim tensors of any size.)
 MOST = 500_000_000
 
 
@@ -260,7 +262,7 @@ def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
     entries = unique(flatten(content, "", set()))
     tensors = [name for name, value in entries.items() if isinstance(value, Tensor)]
 
-    # What a user may call each model, and what stands before its names.
+    # What a user calls each model, and what stands before its names. "top": nothing does.
     prefixes = PATCH_EMBED.findall("\n".join(tensors))
     models = {prefix.rstrip(".") or "top": prefix for prefix in prefixes}
     if not models:
@@ -272,13 +274,15 @@ def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
             f"holds {len(models)} models, choose one as FILE:NAME, of {listed(list(models))}"
         )
 
-    # One dictionary may hold several models: "cls_token", "ema_model.cls_token".
+    # One dictionary may hold a model inside another: "cls_token", "ema_model.cls_token". The names
+    # of the inner one are not this one's.
     prefix = models[choice]
     inner = tuple(other for other in prefixes if len(other) > len(prefix))
     used = {name for name in tensors if name.startswith(prefix) and not name.startswith(inner)}
 
     # A backbone next to a decode_head is part of a whole model, even where its names are not as we
-    # know them: "backbone.module.cls_token", "decode_head.conv_seg.bias".
+    # know them: "backbone.module.cls_token", "decode_head.conv_seg.bias". But the decode_head of a
+    # model that this one lies inside is not this one's.
     others = set()
     for name in entries.keys() - used:
         place, head, _ = name.partition("decode_head.")
@@ -294,8 +298,8 @@ def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
 
 def flatten(holder: dict, where: str, seen: set) -> Iterator:
     """The entries of nested dictionaries by their whole names, without wrappers:
-    {"state": {"_orig_mod.cls_token": x}} -> ("state.cls_token", x). A dictionary that stands in
-    several places, or in itself, comes once: its id is in `seen`."""
+    {"state": {"_orig_mod.cls_token": x}} -> ("state.cls_token", x). `where` stands before the names
+    in holder. A dictionary in several places, or in itself, comes once: its id is in `seen`."""
     seen.add(id(holder))
     for key, value in holder.items():
         name = where + WRAPPERS.sub("", str(key))
@@ -346,23 +350,25 @@ def translate(weights: Tensors, facts: dict) -> Tensors:
 
 
 def from_jax(name: str, value: Tensor) -> Tensor:
-    """JAX multiplies from the other side: its kernels are (in, out), those of attention
-    (in, heads, d) and back, (heads, d, out), that of the patches (h, w, in, out)."""
+    """Bring a tensor to torch's shape. JAX multiplies from the other side, so a kernel is (in,
+    out). Those of q, k and v are (in, heads, d), that of attention's output is (heads, d, out),
+    that of the patch embedding (h, w, in, out)."""
     if name.endswith("bias"):
         return value.flatten()  # those of attention are (heads, d)
     if value.ndim == 4:
         return value.permute(3, 2, 0, 1)  # (out, in, h, w)
     if "/out/" in name:
-        return value.flatten(0, -2).T  # (out, heads * d)
+        return value.flatten(0, -2).T  # (out, heads d)
     if name.endswith("kernel"):
-        return value.flatten(1).T  # (heads * d, in), or (out, in)
+        return value.flatten(1).T  # (heads d, in), or (out, in)
     return value
 
 
 def join_qkv(tensors: Tensors) -> Tensors:
-    """Three matrices q, k, v become one that holds them side by side: a single larger product."""
+    """Three matrices q, k and v (D, D) become one (3 D, D) with the rows of all, for a single,
+    larger product. Their biases (D,) become one (3 D,)."""
     for q in [name for name in tensors if ".attn.q." in name]:
-        # One that is missing leaves the result too small, which compare() sees.
+        # Where k or v is missing, the result is too small, which compare() sees.
         tensors[q.replace(".q.", ".qkv.")] = torch.cat(
             [tensors.pop(q.replace(".q.", f".{x}."), torch.empty(0)) for x in "qkv"]
         )
@@ -370,8 +376,8 @@ def join_qkv(tensors: Tensors) -> Tensors:
 
 
 def identify(tensors: Tensors, facts: dict) -> Segmenter:
-    """Find arch, neck, num_classes and dtype. -> such a model on the device meta, which has shapes
-    and no memory. WeightsError if no architecture fits."""
+    """Find arch, neck, num_classes and dtype. -> a model of that arch and neck, on the device meta,
+    so with shapes but without memory. WeightsError if no architecture fits."""
     patch_embed = tensors["backbone.patch_embed.proj.weight"]
     width, _, patch, _ = patch_embed.shape
     found = {
@@ -387,7 +393,7 @@ def identify(tensors: Tensors, facts: dict) -> Segmenter:
     if not fits:
         raise WeightsError(f"no architecture has its sizes, {found}")
 
-    has = ("backbone.norm.weight" in tensors, "neck.convs.0.weight" in tensors)
+    has = ("backbone.norm.weight" in tensors, "neck.convs.0.weight" in tensors)  # as in NECKS
     neck = next(name for name, needs in NECKS.items() if needs == has)
     num_classes = len(tensors.get("decode_head.classifier.weight", ())) or None
 
@@ -398,8 +404,8 @@ def identify(tensors: Tensors, facts: dict) -> Segmenter:
 
 
 def recall(content: dict, facts: dict) -> None:
-    """Take over what the file says about its training. Our checkpoints hold args and classes.
-    mmsegmentation's "meta" holds the run's config, as text, and the classes of the data set."""
+    """Add what the file says about its training to the facts. Our checkpoints hold args and
+    classes. mmsegmentation's "meta" holds the run's config, as text, and the data set's classes."""
     try:
         # Version 0.x has config, CLASSES and PALETTE here, 1.x has cfg and dataset_meta.
         meta = content.get("meta", {})
@@ -408,15 +414,12 @@ def recall(content: dict, facts: dict) -> None:
             facts["arch"] = "deit_b16"
 
         said = {k.lower(): v for k, v in (meta | meta.get("dataset_meta", {})).items()}
-        theirs = (
-            said.get("classes"),
-            said.get("palette"),
-            bool(said.get("reduce_zero_label") or "reduce_zero_label=True" in config),
-        )
-        names, palette, *more = content.get("classes") or theirs
+        zero_ignored = "reduce_zero_label=True" in config or said.get("reduce_zero_label")
+        theirs = said.get("classes"), said.get("palette"), bool(zero_ignored)
+        names, palette, *more = content.get("classes") or theirs  # the fields of ade20k.Classes
         if names:
             palette = np.array(palette, np.uint8).reshape(facts["num_classes"], 3).tolist()
-            named = zip(names, palette, strict=True)  # a name for each colour
+            named = zip(names, palette, strict=True)  # an error if their numbers differ
             names = tuple(one_line(name.strip()) for name, _ in named)  # one is called "bed "
             facts["classes"] = (names, palette, *more)
 
@@ -428,19 +431,19 @@ def recall(content: dict, facts: dict) -> None:
 
 
 def add_known_missing(tensors: Tensors, facts: dict) -> None:
-    """Add what some files lack, or say what takes its place."""
+    """Add the patch bias where a file has none; say so where it has no auxiliary head."""
     bias = "backbone.patch_embed.proj.bias"
     if facts["kind"].startswith("mmsegmentation") and bias not in tensors:
         tensors[bias] = torch.zeros(ARCHS[facts["arch"]]["width"])
-        facts["added"] += ["a patch bias of zeros, as mmsegmentation 1.2 has none"]
+        facts["added"] += ["a patch bias of zeros, as mmsegmentation has none from 1.2 on"]
 
     if facts["neck"] and "auxiliary_head.classifier.weight" not in tensors:
         facts["left_out"] += ["auxiliary_head (not in the file, training starts a new one)"]
 
 
 def fit_positions(tensors: Tensors, backbone: VisionTransformer, facts: dict) -> None:
-    """Bring the positions to the backbone's grid or, for a whole model, the backbone to the grid of
-    the positions. If the table is missing or is not a square, compare() says so."""
+    """Resize a backbone's positions to the architecture's grid; for a whole model, give `backbone`
+    the grid of the positions. If the table is missing or is not a square, compare() says so."""
     if "backbone.pos_embed" not in tensors:
         return
 
@@ -451,7 +454,7 @@ def fit_positions(tensors: Tensors, backbone: VisionTransformer, facts: dict) ->
         facts["left_out"] += ["dist_token and its position (only DeiT's distillation uses it)"]
 
     side = math.isqrt(pos_embed.shape[1])
-    if pos_embed.shape[1] == side * side:  # DeiT-III, and DINOv2 with registers
+    if pos_embed.shape[1] == side * side:  # not 1 + ...: DeiT-III, and DINOv2 with registers
         pos_embed = F.pad(pos_embed, (0, 0, 1, 0))  # (1, 1 + N, D)
         facts["added"] += ["a position of zeros for the class token, which has none"]
 
@@ -461,24 +464,25 @@ def fit_positions(tensors: Tensors, backbone: VisionTransformer, facts: dict) ->
         backbone.set_grid((side, side))
     elif pos_embed.shape[1] == 1 + side * side:
         pos_embed = resize_pos_embed(pos_embed.float(), (side, side), backbone.grid)
-    tensors["backbone.pos_embed"] = pos_embed
+    tensors["backbone.pos_embed"] = pos_embed  # (1, 1 + h w, D)
 
 
-def compare(tensors: Tensors, model: Tensors) -> None:
-    """WeightsError that lists the tensors that are missing, left over or of another shape.
+def compare(tensors: Tensors, wanted: Tensors) -> None:
+    """WeightsError if tensors are missing, left over or of another shape than those wanted, the
+    model's. It lists them.
 
     A file may hold a backbone, a neck, a decode_head and an auxiliary_head. It must hold every
     tensor of the parts that it has, and of the model's neck if it has a head.
 
     (load_state_dict lists such tensors too, but it has overwritten half of a model by then, and
     does not notice that BatchNorm's num_batches_tracked is missing.)"""
-    must = {name.split(".")[0] for name in tensors}
-    if "decode_head" in must:
-        must.add("neck")
+    parts = {name.split(".")[0] for name in tensors}
+    if "decode_head" in parts:
+        parts.add("neck")
 
     theirs, ours = [
-        {f"{name} {tuple(x.shape)}" for name, x in held.items() if name.split(".")[0] in must}
-        for held in (tensors, model)
+        {f"{name} {tuple(x.shape)}" for name, x in held.items() if name.split(".")[0] in parts}
+        for held in (tensors, wanted)
     ]
     if theirs != ours:
         raise WeightsError(
@@ -493,16 +497,16 @@ def compare(tensors: Tensors, model: Tensors) -> None:
 def load_into(
     model: nn.Module, state_dict: Tensors, facts: dict, new_classes: bool = False
 ) -> None:
-    """Copy what load_weights gave into a model, whose grid of positions becomes the file's. Every
-    tensor of the file is used and every tensor of the model is set, or WeightsError and the model
-    stays as it was. The exceptions, of which the last two are added to facts["left_out"]:
+    """Copy what load_weights gave into a model, whose grid of positions becomes facts["grid"].
+    Every tensor of the file is used and every tensor of the model is set, or WeightsError and the
+    model stays as it was. There are three exceptions; the last two add to facts["left_out"]:
 
     - a backbone leaves neck and heads as they are, and a file without auxiliary head leaves the
       model's as it is;
     - the final norm of a backbone is left out if the model has none;
     - with new_classes, a whole model for another number of classes leaves both classifiers as they
       are."""
-    left_out = ()
+    left_out = ()  # how the names of tensors start that are left out here
     if facts["neck"] is None and model.backbone.norm is None:
         left_out = ("backbone.norm.",)
     elif new_classes and facts["num_classes"] != model.decode_head.classifier.out_channels:
@@ -543,7 +547,7 @@ def to_mmseg(state_dict: Tensors) -> Tensors:
 
 
 def backbone_of(state_dict: Tensors) -> Tensors:
-    """The tensors of the backbone without its prefix, so in timm's names."""
+    """The tensors of the backbone, without "backbone." before their names."""
     return {
         name.removeprefix("backbone."): value
         for name, value in state_dict.items()
@@ -552,8 +556,8 @@ def backbone_of(state_dict: Tensors) -> Tensors:
 
 
 def to_timm(state_dict: Tensors, arch: str) -> Tensors:
-    """The backbone as timm has it: some of its models give the class token no position of its own,
-    so the position is added to the token."""
+    """The backbone in timm's names. Some of timm's models give the class token no position of its
+    own: there the position is added to the token."""
     out = backbone_of(state_dict)
     if not ARCHS[arch].get("cls_position", True):
         cls, out["pos_embed"] = out["pos_embed"].tensor_split([1], dim=1)  # (1, 1, D), (1, h w, D)
@@ -572,15 +576,16 @@ def read_checkpoint(path: str) -> dict:
         first = file.read(16)
 
     with about(f"{path}: not a checkpoint, or a damaged one", WeightsError):
-        if first[8:9] == b"{":
+        if first[8:9] == b"{":  # 8 bytes for a length, then JSON
             return read_safetensors(path)
-        if first.startswith(b"PK"):
+        if first.startswith(b"PK"):  # a zip
             return read_zip(path)
         return read_torch(path, mapped=False)  # a bare pickle, as torch wrote before 2020
 
 
 def read_zip(path: str) -> dict:
-    """numpy's archive of arrays (numpy refuses Python objects by itself), or torch.save's file."""
+    """A zip: numpy's archive of arrays (numpy refuses Python objects by itself), or what torch.save
+    writes."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if entries[0].filename.endswith(".npy"):
@@ -593,6 +598,7 @@ def read_zip(path: str) -> dict:
             if entry.CRC:
                 archive.read(entry)
 
+    # Compressed entries cannot be mapped.
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     return read_torch(path, names, all(x.compress_type == zipfile.ZIP_STORED for x in entries))
 
@@ -608,13 +614,14 @@ class Skipped:
         pass
 
 
-# For all other names: Skipped. (A defaultdict's argument would be called for missing keys.)
+# Names with another stand-in than Skipped. (A real defaultdict would call its argument for each
+# missing key.)
 STAND_INS = {"collections.defaultdict": lambda *args: {}}
 
 
 def read_torch(path: str, names: Iterable = STAND_INS, mapped: bool = True) -> dict:
-    """torch.save's file, a dictionary. A mapped one takes memory only for the tensors that are
-    used.
+    """The dictionary that torch.save wrote. A mapped file takes memory only for the tensors that
+    are used.
 
     A pickle names the classes and functions that build its objects. torch knows those of tensors
     and plain containers. For the others, `names`, we give it stand-ins that do nothing. torch calls
@@ -626,11 +633,11 @@ def read_torch(path: str, names: Iterable = STAND_INS, mapped: bool = True) -> d
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:  # torch's own words advise to execute the file
         raise ValueError("it holds more than tensors and plain containers") from error
-    return dict(content)  # TypeError if it is a list, say
+    return dict(content)  # (an error if it is a list, say)
 
 
 # safetensors: u64 n | n bytes of JSON {name: {dtype, shape, data_offsets: [a, b]}} | the data
-DTYPES = read_table("""
+SAFETENSORS_DTYPES = read_table("""
     F64     float64
     F32     float32
     F16     float16
@@ -646,7 +653,7 @@ DTYPES = read_table("""
 
 def read_safetensors(path: str) -> Tensors:
     """Tensors that are views of the mapped file, read when they are used."""
-    data = np.memmap(path, np.uint8, mode="c")  # bytes; what is written to them stays in memory
+    data = np.memmap(path, np.uint8, mode="c")  # bytes; a change to them never reaches the file
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8:start]), object_pairs_hook=unique)
     header.pop("__metadata__", None)
@@ -654,14 +661,15 @@ def read_safetensors(path: str) -> Tensors:
     data, tensors = data[start:], {}
     for name, entry in header.items():
         value = torch.from_numpy(data[slice(*entry["data_offsets"])])
-        dtype = getattr(torch, DTYPES[entry["dtype"]])
+        dtype = getattr(torch, SAFETENSORS_DTYPES[entry["dtype"]])
         tensors[name] = value.view(dtype).reshape(entry["shape"])
 
     return tensors
 
 
 def write_checkpoint(content: dict, path: str) -> None:
-    """torch.save, so that a reader never sees half a file. OSError or (torch) RuntimeError."""
+    """torch.save, so that a reader never sees half a file. OSError or torch's RuntimeError if it
+    cannot be written."""
     with whole_or_not_at_all(path) as part, open(part, "wb") as file:
         torch.save(content, file)
         file.flush()
@@ -670,7 +678,8 @@ def write_checkpoint(content: dict, path: str) -> None:
 
 @contextmanager
 def whole_or_not_at_all(path: str) -> Iterator:
-    """Gives a name to write to, path.part, and then moves the file into its place."""
+    """Gives a name to write to, path.part, and then moves the file to path. After an error path
+    stays as it was."""
     part = Path(path + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -682,7 +691,7 @@ def whole_or_not_at_all(path: str) -> Iterator:
 
 # ---- URLs ----------------------------------------------------------------------------------------
 
-# The pretrained backbone of each architecture.
+# The pretrained backbone of each architecture. (toy_p8 has none.)
 PRETRAINED = read_table("""
     vit_b16         https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-vitjx/jx_vit_base_p16_224-80ecf9dd.pth
     vit_l16         https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-vitjx/jx_vit_large_p16_224-4ee7a4dc.pth
@@ -701,25 +710,25 @@ PRETRAINED = read_table("""
 """)
 
 
-def local_path(url: str) -> str:
+def local_path(source: str) -> str:
     """A path stays as it is. A URL's file is fetched to torch's cache, if it is not there yet.
-    -> its path. With several processes, one has to call this before the others do. Hexadecimal
-    digits at the end of a file's name are the start of its sha256, which is checked.
+    -> the file's path. With several processes, one has to call this before the others do. Names
+    like x-0123abcd.pth end with the first digits of the file's sha256, which is checked.
 
-    torch's download would wait for ever for a server that stalls, and does not notice that a body
-    was cut short."""
-    if "://" not in url:
-        return url
+    torch's own download would wait for ever for a server that stalls, and would not notice that a
+    file is cut short. So there is a timeout here, and the file is read once."""
+    if "://" not in source:
+        return source
 
     with about(
-        f"{url}: cannot be fetched, download it by other means and give the file's path, or take "
-        "--pretrained none",
+        f"{source}: cannot be fetched, download it by other means and give the file's path, or "
+        "take --pretrained none",
         WeightsError,
     ):
-        name = os.path.basename(urlparse(url).path)
+        name = os.path.basename(urlparse(source).path)
         sha = re.search(r"-([0-9a-f]{8,64})\.", name)
         if sha is None:  # many files are called model.safetensors: the address tells them apart
-            name = hashlib.sha256(url.encode()).hexdigest()[:8] + "_" + name
+            name = hashlib.sha256(source.encode()).hexdigest()[:8] + "_" + name
         path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
         if os.path.exists(path):
             return path
@@ -728,7 +737,7 @@ def local_path(url: str) -> str:
         try:
             socket.setdefaulttimeout(60)  # seconds without a byte
             with whole_or_not_at_all(path) as part:
-                torch.hub.download_url_to_file(url, part, sha and sha[1], sys.stderr.isatty())
+                torch.hub.download_url_to_file(source, part, sha and sha[1], sys.stderr.isatty())
                 read_checkpoint(part)  # so only a file that can be opened enters the cache
         finally:
             socket.setdefaulttimeout(timeout)
@@ -739,9 +748,10 @@ def local_path(url: str) -> str:
 
 
 def convert(src: str, dst: str, to: str) -> None:
-    """Read src, write dst in the names of `to`, say what was done."""
+    """Read src, write dst in the names of `to` (ours, mmseg or timm), say what was done."""
     if dst.endswith(".safetensors"):
         raise WeightsError("safetensors are only read; torch's file is written, as x.pt")
+    # (dst is written as dst.part first, so src may not be that either.)
     if os.path.realpath(split_choice(src)[0]).removesuffix(".part") == os.path.realpath(dst):
         raise WeightsError(f"{dst} would overwrite the file that is read, give it another name")
 
@@ -758,7 +768,7 @@ def convert(src: str, dst: str, to: str) -> None:
         raise WeightsError(f"{arch} has layer scale, mmsegmentation's ViT has none")
     else:
         content = to_mmseg(state_dict)
-        content = backbone_of(content) if facts["neck"] is None else {"state_dict": content}
+        content = {"state_dict": content} if facts["neck"] else backbone_of(content)
         print(
             "mmsegmentation 1.2 and later need patch_bias=True in the backbone's config, or they "
             "drop the bias of the patch embedding without a word"
@@ -777,7 +787,8 @@ def main() -> None:
     add("src", help="file or URL; SRC:path.to.it means one of several models in it")
     add("dst", help="the file to write, as torch.save does")
     add("--to", choices=("ours", "mmseg", "timm"), default="ours",
-        help="mmseg: {'state_dict': ...} in its names; timm: only the backbone (default: ours)")
+        help="whose names. mmseg: mmsegmentation's, a whole model in {'state_dict': ...}; timm: "
+        "only the backbone (default: ours)")
 
     with errors_in_one_sentence():
         convert(**vars(parser.parse_args()))

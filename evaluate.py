@@ -1,20 +1,21 @@
 """Evaluation: one label for each pixel of whole pictures, at one scale or several, flipped or not;
 the metric; pictures of the results.
 
-    picture --resize to (2048, 512) x scale--> model --> logits --bilinear--> the picture's own size
+    picture --resize into (2048, 512) x scale--> model --> logits --bilinear--> picture's own size
             --softmax--> mean over scales and flips --argmax--> label
             --> confusion matrix (C, C) --> IoU per class --> mIoU
 
 The metric is that of FCN (Long et al. 2015, arXiv:1411.4038, section 5): intersection over union,
 from one confusion matrix of the whole data set. It is not a mean over pictures. A class that is
 neither in the labels nor predicted has no IoU (0 / 0) and is left out of the mean. The protocol is
-the reference's: two bilinear steps (to the resized picture, then to its own size), and the mean of
-the softmax outputs rather than of the logits.
+the reference's: logits are resized twice, to the resized picture's size and then to the picture's
+own, and the mean is that of the softmax outputs rather than of the logits.
 
-Names of dimensions: C classes, H W the picture, h w a view of it, h' w' the logits of that view.
+Names of dimensions: B pictures, C classes, H W the picture, h w a view of it (the picture at one
+scale), h' w' the logits of that view.
 
-Inference, the metric and the pictures come first, then the program; devices, number formats and
-processes come last. train.py uses those too.
+Inference, the metric and the pictures come first, then the program. The last two parts, devices
+with their number formats and processes, serve train.py too.
 """
 
 import atexit
@@ -82,8 +83,8 @@ def predict(
 ) -> ndarray:
     """Label a whole picture: (H, W, 3) uint8 RGB -> (H, W) uint8. The model is in eval mode.
 
-    Each scale s resizes into (4 short, short) * s, keeping the aspect; flip adds the mirrored
-    picture to every scale; slide: (window, stride), see slide_logits. The plain form:
+    At scale s the picture is resized into (4 short, short) * s, with its aspect kept. flip adds the
+    mirrored picture at every scale. slide: (window, stride), see slide_logits. The plain form:
 
         total = 0
         for x in views:  # the picture at each scale, and mirrored
@@ -93,55 +94,56 @@ def predict(
         return total.argmax(dim=1)
 
     Each view's logits stay at the head's own size (with slide: at the view's). Only some rows at a
-    time are brought to the picture's size, so no (C, H, W) is ever held. The softmax gives each
-    view one unit of probability at each pixel: none dominates because its logits are larger."""
+    time are brought to the picture's size, so a large (C, H, W) is never held. The softmax gives
+    each view one unit of probability at each pixel, so a view with larger logits does not outweigh
+    the others."""
     H, W, _ = image.shape
     device = next(model.parameters()).device
 
-    views = []  # each holds logits (1, C, h', w'), (h, w), and the matrix (H, h') of both resizings
-    for scale in sorted(scales, reverse=True):  # the largest leaves memory for the others
+    views = []  # of each: logits (1, C, h', w'), (h, w), the matrix (H, h') of both resizes along y
+    for scale in sorted(scales, reverse=True):  # the largest first, while memory holds no others
         h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
         x = torch.tensor(resize_bilinear(image, h, w), device=device)
         x = normalise(x[None])  # (1, 3, h, w)
         if flip:
             x = torch.cat([x, x.flip(3)])  # (2, 3, h, w)
 
-        # (1 or 2, C, h', w'); by windows h' w' equal h w
+        # (1 or 2, C, h', w'), with slide (1 or 2, C, h, w)
         logits = slide_logits(model, x, dtype, *slide) if slide else view_logits(model, x, dtype)
         if flip:
-            logits[1] = logits[1].flip(2)
-        _, C, small, _ = logits.shape
+            logits[1] = logits[1].flip(2)  # mirrored back
+        _, C, small, _ = logits.shape  # small: h'
         along_y = resize_matrix(h, H, logits) @ resize_matrix(small, h, logits)  # (H, h')
         views += [(of_view, (h, w), along_y) for of_view in logits.split(1)]
 
     labels = []
-    rows = rows_at_once(device, W * C)
-    for start in range(0, H, rows):
+    step = rows_at_once(device, W * C)
+    for start in range(0, H, step):
         total = 0
         for view in views:
-            large = resized_rows(view, W, start, start + rows)  # (rows, W, C)
-            if len(views) > 1:  # otherwise the largest logit is enough
+            large = resized_rows(view, W, start, start + step)  # (step, W, C)
+            if len(views) > 1:  # of one view the largest logit says as much
                 large = large.softmax(2)
             total += large
-        labels.append(total.argmax(2).byte())
-    return torch.cat(labels).cpu().numpy()
+        labels.append(total.argmax(2).byte())  # (step, W)
+    return torch.cat(labels).cpu().numpy()  # (H, W)
 
 
 def resized_rows(view: tuple, W: int, start: int, stop: int) -> Tensor:
-    """Rows start to stop - 1 (where there are so many) of a view's logits (1, C, h', w'), at the
-    picture's size -> (rows, W, C). The plain form:
+    """Bring a view's logits (1, C, h', w') to the picture's size, and there give only the rows
+    start to stop - 1, fewer at the picture's end. -> (rows, W, C). The plain form:
 
         resize(resize(logits, (h, w)), (H, W))[0].permute(1, 2, 0)[start:stop]
 
-    Along y both steps are one matrix (see the end of upernet.py). A row of it is zero except near
-    the place that it is mixed from, so few rows of logits are resized along x, where resize is
-    faster than a dense (W, w') matrix."""
+    Along y both steps are one matrix (see the end of upernet.py). Each row of it is zero except
+    near the place that a row of the picture is mixed from, so only a few rows of logits are needed.
+    Along x these are resized in two steps, which is faster than a dense (W, w') matrix."""
     logits, (h, w), along_y = view
-    _, C, small, _ = logits.shape
+    _, C, small, _ = logits.shape  # small: h'
 
     first, end = source_rows(start, stop, h, len(along_y))  # of the view
     first, end = source_rows(first, end, small, h)  # of the logits
-    near = resize(logits[:, :, first:end], (end - first, w))
+    near = resize(logits[:, :, first:end], (end - first, w))  # (1, C, n, w), n = end - first
     near = resize(near, (end - first, W))  # (1, C, n, W)
 
     near = near[0].permute(1, 2, 0).flatten(1)  # (n, W C)
@@ -150,8 +152,9 @@ def resized_rows(view: tuple, W: int, start: int, stop: int) -> Tensor:
 
 def view_logits(model: Segmenter, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Normalised pictures (B, 3, h, w) -> logits (B, C, h', w'), float32, at the head's own size.
+    They are channels last in memory: resized_rows reads the C logits of a pixel side by side.
 
-    On CPUs one picture at a time: as fast as a batch, in half the memory."""
+    A CPU takes one picture at a time: as fast as a batch, in half the memory."""
     x = x.contiguous(memory_format=memory_format(x.device, dtype))
     at_once = 1 if x.device.type == "cpu" else len(x)
     with autocast(x.device, dtype):
@@ -162,13 +165,14 @@ def view_logits(model: Segmenter, x: Tensor, dtype: torch.dtype) -> Tensor:
 def slide_logits(
     model: Segmenter, x: Tensor, dtype: torch.dtype, window: int, stride: int
 ) -> Tensor:
-    """Logits by windows of the training crops' size, where positions are as they were learned:
-    (B, 3, h, w) -> (B, C, h, w), for each pixel the mean over the windows that see it. The protocol
-    of Segmenter (Strudel et al. 2021, arXiv:2105.05633) and BEiT, mmsegmentation's mode slide."""
+    """Logits of square windows, for each pixel the mean over the windows that see it:
+    (B, 3, h, w) -> (B, C, h, w). Windows of the training crops' size use the positions as they were
+    learned, without resizing them. This is the protocol of Segmenter (Strudel et al. 2021,
+    arXiv:2105.05633) and BEiT, mmsegmentation's mode slide."""
     B, _, h, w = x.shape
     C = model.decode_head.classifier.out_channels
     total = x.new_zeros(B, C, h, w).contiguous(memory_format=torch.channels_last)
-    seen = x.new_zeros(h, w)
+    seen = x.new_zeros(h, w)  # by how many windows
 
     for rows in windows(h, window, stride):
         for columns in windows(w, window, stride):
@@ -180,7 +184,8 @@ def slide_logits(
 
 
 def windows(length: int, window: int, stride: int) -> list[slice]:
-    """Windows along an axis: one begins every stride pixels, the last one ends with the axis."""
+    """Windows along an axis: one begins every stride pixels, the last one ends with the axis. Where
+    the axis is shorter than a window, one window holds all of it."""
     last = max(length - window, 0)
     starts = [*range(0, last, stride), last]
     return [slice(start, start + window) for start in starts]
@@ -190,20 +195,22 @@ def windows(length: int, window: int, stride: int) -> list[slice]:
 
 
 def confusion_matrix(label: ndarray, prediction: ndarray, num_classes: int) -> ndarray:
-    """(H, W) uint8 twice -> (C, C) int64, pixels with row = true class, column = predicted class.
-    Pixels whose label is 255 are left out."""
+    """label and prediction, each (H, W) uint8 -> (C, C) int64: how many pixels of each true class
+    (row) were given each class (column). Pixels whose label is 255 are left out."""
     kept = label != IGNORE_INDEX
 
+    # Number the matrix's cells row by row, and count how often each number occurs.
     cells = label[kept].astype(np.int64) * num_classes + prediction[kept]
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def scores(matrix: ndarray) -> dict:
     """(C, C) confusion matrix -> mIoU, mAcc, aAcc in percent, and lists IoU and Acc with a number
-    or None for each class.
+    or None for each class. Acc is the share of a class's pixels that are found, aAcc that of all
+    labelled pixels.
 
-    A class has an IoU if it is in truth or prediction, an Acc if it is in truth; the means are over
-    the classes that have one."""
+    A class has an IoU if it is in the labels or predicted, an Acc if it is in the labels. The means
+    are over the classes that have one."""
     hit = matrix.diagonal()
     true = matrix.sum(1)
     union = true + matrix.sum(0) - hit
@@ -221,10 +228,11 @@ def scores(matrix: ndarray) -> dict:
 
 
 def table(result: dict, classes: tuple) -> str:
-    """The scores of each class that has one, and their means, as text; nan where there is none."""
+    """The scores of each class that has an IoU, and the means, as text. nan stands for a score that
+    does not exist."""
     lines = ["class                        IoU     Acc"]
     for row in zip(classes, *np.array([result["IoU"], result["Acc"]], float)):  # None becomes nan
-        if row[1] >= 0:
+        if row[1] >= 0:  # (nan is not)
             lines.append("%-24s%8.2f%8.2f" % row)
 
     means = np.array([result["mIoU"], result["mAcc"], result["aAcc"]], float)
@@ -247,15 +255,15 @@ def evaluate(
     faults: list | None = None,
     **how,
 ) -> ndarray:
-    """Label pictures and compare them with their labels -> confusion matrix (C, C) int64, the sum
-    over all processes. Each of them takes every world-th picture.
+    """Predict labels and compare them with the true ones -> confusion matrix (C, C) int64, the sum
+    over all processes. Each process takes every world-th picture.
 
     look(i, image, label, prediction) is called for each picture of this process: i its index in
     pairs, image (H, W, 3), label (H, W) or None, prediction (H, W). A file that cannot be used ends
-    the loop with a DataError; if faults is a list, its sentence is added there instead. how:
-    predict's scales, flip, short, dtype and slide."""
-    loader = DataLoader(
-        list(enumerate(pairs))[rank::world],  # without padding: no picture is counted twice
+    the loop with a DataError; if faults is a list, the error's sentence is added there instead.
+    how: predict's scales, flip, short, dtype and slide."""
+    loader = DataLoader(  # of paths; its processes read the files, in place of collating batches
+        list(enumerate(pairs))[rank::world],  # not padded to equal parts: no picture counts twice
         batch_size=None, collate_fn=partial(read, classes),
         num_workers=workers, worker_init_fn=start_worker,
     )
@@ -283,13 +291,13 @@ def evaluate(
     progress("")
     model.train(was_training)
     if world > 1:
-        dist.all_reduce(torch.from_numpy(matrix))  # in place; on the CPU (gloo) also beside NCCL
+        dist.all_reduce(torch.from_numpy(matrix))  # in place; on the CPU, so by gloo, not NCCL
     return matrix
 
 
 def read(classes: Classes, numbered: tuple) -> tuple:
-    """In the loader's processes: (i, paths of picture and label) -> i, image, label. Where a file
-    cannot be used, its DataError takes the place of the image."""
+    """Runs in the loader's processes: (i, (path of the picture, of its label)) -> i, image, label.
+    Where a file cannot be used, a DataError takes the place of the image."""
     i, pair = numbered
     try:
         return i, *load(*pair, classes)
@@ -303,10 +311,11 @@ FONT = ImageFont.load_default(15)
 
 
 def sheet(rows: list, classes: Classes, opacity: float = 1) -> Image.Image:
-    """One row of panels for each (picture (H, W, 3), truth or None, prediction (H, W), all uint8):
-    the picture as it is, then under the colours of the truth, then under those of the prediction.
-    Opacity is that of the colours, 0 to 1. A legend follows below. Panels have the picture's own
-    size, or a half, a third, ... of it, which is below 2000 pixels wide."""
+    """Draw pictures and their labels, with a legend below. rows holds (picture (H, W, 3), truth
+    (H, W) or None, prediction (H, W)), all uint8; each becomes a row of panels: the picture, the
+    picture under the colours of the truth, and under those of the prediction. opacity is that of
+    the colours, 0 to 1. Panels have the picture's size, or a half, a third, ... of it, so that they
+    are at most 2000 pixels wide."""
     colours = palette(classes)
     parts = [caption("picture, truth where it is known (black: not labelled), prediction")]
     shown = []
@@ -327,24 +336,25 @@ def sheet(rows: list, classes: Classes, opacity: float = 1) -> Image.Image:
 
 
 def legend(labels: list, classes: Classes, width: int) -> Image.Image:
-    """Colour and name of every class in labels (H, W), row by row, the largest class first. Rows
-    mostly fit into `width` pixels; names longer than 20 letters may need more."""
-    counts = np.bincount(np.concatenate(labels, axis=None))
+    """Colour and name of every class in labels, a list of (H, W), row by row, the largest class
+    first. Rows mostly fit into `width` pixels; names longer than 20 letters may need more."""
+    counts = np.bincount(np.concatenate(labels, axis=None))  # (zip leaves out that of 255)
     ranked = sorted(zip(counts, classes.names, classes.palette), reverse=True)
     entries = [caption(name, tuple(colour)) for count, name, colour in ranked if count]
-    n = min(len(entries), 1 + width // 200)
+    n = min(len(entries), 1 + width // 200)  # columns, of every n-th entry each
     return stack([stack(entries[k::n], 0) for k in range(n)], 1)
 
 
 def palette(classes: Classes) -> ndarray:
-    """The colour of every value in a label, 256 or more rows of uint8; unlabelled pixels are
-    black."""
+    """-> (256 or more, 3) uint8: the colour of every value in a label. That of 255, "not labelled",
+    is black."""
     return np.uint8(classes.palette + 256 * [[0, 0, 0]])
 
 
 def stack(pictures: list, axis: int) -> Image.Image:
     """One below the other (axis 0) or side by side (axis 1), on white, 8 pixels apart."""
-    arrays = [np.asarray(picture).swapaxes(0, axis) for picture in pictures]  # now downwards
+    # Side by side is one below the other with x and y swapped, before and after.
+    arrays = [np.asarray(picture).swapaxes(0, axis) for picture in pictures]
     longest = max(array.shape[1] for array in arrays)
     arrays = [
         np.pad(array, ((4, 4), (0, longest - array.shape[1]), (0, 0)), constant_values=255)
@@ -354,7 +364,7 @@ def stack(pictures: list, axis: int) -> Image.Image:
 
 
 def caption(text: str, colour="white") -> Image.Image:
-    """A line of text, 20 pixels high, behind a bar of the colour."""
+    """A line of text, 20 pixels high, with a box of the colour on its left."""
     canvas = Image.new("RGB", (24 + int(FONT.getlength(text)), 20), "white")
     draw = ImageDraw.Draw(canvas)
     draw.rectangle((0, 2, 11, 17), colour)
@@ -370,11 +380,11 @@ def curves(entries: list) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
 
     for x, key, colour in (10, "loss", "steelblue"), (280, "lr", "grey"), (550, "mIoU", "crimson"):
-        there = [entry for entry in entries if entry.get(key) is not None]
-        top = max([entry[key] for entry in there], default=0) or 1
+        found = [entry for entry in entries if entry.get(key) is not None]
+        top = max([entry[key] for entry in found], default=0) or 1  # (it divides)
         draw.text((x, 5), f"{key}, 0 to {top:.3g}, {last} iterations", colour, FONT)
         points = [
-            (800 * entry["iteration"] / last, 400 - 370 * entry[key] / top) for entry in there
+            (800 * entry["iteration"] / last, 400 - 370 * entry[key] / top) for entry in found
         ]
         draw.line(points, colour, 2)
     return canvas
@@ -384,8 +394,8 @@ def curves(entries: list) -> Image.Image:
 
 
 def load_model(path: str) -> tuple:
-    """-> (the model that a weight file describes, with its weights, on the CPU, in eval mode; what
-    load_weights says about the file)"""
+    """Build the model that a weight file describes, and load its weights. -> (the model on the CPU,
+    in eval mode; facts about the file, see load_weights)"""
     state_dict, facts = load_weights(path)
     n = facts["num_classes"]
     with about(path, UsageError):
@@ -400,9 +410,9 @@ def load_model(path: str) -> tuple:
 
 def choose_checkpoint(path: str, rank: int = 0) -> str:
     """The file that --checkpoint means: a file is itself, a folder of runs means its newest run, a
-    run means its best.pt. Runs that never validated, or that an earlier commit made, have no
-    best.pt: then it is the newest checkpoint, which rank 0 says."""
-    if not isdir(path) and path != "runs":
+    run means its best.pt. A run that never validated has no best.pt: then its newest checkpoint is
+    taken, and rank 0 says so."""
+    if not isdir(path) and path != "runs":  # (where there is no runs/, newest_run says what to do)
         return path
 
     run = path if checkpoints(path) else newest_run(path)
@@ -415,7 +425,7 @@ def choose_checkpoint(path: str, rank: int = 0) -> str:
 
 
 def checkpoints(folder: str) -> list:
-    """The checkpoint_N.pt directly in a folder, by N, newest last."""
+    """The paths of checkpoint_N.pt directly in a folder, by N, newest last."""
     files = glob("checkpoint_*.pt", root_dir=folder)
     names = [name for name in files if re.fullmatch(r"checkpoint_\d+\.pt", name)]
     names.sort(key=lambda name: (len(name), name))  # of two numbers the longer one is larger
@@ -423,8 +433,8 @@ def checkpoints(folder: str) -> list:
 
 
 def newest_run(folder: str) -> str:
-    """Of the work directories directly below a folder that hold checkpoints, the one whose log was
-    written last."""
+    """The work directory whose log was written last, among those directly below a folder that hold
+    checkpoints."""
     everywhere = join(escape(folder), "*", "log.jsonl")
     logs = [log for log in glob(everywhere) if checkpoints(dirname(log))]
     if not logs:
@@ -436,10 +446,11 @@ def newest_run(folder: str) -> str:
 
 
 def find_data(args: Namespace, facts: dict) -> tuple:
-    """-> (pairs of the pictures that the command line means, classes that their labels mean)"""
+    """-> (the pairs of picture and label that the command line means, the label None for --image;
+    their classes)"""
     n = facts["num_classes"]
-    known = Classes(*facts.get("classes", Classes()))
-    if n != len(known.names):  # the file does not name its classes, and they are not ADE20K's
+    known = Classes(*facts.get("classes", Classes()))  # to the model; ADE20K's if it does not say
+    if n != len(known.names):  # the file names none, and ADE20K's do not fit: numbers do
         known = Classes(tuple(map(str, range(n))), (known.palette * 2)[:n])
 
     if args.image:
@@ -475,7 +486,7 @@ def run(args: Namespace) -> None:
 
     # The checkpoint and the machine decide what the command line leaves open.
     model, facts = load_model(args.checkpoint)
-    trained = facts.get("args", {})  # of our own checkpoints
+    trained = facts.get("args", {})  # the arguments of the training, in our own checkpoints
     args.data = args.data or trained.get("data", DEFAULT_ROOT)
     args.short_side = args.short_side or trained.get("short_side", 512)
     dtype = choose_dtype(args.dtype, device)
@@ -483,14 +494,14 @@ def run(args: Namespace) -> None:
     pairs, classes = find_data(args, facts)
     args.images = len(pairs)
 
-    names = [Path(path).stem + ".png" for path, _ in pairs]  # of the results
+    names = [Path(path).stem + ".png" for path, _ in pairs]  # of the files with results
     open_outputs(args, pairs, names)
     if rank == 0:
         source = args.image or args.data
         plan = PLAN.format(**vars(args), facts=describe(facts), source=source, device=device)
         print(plan, flush=True)
 
-    faults = [] if args.image else None  # there a picture that cannot be read ends nothing
+    faults = [] if args.image else None  # with --image unreadable ones are named at the end
     model = prepare(model, device, dtype, args.compile)
     matrix = evaluate(
         model, pairs, classes, rank, world, args.workers, partial(write, args, classes, names),
@@ -500,7 +511,7 @@ def run(args: Namespace) -> None:
 
     if rank == 0 and not args.image:
         result = scores(matrix)
-        if args.json:  # rows of the matrix are true classes, columns predicted ones
+        if args.json:
             result |= dict(classes=classes.names, confusion=matrix.tolist(), protocol=vars(args))
             Path(args.json).write_text(json.dumps(result))
         print(table(result, classes.names))
@@ -513,7 +524,7 @@ def run(args: Namespace) -> None:
 def open_outputs(args: Namespace, pairs: list, names: list) -> None:
     """Make the folders and try to write the scores, so that an error comes now and not after an
     hour. UsageError if a result would replace a file that is read, or another result."""
-    taken = {Path(path).parent for pair in pairs for path in pair if path}
+    taken = {Path(path).parent for pair in pairs for path in pair if path}  # folders
     if len(set(names)) < len(names):
         raise UsageError(f"{args.image}: two pictures have one name, their results too: rename one")
 
@@ -524,7 +535,7 @@ def open_outputs(args: Namespace, pairs: list, names: list) -> None:
         taken.add(folder)
 
     if args.json:
-        with open(args.json, "ab+") as file:  # what is in it stays until there is more to write
+        with open(args.json, "ab+") as file:  # old scores stay until new ones are written
             file.seek(0)
             if file.read(6) not in (b"", b'{"mIoU'):
                 raise UsageError(f"{args.json}: exists and holds no scores, name another")
@@ -533,7 +544,7 @@ def open_outputs(args: Namespace, pairs: list, names: list) -> None:
 def write(
     args: Namespace, classes: Classes, names: list, i: int, image, label, prediction
 ) -> None:
-    """Save what is asked for of picture i. evaluate() calls it."""
+    """Save what the command line asks for of picture i. This is the `look` of evaluate()."""
     if args.save_labels:
         values = prediction
         if classes.ignored_colours is not None:
@@ -544,7 +555,8 @@ def write(
 
     if args.show:
         drawn = sheet([(image, label, prediction)], classes, args.opacity)
-        drawn.save(join(args.show, names[i]), compress_level=1)  # larger, in a third of the time
+        # (Compression level 1 makes larger files in a third of the time.)
+        drawn.save(join(args.show, names[i]), compress_level=1)
 
 
 # ---- python evaluate.py: the command line --------------------------------------------------------
@@ -569,37 +581,39 @@ def options() -> ArgumentParser:
     )
     add = parser.add_argument
     add("--checkpoint", metavar="FILE", default="runs",
-        help="any file convert_weights.py reads, a URL, a work directory (its best.pt, or its "
-        "newest checkpoint), or a folder of these (the newest; default: runs)")
+        help="any file convert_weights.py reads, a URL, a work directory (its best.pt, otherwise "
+        "its newest checkpoint), or a folder of work directories (the newest; default: runs)")
     add("--data", metavar="DIR",
         help="data set, or toy (default: what the checkpoint was trained on, otherwise ADE20K)")
     add("--split", default="validation",
         help="images/SPLIT and annotations/SPLIT (default: validation)")
     add("--image", metavar="FILE_OR_DIR",
-        help="label these pictures instead; needs --show or --save-labels")
+        help="label this picture, or all in this folder, instead of a data set; needs --show or "
+        "--save-labels")
     add("--scales", type=list_of_scales, default=(1.0,),
-        help="sizes relative to (2048, 512), e.g. 0.5,1; 0.5,...,1.75 means steps of 0.25 "
-        "(default: 1)")
+        help="picture sizes relative to --short-side, e.g. 0.5,1; 0.5,...,1.75 means steps of "
+        "0.25 (default: 1)")
     add("--flip", action="store_true", help="add the mirrored picture at every scale")
     add("--short-side", type=at_least(1),
-        help="of pictures at scale 1, in pixels (default: as trained, otherwise 512)")
+        help="short side of pictures at scale 1, in pixels (default: as trained, otherwise 512)")
     add("--slide", type=at_least(0), default=0,
-        help="label square windows of so many pixels instead of whole pictures, e.g. 512")
+        help="label square windows with this side, in pixels, instead of whole pictures, e.g. 512")
     add("--stride", type=at_least(0), default=0,
         help="pixels from one window to the next, e.g. 341")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help="auto (default): bfloat16 if in hardware, otherwise float32")
+        help="auto (default): bfloat16 where the hardware has it, otherwise float32")
     add("--workers", type=at_least(0), default=2,
         help="processes that read pictures (default: 2)")
     add("--compile", action="store_true",
-        help="torch.compile the model: a minute at each new size of pictures, then faster")
-    add("--json", metavar="FILE", help="write scores and protocol")
+        help="torch.compile the model: a minute for each new picture size, then faster")
+    add("--json", metavar="FILE",
+        help="write scores, confusion matrix (rows are true classes) and protocol")
     add("--save-labels", metavar="DIR",
         help="write one png a picture, with the values of the data set's own label files")
     add("--show", metavar="DIR",
         help="write one sheet a picture: picture, truth where it is known, prediction, legend")
     add("--opacity", type=at_least(0, float), default=0.6,
-        help="of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
+        help="opacity of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
     return parser
 
 
@@ -626,7 +640,7 @@ def at_least(low: float, kind: type = int) -> Callable:
 
 
 class UsageError(UserError):
-    """An option that cannot be met."""
+    """The command line asks for what cannot be done."""
 
 
 # ---- Devices and number formats ------------------------------------------------------------------
@@ -635,9 +649,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """--dtype; auto is bfloat16 where the hardware is known to compute in it, otherwise float32.
-    (Emulated bfloat16 is slower than float32. Apple's M1 and M2 emulate it, and torch cannot
-    tell.)"""
+    """The type that --dtype means: auto is bfloat16 where the hardware is known to compute in it,
+    otherwise float32. (Emulated bfloat16 is slower than float32. Apple's M1 and M2 emulate it, and
+    torch cannot tell.)"""
     if name != "auto":
         return getattr(torch, name)
 
@@ -650,14 +664,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products and convolutions in dtype. Weights, the residual stream with its LayerNorms,
-    and the loss stay in float32."""
+    """Inside it matrix products and convolutions are computed in dtype. Weights, the residual
+    stream with its LayerNorms, and the loss stay in float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """How maps lie in memory: channels last, except for float32 on CPUs, where gradients of weights
-    then take three times as long, and for Apple's GPUs, see contiguous_batch_norm."""
+    """How maps lie in memory: channels last, with two exceptions. For float32 on CPUs it would make
+    gradients of weights take three times as long. For Apple's GPUs see contiguous_batch_norm."""
     if device.type == "mps" or (device.type, dtype) == ("cpu", torch.float32):
         return torch.contiguous_format
     return torch.channels_last
@@ -666,7 +680,8 @@ def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_form
 def prepare(
     model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> nn.Module:
-    """The model on the device, in its layout; compiled by parts, again for each size of input."""
+    """Move the model to the device, in the memory format of its maps. compiled: torch.compile its
+    parts, again for each size of input."""
     if compiled:
         for part in model.children():
             part.compile(dynamic=False)
@@ -676,16 +691,15 @@ def prepare(
 
 
 def contiguous_batch_norm(model: nn.Module) -> None:
-    """Have every BatchNorm see contiguous maps: its gradients on Apple's GPUs are wrong for others
-    (pytorch issue 175189)."""
+    """Have every BatchNorm see contiguous maps: on Apple's GPUs its gradients are wrong for maps in
+    channels last (pytorch issue 175189)."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_pre_hook(lambda module, maps: maps[0].contiguous())
 
 
 # ---- Processes -----------------------------------------------------------------------------------
-# Only this part asks for things that some platforms lack. Everything works without them, with less
-# comfort.
+# Only this part uses what some platforms lack. Everything works without it, with less comfort.
 
 # Signals that ask a program to stop: Ctrl-C, and two that clusters send (Windows has no SIGUSR1).
 SIGNALS = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
@@ -706,8 +720,8 @@ def setup_processes(timeout: float = 1800) -> tuple:
 
     # When torchrun restarts its processes, its store still holds the addresses of the dead ones,
     # and half of the restarts wait for them in vain (torch 2.13, with --standalone too). A prefix
-    # for each try keeps them apart. Each of several nodes counts its own tries, so prefixes would
-    # part processes that belong together.
+    # for each try keeps old and new addresses apart. Not with several nodes: each counts its own
+    # tries, so prefixes would separate processes that belong together.
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
 
@@ -719,9 +733,9 @@ def setup_processes(timeout: float = 1800) -> tuple:
 
 
 def choose_device(world: int) -> torch.device:
-    """This process's GPU, LOCAL_RANK of those that torch finds; the CPU if there is none. Several
-    processes on a Mac take the CPU too: they can only talk by gloo, which knows only tensors on
-    CPUs."""
+    """This process's GPU, number LOCAL_RANK of those that torch finds; the CPU if there is no GPU.
+    Several processes on a Mac take the CPU too: they can only talk by gloo, which knows only
+    tensors on CPUs."""
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None or (device.type == "mps" and world > 1):
         return torch.device("cpu")
@@ -732,19 +746,19 @@ def choose_device(world: int) -> torch.device:
 
 
 def keep_memory() -> None:
-    """glibc gives large arrays back when they are freed, and gets the next ones zeroed, page by
-    page: a third of the time of the transforms. From here on it keeps those below 80 MB (larger
-    ones would leave large holes)."""
+    """Let glibc keep the memory of arrays below 80 MB when they are freed. (Larger ones would leave
+    large holes.) Otherwise it returns them to the system and gets the next one page by page, each
+    page filled with zeros first: a third of the time of the transforms."""
     with suppress(Exception):  # no C library, or another one
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 80_000_000)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
-        mallopt(-1, 2_147_483_647)  # M_TRIM_THRESHOLD: which does not shrink
+        mallopt(-3, 80_000_000)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
+        mallopt(-1, 2_147_483_647)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def start_worker(worker: int) -> None:
-    """In each of a loader's processes."""
-    # The main process answers a signal that the whole group gets. A loader that obeyed it would be
-    # missing before the checkpoint is saved.
+    """Runs first in each of a loader's processes."""
+    # A signal may go to the whole process group. The main process answers it, and may still need
+    # its loaders until the checkpoint is saved.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     keep_memory()
@@ -752,7 +766,7 @@ def start_worker(worker: int) -> None:
 
 
 def end_with_parent() -> None:
-    """End a loader when the main process is killed. torch looks for it only between two pictures: a
+    """End a loader when the main process is killed. torch checks that only between two pictures: a
     loader that is blocked handing one over would stay, and keep sockets open on which other
     processes wait."""
     parent_process().join()
@@ -761,7 +775,7 @@ def end_with_parent() -> None:
 
 @atexit.register
 def clean_up() -> None:
-    """When the main process ends, by an error too."""
+    """Runs when the main process ends, also by an error."""
     # Otherwise multiprocessing sends its loaders SIGTERM, which they ignore, and waits for them.
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as lost
@@ -775,8 +789,8 @@ def clean_up() -> None:
 
 
 def leave_processes(world: int) -> None:
-    """At the end, together: a process that left early would be missed by those that still talk to
-    it. clean_up follows at exit."""
+    """Wait for all processes at the end: one that left early would be missed by those that still
+    talk to it. clean_up follows at exit."""
     if world > 1:
         dist.barrier()
 

@@ -3,8 +3,8 @@
     batch (B, 3, S, S) uint8, (B, S, S) uint8 --normalise--> model --> loss --> backward --> step
 
 First the schedule, the optimizer and the arithmetic of a batch. Then `train()`, which builds its
-parts and loops. Below it stand the functions it calls: for the start, the log, the validation, the
-checkpoints, and what may go wrong in a week. The command line comes last.
+parts and loops. Below it stand the functions it calls: for the start, the log and the validation,
+for checkpoints, and for signals. The command line comes last.
 
 What the published runs did, where it differs from what their configs say:
 
@@ -88,13 +88,13 @@ from evaluate import (
 from model import ARCHS, NECKS
 from upernet import Segmenter, build_model
 
-# What --optimizer decides: --lr, --warmup and --weight-decay where they are not given, and for the
-# poly decay its power and floor.
+# What --optimizer decides: --lr, --warmup and --weight-decay where they are not given, and the
+# power and the floor of the poly decay.
 OPTIMIZERS = {
     "adamw": dict(lr=6e-5, warmup=1500, weight_decay=0.01, power=1.0, floor=0.0),
     "sgd": dict(lr=0.01, warmup=0, weight_decay=5e-4, power=0.9, floor=1e-4),
 }
-PATIENCE = 5  # losses in a row that are not finite, until a run ends
+PATIENCE = 5  # a run ends after so many losses in a row that are not finite
 LOG_EVERY = 50  # iterations
 
 
@@ -103,10 +103,10 @@ def learning_rate(i: int, iters: int, lr: float, power: float, floor: float, war
     linear from 1e-6 to 1.
 
     Poly (DeepLab, Chen et al. 2017, arXiv:1606.00915, section 4.1): far from a minimum large steps
-    help; near it they only add noise. A rate that falls all the time needs no decision when the one
-    becomes the other. Warmup: Adam divides a gradient by its average size, so its first steps move
-    every weight by the full lr, however small its gradient; and the heads, still random, would send
-    the pretrained backbone anywhere."""
+    help; near it they only add noise. A rate that falls all the time needs no decision about when
+    to change. Warmup: Adam divides a gradient by its average size, so its first steps move every
+    weight by the full lr, however small the gradient is. And the heads, still random, would push
+    the pretrained backbone in random directions."""
     rate = (lr - floor) * (1 - i / iters) ** power + floor
 
     if i < warmup:
@@ -124,12 +124,13 @@ def build_optimizer(
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101; torch's betas are the published ones) or
     SGD. fused: one kernel for all weights, the same arithmetic.
 
-    Each group's "scale" multiplies its learning rate: layer_decay ** (depth + 1 - k) for layer k,
-    where the embeddings are layer 0, the blocks 1 to depth, and the new neck and heads depth + 1
-    (BEiT, Bao et al. 2022, arXiv:2106.08254; MAE, He et al. 2022, arXiv:2111.06377, both in the
-    appendix): early layers of a pretrained backbone are general and need little change."""
+    Early layers of a pretrained backbone are general and need little change. So each group has a
+    "scale", which multiplies its learning rate: layer_decay ** (depth + 1 - k) for layer k, where
+    the embeddings are layer 0, the blocks 1 to depth, and the new neck and heads depth + 1 (BEiT,
+    Bao et al. 2022, arXiv:2106.08254; MAE, He et al. 2022, arXiv:2111.06377, both in the
+    appendix)."""
     depth = len(model.backbone.blocks)
-    weights = defaultdict(list)
+    weights = defaultdict(list)  # by (exempt from weight decay, scale)
     for key, weight in model.named_parameters():
         # Tokens and positions are added, they multiply nothing, so decay does not regularise them.
         # (The SGD schedule decays them anyway.)
@@ -148,7 +149,8 @@ def build_optimizer(
 
 
 def layer_of(key: str, depth: int) -> int:
-    """The layer of the parameter `key`: 0 embeddings, 1 to depth the blocks, depth + 1 the rest."""
+    """The layer of the parameter `key`: 0 for the embeddings, 1 to depth for the blocks, depth + 1
+    for the rest, the final norm included."""
     block = re.match(r"backbone\.blocks\.(\d+)\.", key)
     if block:
         return 1 + int(block[1])
@@ -159,8 +161,9 @@ def layer_of(key: str, depth: int) -> int:
 
 
 def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tuple:
-    """batch = world processes x micro pictures at a time x accumulated. -> (micro, accumulated), or
-    UsageError. micro=None: all pictures of a process at once."""
+    """Find how often gradients of micro pictures must be accumulated: batch = world processes x
+    micro x accumulated. micro=None: all pictures of a process at once. -> (micro, accumulated), or
+    UsageError."""
     pictures = batch // world  # of each process
     micro = micro or pictures
 
@@ -171,8 +174,8 @@ def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tup
         )
     if micro == 1 and not sync_bn:
         raise UsageError(
-            "one picture at a time leaves BatchNorm a single value to normalise (the 1x1 pooling "
-            "of the head): use fewer processes, or a larger --batch-size or --micro-batch"
+            "one picture at a time leaves BatchNorm a single value to normalise, in each channel "
+            "of the head's 1x1 pooling: use fewer processes, a larger --batch-size or --micro-batch"
         )
     return micro, pictures // micro
 
@@ -191,8 +194,8 @@ def train(args: Namespace, checkpoint: dict) -> None:
     if args.deterministic:
         fix_order_of_sums()
 
-    # Data: this process's part of every batch to come, read and augmented ahead by processes of its
-    # own. -> images (b, 3, S, S) uint8, labels (b, S, S) uint8, sizes (b, 2) before padding
+    # Data: this process's part, b pictures, of every batch to come. Worker processes read and
+    # augment. -> images (b, 3, S, S) uint8, labels (b, S, S) uint8, sizes (b, 2) before padding
     root = data_root(args.data)
     train_pairs = find_pairs(root, "training", optional=args.dry_run)
     val_pairs = find_pairs(root, "validation", optional=True)
@@ -210,7 +213,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
         worker_init_fn=start_worker, pin_memory=device.type == "cuda",
     )
 
-    # Model: random, pretrained or the checkpoint's. The plan of a run only needs its shapes.
+    # Model: random, pretrained or the checkpoint's. --dry-run only needs shapes, as meta has them.
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
         model = build_model(args.arch, args.neck, len(classes.names))
@@ -231,16 +234,16 @@ def train(args: Namespace, checkpoint: dict) -> None:
     load_start(model, log, checkpoint, world)
     adapt(model, args.drop_path, args.freeze)
     if sync_bn:
-        # BatchNorm's mean and variance over the batch of all processes, 16 pictures as published.
-        # Over the two pictures of one GPU in eight they would be noise. (Only on GPUs.)
+        # BatchNorm takes mean and variance over the pictures of all processes, 16 as published.
+        # Over two, where each of eight GPUs has two, they would be noise. (CPUs have no SyncBN.)
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = parallel = prepare(model, device, dtype, args.compile)
+    model = parallel = prepare(model, device, dtype, args.compile)  # parallel runs, model is saved
     if world > 1:
         parallel = DistributedDataParallel(model)  # starts with the weights of rank 0
 
     # Optimizer. The smallest float16 is 6e-8, above many gradients: the scaler multiplies the loss
     # by a power of two that keeps them in range, and divides it out before the step. bfloat16 has
-    # float32's range and needs none.
+    # float32's range and needs no scaler.
     optimizer = build_optimizer(model, args.optimizer, args.lr, args.weight_decay, args.layer_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
@@ -249,13 +252,13 @@ def train(args: Namespace, checkpoint: dict) -> None:
             if checkpoint["scaler"]:  # a disabled one has no state
                 scaler.load_state_dict(checkpoint["scaler"])
 
-    # What is about to be done, and what is wrong with it. The names tell whether pictures change.
-    names = "\n".join(basename(image) for image, _ in train_pairs)
-    names = f"{len(train_pairs)} training pictures, crc {zlib.crc32(names.encode()):08x} of names"
+    # Say what the run will do, and what is doubtful. `pictures` tells if --resume finds others.
+    names = "\n".join(basename(image) for image, _ in train_pairs).encode()
+    pictures = f"{len(train_pairs)} training pictures, crc {zlib.crc32(names):08x} of names"
     if rank == 0:
         os.makedirs(args.work_dir, exist_ok=True)
         log.say(plan, iteration=start, args=vars(args))
-        for words in doubts(args, train_pairs, val_pairs, classes, names, checkpoint):
+        for words in doubts(args, train_pairs, val_pairs, classes, pictures, checkpoint):
             log.say(f"warning: {words}")
 
     stop, skipped = False, 0  # whether a signal asks to stop; steps in a row that were not taken
@@ -268,13 +271,13 @@ def train(args: Namespace, checkpoint: dict) -> None:
             content = dict(
                 model=model.state_dict(), optimizer=optimizer.state_dict(),
                 scaler=scaler.state_dict(), iteration=i, args=vars(args), classes=tuple(classes),
-                names=names, entries=log.entries, steps=log.losses,
+                names=pictures, entries=log.entries, steps=log.steps,
             )
             save(content, log, world)
         if skipped == PATIENCE:
             leave(f"error: {PATIENCE} losses in a row were not finite: continue with --resume and "
                   "a lower --lr, or without the pictures named above", 3)
-        if stop:  # it may have come to another process
+        if stop:  # the signal may have come to another process
             leave(f"stopped by a signal after iteration {i}: continue with --resume",
                   128 + (signals[0] if signals else signal.SIGTERM))
         if due and val_pairs:  # on --resume too: a checkpoint is written before its validation
@@ -282,18 +285,18 @@ def train(args: Namespace, checkpoint: dict) -> None:
         if i == args.iters:
             break
 
-        # The learning rate, and the seed of dropout and drop path (samples have one with a 1).
+        # The learning rate, and the seed of dropout and drop path (samples' end with 0 or 1).
         rate = learning_rate(i, args.iters, args.lr, args.power, args.floor, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         torch.manual_seed(int(default_rng([args.seed, i, rank, 2]).integers(2**63)))
-        torch.backends.cudnn.benchmark = not args.deterministic  # all crops have one size
+        torch.backends.cudnn.benchmark = not args.deterministic  # pays, as all crops have one size
 
         began = monotonic()
         batch = next(batches)
         waited = monotonic() - began
         images, labels, sizes = (t.to(device, non_blocking=True) for t in batch)
-        statistics = [b.clone() for b in model.buffers()]  # BatchNorm's, to be put back
+        statistics = [b.clone() for b in model.buffers()]  # BatchNorm's before the step
 
         # Forward and backward, `micro` pictures at a time: their gradients add up. The loss is a
         # mean over all pixels, labelled or not, so the mean over equal parts is that of the batch.
@@ -310,13 +313,13 @@ def train(args: Namespace, checkpoint: dict) -> None:
             scaler.scale(loss / accumulated).backward()
             losses += torch.stack([loss.detach(), parts["decode"], parts["aux"]]) / accumulated
 
-        # All processes take the step, or none. This waits for the device, once an iteration.
+        # All processes take the step, or none does. Here the CPU waits for the device.
         losses, stop = agree(losses, signals, world)
         if math.isfinite(losses[0]):
             scaler.step(optimizer)
             scaler.update()
             skipped = 0
-        else:  # leave everything as it was; infinite statistics would stay infinite
+        else:  # put statistics back: infinite ones would stay infinite
             for b, before in zip(model.buffers(), statistics):
                 b.copy_(before)
             skipped += 1
@@ -325,7 +328,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
         log.step(i + 1, [*losses, monotonic() - began, waited], rate)
 
     leave_processes(world)
-    if rank == 0 and log.saved is None:
+    if rank == 0 and not log.saved:
         leave("error: the last checkpoint is not saved, make room and continue with --resume", 1)
     log.say(f"{log.saved}: evaluate it with `python evaluate.py`")
     if args.data == "toy":
@@ -334,10 +337,10 @@ def train(args: Namespace, checkpoint: dict) -> None:
 
 def agree(losses: Tensor, signals: list, world: int) -> tuple:
     """losses (3,) of this process -> their means over all processes, and whether a signal asks any
-    process to stop. A loss that is not finite in one process makes the mean so in all."""
+    process to stop. If the loss of one process is not finite, the mean is not finite in all."""
     total = torch.tensor([*losses.tolist(), len(signals)], dtype=torch.float64)
     if world > 1:
-        dist.all_reduce(total)  # on the CPU (gloo), also beside NCCL
+        dist.all_reduce(total)  # on the CPU, so by gloo, not NCCL
 
     *means, stop = (total / world).tolist()
     return means, stop > 0
@@ -347,9 +350,10 @@ def agree(losses: Tensor, signals: list, world: int) -> tuple:
 
 
 def fix_order_of_sums() -> None:
-    """--deterministic: kernels that add in the same order every time. The fused kernels of
+    """--deterministic: take kernels that add in the same order every time. The fused kernels of
     attention do so only in torch's strict mode, which refuses the gradient of resized positions. So
-    attention takes the plain kernel, and torch warns of the operations that have no such kernel."""
+    attention takes its plain kernel. Of operations that have no kernel with a fixed order torch
+    warns."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
 
@@ -363,6 +367,7 @@ def load_start(model: Segmenter, log: "Log", checkpoint: dict, world: int) -> No
     a URL, then all processes read the file."""
     source = checkpoint.get("path") or log.args.pretrained
     if source == "auto":
+        # (The sentence ends with the KeyError's words, the architecture.)
         with about("--pretrained none starts from scratch, no file is known for", UsageError):
             source = PRETRAINED[log.args.arch]
     if source == "none":
@@ -381,8 +386,8 @@ def load_start(model: Segmenter, log: "Log", checkpoint: dict, world: int) -> No
 
 def adapt(model: Segmenter, drop_path: float | None, freeze: bool) -> None:
     """--drop-path: the rate of the last layer. --freeze: no gradient for the backbone, so autograd
-    keeps none of its activations. Drop path would be noise there that nothing can learn from, so it
-    is off unless it is asked for."""
+    keeps none of its activations. In a frozen backbone drop path is noise that nothing learns from,
+    so it is off unless --drop-path asks for it."""
     if freeze:
         model.backbone.requires_grad_(False)
         drop_path = drop_path or 0.0
@@ -392,19 +397,21 @@ def adapt(model: Segmenter, drop_path: float | None, freeze: bool) -> None:
 
 
 def doubts(
-    args: Namespace, train_pairs: list, val_pairs: list, classes: Classes, names: str, saved: dict
+    args: Namespace, train_pairs: list, val_pairs: list, classes: Classes, pictures: str,
+    checkpoint: dict,
 ) -> Iterator[str]:
-    """What would make a run worth less than its time, each in a sentence, before it costs any."""
+    """A sentence about each thing that may make a run worth less than its time, before the run
+    takes any."""
     yield from label_warnings(train_pairs, classes)
 
-    if 2 * args.warmup > args.iters:  # by then the decay has halved the rate
+    if 2 * args.warmup > args.iters:  # half way the decay has halved the rate
         yield (
-            f"--warmup {args.warmup} is more than half of --iters: the learning rate never rises "
-            "to half of --lr"
+            f"--warmup {args.warmup} is more than half of --iters: the learning rate stays below "
+            "about half of --lr"
         )
-    before = saved.get("names", names)
-    if names != before:
-        yield f"{before} until here, from here on other pictures: {names}"
+    before = checkpoint.get("names", pictures)
+    if pictures != before:
+        yield f"{before} until here, from here on other pictures: {pictures}"
     if not val_pairs:
         yield "the data set has no images/validation, this run trains without validating"
 
@@ -413,9 +420,9 @@ def doubts(
 
 
 class Log:
-    """The work directory of a run. What rank 0 says goes to the terminal, and as one JSON object a
-    line to WORK_DIR/log.jsonl. A checkpoint holds all of it, so whatever came after the checkpoint
-    is dropped on --resume, and comes again."""
+    """The work directory of a run. What rank 0 says goes to the terminal; facts go to
+    WORK_DIR/log.jsonl too, as one JSON object a line. A checkpoint holds all lines before it. So
+    --resume drops those after it, and they come again."""
 
     def __init__(self, args: Namespace, rank: int, checkpoint: dict):
         self.args = args
@@ -424,15 +431,14 @@ class Log:
         self.entries = checkpoint.get("entries", [])  # the lines of log.jsonl
 
         # Of each step that was taken since the last line with a loss: loss, decode, aux, seconds,
-        # and those of the seconds that it waited for data. (What earlier versions saved as "losses"
-        # had no times.)
-        self.losses = checkpoint.get("steps", [])
+        # and how many of the seconds it waited for data.
+        self.steps = checkpoint.get("steps", [])
 
     @contextmanager
     def writing(self, name: str) -> Iterator[str]:
-        """The path of a file in the work directory. Where writing it fails (a full disk, a picture
-        that cannot be drawn), print a warning and continue: days of training must not be lost for
-        it. The next one tries again."""
+        """Gives the path of a file in the work directory. If writing it fails (a full disk, a
+        picture that cannot be drawn), print a warning and continue: days of training must not be
+        lost for one file. The next file tries again."""
         path = join(self.args.work_dir, name)
         try:
             yield path
@@ -443,15 +449,15 @@ class Log:
             )
 
     def say(self, words: str, **entry) -> None:
-        """To the terminal, and to the log if there are facts with it."""
+        """Print words on rank 0. If there are facts, the entry, they become a line of the log."""
         if self.rank > 0:
             return
 
         print(words, flush=True)
         if entry:
             self.entries.append(entry)
-            # All lines, moved into place: never half of one, and what a full disk refused comes
-            # with the next.
+            # Write all lines and move the file into place: a reader never sees half a line, and
+            # those that a full disk refused come with the next.
             with self.writing("log.jsonl") as path:
                 with open(path + ".part", "w") as file:
                     file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
@@ -469,16 +475,17 @@ class Log:
         )
 
     def step(self, n: int, row: list[float], rate: float) -> None:
-        """Every 50 iterations, the means of losses and times over the steps that were taken."""
+        """Take the row of iteration n, see self.steps. Every 50 iterations, say the means over the
+        steps that were taken."""
         if math.isfinite(row[0]):
-            self.losses.append(row)
-        if (n % LOG_EVERY and n != self.args.iters) or not self.losses:
+            self.steps.append(row)
+        if (n % LOG_EVERY and n != self.args.iters) or not self.steps:
             if self.rank == 0:
                 progress(f"{n} of {self.args.iters} iterations")
             return
 
-        loss, decode, aux, seconds, waited = np.mean(self.losses, axis=0).tolist()
-        self.losses = []
+        loss, decode, aux, seconds, waited = np.mean(self.steps, axis=0).tolist()
+        self.steps = []
         entry = dict(
             iteration=n,
             loss=loss,
@@ -506,9 +513,9 @@ def validate(
     dtype: torch.dtype,
     world: int,
 ) -> None:
-    """Scores on the validation pictures after iteration n. Rank 0 logs them, draws four of its own
-    pictures and the curves, and copies the best checkpoint to best.pt, which nothing resumes from
-    or removes."""
+    """Score the model on the validation pictures after iteration n. Rank 0 logs the scores, draws
+    four of the pictures that it labelled and the curves, and copies the best checkpoint to best.pt.
+    Nothing resumes from best.pt or removes it."""
     rows = []
 
     def look(i, *row):
@@ -517,7 +524,7 @@ def validate(
         if 4 * i >= len(pairs) * len(rows):  # the first one of each quarter
             rows.append(row)  # image, label, prediction
 
-    # Without SyncBN each process has statistics of its own: all take those that are saved.
+    # Without SyncBN each process has statistics of its own: all take rank 0's, which are saved.
     if world > 1:
         for b in model.buffers():
             dist.broadcast(b, 0)
@@ -537,7 +544,7 @@ def validate(
         log.say(f"{n}/{log.args.iters}  validation: {summary}  {path}", iteration=n, **result)
 
         if log.saved and result["mIoU"] == max(entry.get("mIoU") or 0 for entry in log.entries):
-            with log.writing("best.pt") as path:
+            with log.writing("best.pt") as path:  # reading compares the copy with its checksums
                 write_checkpoint(read_checkpoint(log.saved), path)
         with log.writing("curves.png") as path:
             curves(log.entries).save(path)
@@ -555,13 +562,13 @@ def save(content: dict, log: Log, world: int) -> None:
             write_checkpoint(content, path)
             log.saved = path
 
-            # What is newer than this one is damaged: it does not count.
+            # Newer ones are damaged, as --resume has passed over them: they do not count.
             found = checkpoints(log.args.work_dir)
             for old in found[: found.index(path) + 1][: -log.args.keep]:
-                with suppress(OSError):  # Windows keeps files that are mapped: next time
+                with suppress(OSError):  # Windows refuses while a file is mapped: next time
                     os.remove(old)
     if world > 1:
-        dist.barrier()  # if another process left now, torchrun would end this one
+        dist.barrier()  # a process that left now would have torchrun end rank 0
 
 
 def newest_whole(found: list[str]) -> dict:
@@ -598,7 +605,7 @@ def watch_signals() -> list:
 
 
 def leave(words: str, code: int) -> NoReturn:
-    """End this process with a sentence."""
+    """End this process with a sentence and an exit code."""
     warn(words)
     sys.exit(code)
 
@@ -609,7 +616,7 @@ def warn(words: str) -> None:
 
 # ---- python train.py -----------------------------------------------------------------------------
 
-# torchrun --max-restarts repeats the command after a process has died, which then resumes.
+# torchrun --max-restarts repeats the command after a process has died. Then the run resumes.
 RESTARTED = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 # What --data toy changes: a small model from scratch, small pictures, a short schedule with a
@@ -626,13 +633,14 @@ TOY = dict(
     warmup=50,
 )
 AFTER_TOY = """\
-Look at that sheet: pictures it has not seen, their labels, its own; curves.png lies next to it.
+Look at the last sheet: pictures that training has not seen, their labels, the predictions. Next to
+it lies curves.png.
   python tests/inside.py --image data/toy/images/validation/toy_000.jpg --out look
   python tests/experiments.py --list   # change one line: guess what happens, and measure it
   README.md, "Your own data"           # train it on pictures of your own"""
-# Arguments that change nothing in what a run computes: they may differ on --resume, unsaid.
+# Arguments that change nothing in what a run computes: --resume says nothing where they differ.
 NO_EFFECT = ("work_dir", "resume", "workers", "keep", "timeout", "dry_run")
-# Those that weights and the optimizer's state depend on: they stay as they are in the checkpoint.
+# Those that weights and the optimizer's state depend on: --resume takes them from the checkpoint.
 FIXED = ("arch", "neck", "optimizer", "weight_decay", "layer_decay", "freeze")
 POSITIVE, COUNT, REAL = at_least(1), at_least(0), at_least(0, float)
 
@@ -655,11 +663,11 @@ def options() -> ArgumentParser:
     add("--lr", type=REAL, help="base learning rate (adamw 6e-05, sgd 0.01)")
     add("--warmup", type=COUNT, help="iterations of linear warmup (adamw 1500, sgd 0)")
     add("--weight-decay", type=REAL,
-        help="(adamw 0.01, 0 of cls_token, reg_token and pos_embed; sgd 0.0005)")
+        help="(adamw 0.01, but 0 for cls_token, reg_token and pos_embed; sgd 0.0005)")
     add("--layer-decay", type=REAL, default=1.0,
-        help="the learning rate of layer k times this ** (depth + 1 - k) (%(default)s)")
+        help="multiplies the learning rate of layer k by this ** (depth + 1 - k) (%(default)s)")
     add("--drop-path", type=REAL,
-        help="rate of the last layer, below 1 (as in the recipe of --arch and --neck)")
+        help="drop path rate of the last layer, below 1 (as in the recipe of --arch and --neck)")
     add("--freeze", action="store_true", help="only train neck and heads")
 
     add("--batch-size", type=POSITIVE, default=16,
@@ -667,13 +675,13 @@ def options() -> ArgumentParser:
     add("--crop-size", type=POSITIVE, default=512,
         help="side of the training crops in pixels (%(default)s)")
     add("--short-side", type=POSITIVE, default=512,
-        help="of pictures at scale 1, in pixels (%(default)s)")
+        help="short side of pictures at scale 1, in pixels (%(default)s)")
 
     add("--pretrained", default="auto", metavar="auto|none|FILE|URL",
         help="auto: the backbone the recipe starts from, fetched once; none: from scratch; or any "
         "file convert_weights.py reads (%(default)s)")
     add("--seed", type=COUNT, default=0,
-        help="of data order, augmentation, initialisation and dropout (%(default)s)")
+        help="decides data order, augmentation, initialisation and dropout (%(default)s)")
     more_options(parser)
     return parser
 
@@ -685,7 +693,7 @@ def more_options(parser: ArgumentParser) -> None:
         help="data set in ADE20K's layout; or toy, drawn here, which is small and has defaults of "
         "its own: TOY in train.py (%(default)s)")
     add("--work-dir",
-        help="checkpoints, log and pictures (a new folder under runs/)")
+        help="folder for checkpoints, log and pictures (a new one under runs/)")
     add("--interval", type=POSITIVE,
         help="iterations from one checkpoint and validation to the next (a tenth of --iters; with "
         "--data toy 200)")
@@ -697,7 +705,8 @@ def more_options(parser: ArgumentParser) -> None:
     add("--timeout", type=POSITIVE, default=1800,
         help="seconds that processes wait for one that hangs (%(default)s)")
     add("--micro-batch", type=POSITIVE,
-        help="pictures at once on each process, the rest of its share is accumulated (all)")
+        help="pictures at a time on each process; gradients are accumulated until its part of the "
+        "batch is done (all of the part)")
     add("--dry-run", action="store_true",
         help="print the plan and stop; data and weights may be missing")
 
@@ -716,8 +725,9 @@ def more_options(parser: ArgumentParser) -> None:
 def parse(argv: list[str] | None = None) -> tuple:
     """-> the arguments, and the content of the checkpoint to continue from or {}.
 
-    What the command line does not say, the checkpoint does, or the toy recipe, or the published
-    one. So the command line is read again where the defaults turn out to be others."""
+    What the command line does not say, the checkpoint says, otherwise the toy recipe (with --data
+    toy), otherwise the published one. They set the parser's defaults, so the command line is read
+    again after each of them."""
     parser = options()
     args = parser.parse_args(argv)
     if args.data == "toy":
@@ -759,7 +769,7 @@ def parse(argv: list[str] | None = None) -> tuple:
 
 def default_work_dir(args: Namespace) -> str:
     """With --resume the newest run under runs/. Otherwise runs/ARCH_NECK_DATA_ITERS, with -2, -3,
-    ... if that is taken; after a restart by torchrun the last one taken."""
+    ... if that is taken. After a restart by torchrun, the last of these that is taken."""
     if args.resume:
         return newest_run("runs")
 
@@ -776,7 +786,7 @@ def main() -> None:
         args, checkpoint = parse()
         try:
             train(args, checkpoint)
-        except RuntimeError as error:
+        except RuntimeError as error:  # gloo's, when another process is gone
             if re.search("[Tt]imed out|onnection (closed|reset)|Broken pipe", str(error)):
                 leave("error: another process has died or hangs, continue with --resume: "
                       + first_line(error), 1)

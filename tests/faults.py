@@ -400,7 +400,7 @@ def test_one_bad_batch_changes_nothing_and_training_continues(folder, monkeypatc
         """The loop calls it at the start of each iteration."""
         model = parts["model"]
         weights = {k: v.clone() for k, v in model.state_dict().items()}
-        found.append((weights, list(parts["log"].losses), parts["scaler"].get_scale()))
+        found.append((weights, list(parts["log"].steps), parts["scaler"].get_scale()))
 
         monkeypatch.setattr(train, "normalise", bad_normalise if i == 1 else normalise)
         if i == 3:

@@ -929,7 +929,7 @@ def test_between_the_lines_of_a_run_a_terminal_shows_how_far_it_is(rank, monkeyp
     row = [3.0, 2.0, 1.0, 0.5, 0.1]
     log.step(7, row, 0.1)
     log.step(8, [math.nan, math.nan, 1.0, 0.5, 0.1], 0.1)
-    assert log.losses == [row]
+    assert log.steps == [row]
     assert said == (["7 of 800 iterations", "8 of 800 iterations"] if rank == 0 else [])
 
 

@@ -903,11 +903,17 @@ def test_of_several_models_the_path_behind_the_colon_chooses(tmp_path):
         state_dict, _ = load_weights(f"{path}:{choice}")
         assert_same(state_dict, weights)
 
-    inside = one | prefixed("ema_model.", two)  # one dictionary of two
+    inside = one | prefixed("ema_model.", two)  # one dictionary of three, the last a backbone
+    base = tensors(timm_weights())
+    inside |= prefixed("teacher.", base)
     torch.save({"state_dict": inside}, tmp_path / "y.pt")
     path = str(tmp_path / "y.pt")
 
-    for choice, weights in (("state_dict", one), ("state_dict.ema_model", two)):
+    for choice, weights in (
+        ("state_dict", one),
+        ("state_dict.ema_model", two),
+        ("state_dict.teacher", prefixed("backbone.", base)),
+    ):
         state_dict, _ = load_weights(f"{path}:{choice}")
         assert_same(state_dict, weights)
 
