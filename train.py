@@ -429,6 +429,11 @@ class Log:
         self.rank = rank
         self.saved = checkpoint.get("path")  # the last checkpoint, None if it could not be written
         self.entries = checkpoint.get("entries", [])  # the lines of log.jsonl
+        if checkpoint and not self.entries:  # one of an earlier version: they are only in the file
+            with suppress(FileNotFoundError), open(join(args.work_dir, "log.jsonl")) as file:
+                entries = map(json.loads, file)
+                last = checkpoint["iteration"]
+                self.entries = [entry for entry in entries if entry["iteration"] <= last]
 
         # Of each step that was taken since the last line with a loss: loss, decode, aux, seconds,
         # and how many of the seconds it waited for data.
