@@ -245,7 +245,7 @@ EXPERIMENTS = [
     ),
     Experiment(
         "unlabelled_is_a_class",
-        [Edit("ade20k.py", "unlabelled, IGNORE_INDEX, values", "unlabelled, 0, values")],
+        [Edit("ade20k.py", "table[unlabelled] = IGNORE_INDEX", "table[unlabelled] = 0")],
         "unlabelled pixels count as the first class",
         "The classic silent error: balloons become buildings, in training and in the score. "
         "Does the score tell?",
@@ -467,7 +467,7 @@ def main():
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(names)}")
     asked = args.names or names
-    chosen = [experiment for experiment in EXPERIMENTS if experiment.name in asked]
+    chosen = [EXPERIMENTS[names.index(name)] for name in asked]
     for experiment in chosen:
         patched(experiment)  # all of them, before the first run
 
