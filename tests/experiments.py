@@ -467,7 +467,7 @@ def main():
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(names)}")
     asked = args.names or names
-    chosen = [experiment for experiment in EXPERIMENTS if experiment.name in asked]
+    chosen = [EXPERIMENTS[names.index(name)] for name in asked]
     for experiment in chosen:
         patched(experiment)  # all of them, before the first run
 
