@@ -119,12 +119,14 @@ def predict(
     labels = []
     step = rows_at_once(device, W * C)
     for start in range(0, H, step):
-        total = 0
         for view in views:
             large = resized_rows(view, W, start, start + step)  # (step, W, C)
             if len(views) > 1:  # of one view the largest logit says as much
                 large = large.softmax(2)
-            total += large
+            if view is views[0]:
+                total = large  # not 0 + large, which would be one more pass over all logits
+            else:
+                total += large
         labels.append(total.argmax(2).byte())  # (step, W)
     return torch.cat(labels).cpu().numpy()  # (H, W)
 
