@@ -123,10 +123,8 @@ def predict(
             large = resized_rows(view, W, start, start + step)  # (step, W, C)
             if len(views) > 1:  # of one view the largest logit says as much
                 large = large.softmax(2)
-            if view is views[0]:
-                total = large  # not 0 + large, which would be one more pass over all logits
-            else:
-                total += large
+            # (Beginning with 0 + large would be one more pass over all logits.)
+            total = large if view is views[0] else total.add_(large)
         labels.append(total.argmax(2).byte())  # (step, W)
     return torch.cat(labels).cpu().numpy()  # (H, W)
 
