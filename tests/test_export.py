@@ -62,7 +62,7 @@ def test_the_readmes_onnx_file_labels_pictures_of_any_size(tiny, tmp_path, monke
     onnxruntime = pytest.importorskip("onnxruntime")
 
     model = tiny("ln_mln")
-    name = "runs/toy_p8_none_toy_800/checkpoint_800.pt"
+    name = "runs/toy_p8_none_toy_800/best.pt"
     (tmp_path / name).parent.mkdir(parents=True)
     content = {"model": model.state_dict(), "args": {"arch": "toy_p8", "neck": "ln_mln"}}
     write(content, tmp_path / name)
