@@ -5,8 +5,8 @@ the metric; pictures of the results.
             --softmax--> mean over scales and flips --argmax--> label
             --> confusion matrix (C, C) --> IoU per class --> mIoU
 
-The metric is that of FCN (Long et al. 2015, arXiv:1411.4038, section 5): intersection over union,
-from one confusion matrix of the whole data set. It is not a mean over pictures. A class that is
+The metric is that of FCN (Long et al. 2015, arXiv:1411.4038, section 5): intersection over union.
+One confusion matrix of the whole data set gives it, not a mean over pictures. A class that is
 neither in the labels nor predicted has no IoU (0 / 0) and is left out of the mean. The protocol is
 the reference's: logits are resized twice, to the resized picture's size and then to the picture's
 own, and the mean is that of the softmax outputs rather than of the logits.
