@@ -671,7 +671,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
     """How maps lie in memory: channels last, with two exceptions. For float32 on CPUs it would make
-    gradients of weights take three times as long. For Apple's GPUs see contiguous_batch_norm."""
+    gradients of weights take three times as long. On Apple's GPUs those of BatchNorm are wrong in
+    channels last (pytorch issue 175189)."""
     if device.type == "mps" or (device.type, dtype) == ("cpu", torch.float32):
         return torch.contiguous_format
     return torch.channels_last
@@ -685,17 +686,7 @@ def prepare(
     if compiled:
         for part in model.children():
             part.compile(dynamic=False)
-    if device.type == "mps":
-        contiguous_batch_norm(model)
     return model.to(device, memory_format=memory_format(device, dtype))
-
-
-def contiguous_batch_norm(model: nn.Module) -> None:
-    """Have every BatchNorm see contiguous maps: on Apple's GPUs its gradients are wrong for maps in
-    channels last (pytorch issue 175189)."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_pre_hook(lambda module, maps: maps[0].contiguous())
 
 
 # ---- Processes -----------------------------------------------------------------------------------

@@ -104,25 +104,6 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training, leave a branch out for
-    some of the pictures. (B, N, D) -> (B, N, D)
-
-    Where the branch stays, it is divided by the probability of staying, so that its expected value
-    does not change."""
-
-    rate = 0.0  # probability of leaving out; VisionTransformer.set_drop_path sets it for each layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-
-        keep = 1 - self.rate
-        draws = torch.rand(x.shape[0], 1, 1, device=x.device)  # one per picture, not one per token
-        stays = (draws < keep).to(x.dtype)  # (B, 1, 1), 0 or 1
-        return x * (stays / keep)
-
-
 class LayerScale(nn.Module):
     """One learned factor for each channel of a branch, near 0 at first, so that deep networks start
     as shallow ones (Touvron et al. 2021, arXiv:2103.17239). Only DeiT-III and DINOv2 have it.
@@ -151,17 +132,34 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
         self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
-        # One module for both branches; each call draws again. (Later mmsegmentation, 1.2, drops
-        # only the MLP branch. The published runs dropped both.)
-        self.drop_path = DropPath()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)"""
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D). keep: from drop_path, (2, B, 1, 1), or None"""
         branch = self.ls1(self.attn(self.norm1(x)))
-        x = x + self.drop_path(branch)
+        if keep is not None:
+            branch = branch * keep[0]
+        x = x + branch
 
         branch = self.ls2(self.mlp(self.norm2(x)))
-        return x + self.drop_path(branch)
+        if keep is not None:
+            branch = branch * keep[1]
+        return x + branch
+
+
+def drop_path(rate: float, depth: int, B: int, device: torch.device) -> Tensor:
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training, leave branches out for
+    some of the pictures. -> (depth, 2, B, 1, 1): what each layer multiplies its two branches by, 0
+    where they are left out.
+
+    The probability grows in equal steps from 0 in the first layer to `rate` in the last: early
+    layers are left out least, because all later ones build on them. A branch that stays is divided
+    by its probability of staying, so that its expected value does not change. One draw for all
+    layers is one launch. (Later mmsegmentation, 1.2, drops only the MLP branch. The published runs
+    dropped both.)"""
+    stays = 1 - torch.linspace(0, rate, depth, device=device)  # (depth,)
+    stays = stays.view(depth, 1, 1, 1, 1)
+    draws = torch.rand(depth, 2, B, 1, 1, device=device)  # one per picture, not one per token
+    return (draws < stays) / stays
 
 
 class VisionTransformer(nn.Module):
@@ -205,7 +203,7 @@ class VisionTransformer(nn.Module):
         self.extra = 1 + registers  # tokens that lie nowhere in the picture
 
         self.blocks = nn.ModuleList(Block(width, heads, layer_scale) for _ in range(depth))
-        self.set_drop_path(drop_path)
+        self.drop_path = drop_path
         self.norm = nn.LayerNorm(width, eps=1e-6) if final_norm else None
 
         # For training from scratch: DeiT's initialisation.
@@ -215,12 +213,6 @@ class VisionTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-
-    def set_drop_path(self, rate: float) -> None:
-        """Give each layer its rate: in equal steps from 0 in the first to `rate` in the last. Early
-        layers are left out least, because all later ones build on them."""
-        for i, block in enumerate(self.blocks):
-            block.drop_path.rate = rate * i / (len(self.blocks) - 1)
 
     def set_grid(self, grid: Size) -> None:
         """Make room for a table of grid = (h, w) positions, for the weights of a model that was
@@ -248,9 +240,13 @@ class VisionTransformer(nn.Module):
         if images.is_contiguous(memory_format=torch.channels_last):
             layout = torch.channels_last
 
+        keep = [None] * len(self.blocks)
+        if self.training and self.drop_path > 0:
+            keep = drop_path(self.drop_path, len(self.blocks), B, x.device)
+
         maps = []
         for i, block in enumerate(self.blocks, start=1):
-            x = block(x)  # (B, extra + h w, D)
+            x = block(x, keep[i - 1])  # (B, extra + h w, D)
             if i == len(self.blocks) and self.norm is not None:
                 x = self.norm(x)
             if i % self.layers_per_map == 0:

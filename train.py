@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.random import default_rng
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -160,7 +160,7 @@ def layer_of(key: str, depth: int) -> int:
     return depth + 1
 
 
-def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tuple:
+def split_batch(batch: int, world: int, micro: int | None) -> tuple:
     """Find how often gradients of micro pictures must be accumulated: batch = world processes x
     micro x accumulated. micro=None: all pictures of a process at once. -> (micro, accumulated), or
     UsageError."""
@@ -172,10 +172,10 @@ def split_batch(batch: int, world: int, micro: int | None, sync_bn: bool) -> tup
             f"a batch of {batch} pictures is not {world} processes x {micro} pictures x a whole "
             "number: change --batch-size, --micro-batch or the number of processes"
         )
-    if micro == 1 and not sync_bn:
+    if world * micro == 1:
         raise UsageError(
             "one picture at a time leaves BatchNorm a single value to normalise, in each channel "
-            "of the head's 1x1 pooling: use fewer processes, a larger --batch-size or --micro-batch"
+            "of the head's 1x1 pooling: use a larger --batch-size or --micro-batch"
         )
     return micro, pictures // micro
 
@@ -189,8 +189,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
     # Processes: each takes an equal part of every batch, `micro` pictures at a time.
     rank, world, device = setup_processes(args.timeout)
     dtype = choose_dtype(args.dtype, device)
-    sync_bn = world > 1 and device.type == "cuda"
-    micro, accumulated = split_batch(args.batch_size, world, args.micro_batch, sync_bn)
+    micro, accumulated = split_batch(args.batch_size, world, args.micro_batch)
     if args.deterministic:
         fix_order_of_sums()
 
@@ -233,13 +232,12 @@ def train(args: Namespace, checkpoint: dict) -> None:
 
     load_start(model, log, checkpoint, world)
     adapt(model, args.drop_path, args.freeze)
-    if sync_bn:
-        # BatchNorm takes mean and variance over the pictures of all processes, 16 as published.
-        # Over two, where each of eight GPUs has two, they would be noise. (CPUs have no SyncBN.)
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = parallel = prepare(model, device, dtype, args.compile)  # parallel runs, model is saved
     if world > 1:
-        parallel = DistributedDataParallel(model)  # starts with the weights of rank 0
+        # It starts with the weights of rank 0. BatchNorm keeps its statistics equal by itself.
+        parallel = DistributedDataParallel(
+            model, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
 
     # Optimizer. The smallest float16 is 6e-8, above many gradients: the scaler multiplies the loss
     # by a power of two that keeps them in range, and divides it out before the step. bfloat16 has
@@ -261,6 +259,9 @@ def train(args: Namespace, checkpoint: dict) -> None:
         for words in doubts(args, train_pairs, val_pairs, classes, pictures, checkpoint):
             log.say(f"warning: {words}")
 
+    # BatchNorm's mean and variance, and room for those before a step. (Its counter is not read.)
+    statistics = [b for b in model.buffers() if b.is_floating_point()]
+    before = [b.clone() for b in statistics]
     stop, skipped = False, 0  # whether a signal asks to stop; steps in a row that were not taken
     signals = watch_signals()
     batches = iter(loader)
@@ -296,7 +297,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
         batch = next(batches)
         waited = monotonic() - began
         images, labels, sizes = (t.to(device, non_blocking=True) for t in batch)
-        statistics = [b.clone() for b in model.buffers()]  # BatchNorm's before the step
+        torch._foreach_copy_(before, statistics)
 
         # Forward and backward, `micro` pictures at a time: their gradients add up. The loss is a
         # mean over all pixels, labelled or not, so the mean over equal parts is that of the batch.
@@ -310,18 +311,22 @@ def train(args: Namespace, checkpoint: dict) -> None:
             x = x.contiguous(memory_format=memory_format(device, dtype))
             with autocast(device, dtype):
                 loss, parts = parallel(x, labels[first:end].long())
-            scaler.scale(loss / accumulated).backward()
             losses += torch.stack([loss.detach(), parts["decode"], parts["aux"]]) / accumulated
+            if end == len(images) and losses.is_cuda:  # copied while the device goes backward
+                losses = losses.to("cpu", non_blocking=True)
+                copied = torch.cuda.current_stream().record_event()
+            scaler.scale(loss / accumulated).backward()
 
-        # All processes take the step, or none does. Here the CPU waits for the device.
+        # All processes take the step, or none does. Here the CPU waits for the device, once.
+        if device.type == "cuda":
+            copied.synchronize()
         losses, stop = agree(losses, signals, world)
         if math.isfinite(losses[0]):
             scaler.step(optimizer)
             scaler.update()
             skipped = 0
         else:  # put statistics back: infinite ones would stay infinite
-            for b, before in zip(model.buffers(), statistics):
-                b.copy_(before)
+            torch._foreach_copy_(statistics, before)
             skipped += 1
             log.skip(i + 1, samples)
         optimizer.zero_grad()
@@ -393,7 +398,7 @@ def adapt(model: Segmenter, drop_path: float | None, freeze: bool) -> None:
         drop_path = drop_path or 0.0
 
     if drop_path is not None:
-        model.backbone.set_drop_path(drop_path)
+        model.backbone.drop_path = drop_path
 
 
 def doubts(
@@ -528,11 +533,6 @@ def validate(
             leave("stopped in a validation; --resume starts with that validation", 128 + signals[0])
         if 4 * i >= len(pairs) * len(rows):  # the first one of each quarter
             rows.append(row)  # image, label, prediction
-
-    # Without SyncBN each process has statistics of its own: all take rank 0's, which are saved.
-    if world > 1:
-        for b in model.buffers():
-            dist.broadcast(b, 0)
 
     torch.backends.cudnn.benchmark = False  # pictures have many sizes
     with torch.compiler.set_stance("force_eager"):  # --compile is for crops, all of one size

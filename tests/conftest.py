@@ -98,9 +98,8 @@ def filled(tmp_path):
         load_into(net, state_dict, facts)
         os.remove(path)
 
+        net.backbone.drop_path = 0.0
         for module in net.modules():
-            if isinstance(module, model.DropPath):
-                module.rate = 0.0
             if isinstance(module, torch.nn.Dropout2d):
                 module.p = 0.0
         return net

@@ -442,43 +442,41 @@ def assert_only_good_batches_changed(weights, losses, scales):
 
 # ---- several processes ----
 
-FROZEN = """
-import sys, torch, train, model
+NO_DROPOUT = """
+import train
 from torch import nn
-# On a CPU there is no SyncBN: with the statistics frozen and nothing random, the sum over processes
-# is all that is left.
-def unchanged(module, mode=True):
-    return module
-nn.BatchNorm2d.train = unchanged
 build = train.build_model
-def frozen(*arguments):
+def without_dropout(*arguments):
     net = build(*arguments)
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d): m.training = False
         if isinstance(m, nn.Dropout2d): m.p = 0.0
     return net
-train.build_model = frozen
+train.build_model = without_dropout
 train.main()
 """
 
 
-def test_two_processes_give_the_weights_of_one(folder):
-    (folder / "frozen.py").write_text(FROZEN)
+def test_two_and_four_processes_give_the_weights_and_statistics_of_one(folder):
+    """Four have one picture each. (Dropout depends on the process.)"""
+    (folder / "no_dropout.py").write_text(NO_DROPOUT)
     got = []
-    for name, launch in (("alone", ()), ("both", (*TWO, "--standalone"))):
-        options = (*OPTIONS, "--iters", 4, "--interval", 4, "--batch-size", 16)
-        options += ("--optimizer", "sgd", "--work-dir", name)
+    for count in (1, 2, 4):
+        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count)
+        options = (*OPTIONS, "--iters", 4, "--interval", 4, "--optimizer", "sgd")
+        command = (*launch, "no_dropout.py", *options, "--work-dir", f"of_{count}")
         run = subprocess.run(
-            [sys.executable, *launch, "frozen.py", *map(str, options)],
+            [sys.executable, *map(str, command)],
             cwd=folder,
             text=True,
             capture_output=True,
             env=os.environ | {"PYTHONPATH": ROOT},
         )
         assert run.returncode == 0, run.stderr[-2000:]
-        got.append(torch.load(folder / name / "checkpoint_4.pt", weights_only=True)["model"])
+        content = torch.load(folder / f"of_{count}" / "checkpoint_4.pt", weights_only=True)
+        got.append(content["model"])
     for k, v in got[0].items():
         torch.testing.assert_close(got[1][k], v, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[2][k], v, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

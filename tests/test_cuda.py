@@ -15,13 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, draw_set
+from test_model import check_batch_norm_over_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 import train
 from ade20k import normalise
-from model import DropPath
 from upernet import build_model
 
 DEVICE = torch.device("cuda")
@@ -44,11 +44,10 @@ def network(arch="deit_t16", sure=False):
     if sure:
         nn.init.normal_(net.decode_head.classifier.weight)
 
+    net.backbone.drop_path = 0.0
     for module in net.modules():
         if isinstance(module, nn.Dropout2d):
             module.p = 0.0
-        if isinstance(module, DropPath):
-            module.rate = 0.0
     return net
 
 
@@ -207,10 +206,15 @@ def world_of_one():
     dist.destroy_process_group()
 
 
-def test_a_step_with_ddp_and_sync_bn_is_the_plain_step(world_of_one):
+@pytest.mark.parametrize("dtype,most", [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
+def test_batch_norm_over_two_processes_on_one_gpu_is_that_of_one(dtype, most, tmp_path):
+    """By gloo: NCCL refuses two processes on one GPU."""
+    check_batch_norm_over_processes((2,), DEVICE, dtype, most, tmp_path)
+
+
+def test_a_step_with_ddp_is_the_plain_step(world_of_one):
     plain = evaluate.prepare(network(), DEVICE, torch.float32, False)
-    shared = nn.SyncBatchNorm.convert_sync_batchnorm(network())
-    shared = evaluate.prepare(shared, DEVICE, torch.float32, False)
+    shared = evaluate.prepare(network(), DEVICE, torch.float32, False)
 
     loss, grads = backward(plain, DEVICE)
     loss_shared, grads_shared = backward(DistributedDataParallel(shared), DEVICE)
@@ -218,7 +222,6 @@ def test_a_step_with_ddp_and_sync_bn_is_the_plain_step(world_of_one):
     assert direction(grads_shared, grads) > 1 - 1e-6
 
     for (name, want), got in zip(plain.named_buffers(), shared.buffers()):
-        dist.broadcast(got, 0)  # as a validation does
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=name)
 
     for net in (plain, shared):
@@ -301,7 +304,7 @@ def waits_among(caught):
 
 
 @pytest.mark.parametrize("optimizer,dtype", [("sgd", "float32"), ("adamw", "float16")])
-def test_an_iteration_waits_for_the_gpu_once(optimizer, dtype, folder, tmp_path, monkeypatch):
+def test_an_iteration_waits_for_the_gpu_only_for_its_losses(optimizer, dtype, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(train, "watch_signals", list)
     step = train.Log.step
@@ -325,7 +328,8 @@ def test_an_iteration_waits_for_the_gpu_once(optimizer, dtype, folder, tmp_path,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train.train(*train.parse(words))
-    assert len(waits_among(caught)) == 6  # iterations
+    # The one wait of an iteration is for an event, which torch does not report.
+    assert waits_among(caught) == []
 
 
 def test_a_prediction_waits_for_the_pictures_it_sends_and_the_labels_it_gets():

@@ -388,27 +388,25 @@ def test_auto_is_bfloat16_where_the_hardware_has_it(kind, hardware, dtype, layou
     assert evaluate.autocast(device, torch.float32).device == kind
 
 
-def test_where_it_must_batch_norm_sees_contiguous_maps_and_computes_the_same():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_all_convolutions_and_norms_of_a_training_step_see_the_layout_of_the_images(layout):
     torch.manual_seed(0)
-    net = build_model("toy_p8", "ln_mln", 6).train()
-    images = torch.randn(2, 3, 64, 96)
+    net = build_model("toy_p8", "ln_mln", 6).to(memory_format=layout).train()
+    images = torch.randn(2, 3, 64, 96).contiguous(memory_format=layout)
     labels = torch.randint(0, 6, (2, 64, 96))
-    net.decode_head.dropout.p = 0.0
-    net.auxiliary_head.dropout.p = 0.0
-    want, _ = net(images, labels)
-
     seen = []
 
     def note(module, inputs, output):
-        seen.append(inputs[0].is_contiguous())
+        seen.extend([*inputs, output])
 
-    evaluate.contiguous_batch_norm(net)
     for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.Conv2d)):
             module.register_forward_hook(note)
-    found, _ = net(images.contiguous(memory_format=torch.channels_last), labels)
-    torch.testing.assert_close(found, want)
-    assert seen == [True] * 13
+    loss, _ = net(images, labels)
+    loss.backward()
+
+    assert len(seen) == 2 * (13 + 20)  # 4 more convolutions are computed without their modules
+    assert all(x.is_contiguous(memory_format=layout) for x in seen)
 
 
 @pytest.fixture

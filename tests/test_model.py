@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import speed
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import Watch, assert_equal, by_formula, largest_error, load, tensors, write_mmseg
+from torch import nn
 
 import ade20k
 import evaluate
 import model
 import upernet
 from convert_weights import MMSEG, load_into, load_weights, rename, to_mmseg
+from model import build_backbone
 from upernet import build_model
 
 
@@ -128,11 +131,9 @@ def test_logits_loss_and_gradients_equal_the_reference(arch, neck, golden, fille
 def test_drop_path_rates_are_the_released_configs(arch, neck, golden):
     with torch.device("meta"):
         net = build_model(arch, neck)
-    rates = [block.drop_path.rate for block in net.backbone.blocks]
 
     gold = golden(f"{arch}_{neck}")
-    want = np.linspace(0, gold["drop_path"], 12)
-    np.testing.assert_allclose(rates, want, atol=1e-12)
+    assert net.backbone.drop_path == gold["drop_path"]
 
 
 def test_state_dict_in_their_names_has_exactly_their_keys(golden):
@@ -192,22 +193,37 @@ def test_pos_embed_is_resized_whenever_the_grid_differs_not_the_number_of_tokens
         assert error < 1e-12
 
 
-def test_drop_path_zeroes_whole_pictures_and_keeps_the_mean():
+def test_drop_path_leaves_out_more_pictures_from_layer_to_layer_and_keeps_the_mean():
     torch.manual_seed(0)
-    drop = model.DropPath()
-    drop.rate = 0.3
-    x = torch.ones(20000, 2, 3)
-    y = drop(x)
+    keep = model.drop_path(0.3, 4, 20000, "cpu")
+    assert keep.shape == (4, 2, 20000, 1, 1)
 
-    values = y.unique().tolist()
-    assert sorted(values) == pytest.approx([0, 1 / 0.7])
-    of_a_picture = y[:, :1, :1]
-    assert (y == of_a_picture).all()
-    off = abs(y.mean() - 1)
-    assert off < 0.02
+    for layer, rate in zip(keep, [0, 0.1, 0.2, 0.3], strict=True):
+        values = {0, 1 / (1 - rate)} if rate else {1}
+        assert sorted(layer.unique().tolist()) == pytest.approx(sorted(values))
+        left_out = (layer == 0).double().mean((1, 2, 3))  # of each branch
+        assert abs(left_out - rate).max() < 0.015
+        assert abs(layer.mean() - 1) < 0.015
 
-    drop.eval()
-    assert drop(x) is x
+
+def test_drop_path_skips_the_branches_of_a_picture_in_training_only(monkeypatch):
+    torch.manual_seed(0)
+    net = build_backbone("toy_p8", "none").double()
+    images = normal(2, 3, 16, 24)
+    plain = [x.clone() for x in net.eval()(images)]
+    net.drop_path = 0.5
+    for got, want in zip(net(images), plain):
+        assert torch.equal(got, want)
+
+    def second_picture_stays(rate, depth, B, device):
+        assert (rate, depth, B) == (0.5, 4, 2)
+        return torch.tensor([0.0, 1.0]).expand(depth, 2, B)[..., None, None]
+
+    monkeypatch.setattr(model, "drop_path", second_picture_stays)
+    maps = net.train()(images)
+    for got, want in zip(maps, plain):
+        assert_exact(got[1], want[1])
+        assert torch.equal(got[0], maps[0][0])  # no layer adds anything
 
 
 def test_attention_is_the_plain_formula():
@@ -291,12 +307,65 @@ POOLED = [
 ]
 
 
+def norm_of_a_part(rank, worlds, device, dtype, folder):
+    """Runs in a process: normalise this process's part of four pictures, forward and backward."""
+    torch.set_num_threads(1)
+    for world in worlds:
+        if rank >= world:
+            continue
+        store = dist.FileStore(f"{folder}/store_{world}", world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        k = 4 // world
+        result = norm_of(slice(rank * k, rank * k + k), device, dtype)
+        torch.save(result, f"{folder}/{world}_{rank}.pt")
+        dist.destroy_process_group()
+
+
+def norm_of(part, device, dtype):
+    """-> (what the parts have for themselves, what they share, the gradients to be added up)"""
+    torch.manual_seed(0)
+    x = (3 * normal(4, 6, 5, 7) + 50).to(dtype)[part].to(device).requires_grad_()
+    grad = normal(4, 6, 5, 7).to(dtype)[part].to(device)
+    layer = upernet.BatchNorm(6).to(device, torch.promote_types(dtype, torch.float32))
+    nn.init.uniform_(layer.weight, 0.5, 1.5)
+
+    y = layer(x)
+    y.backward(grad)
+    return (y.detach(), x.grad), tuple(layer.buffers()), (layer.weight.grad, layer.bias.grad)
+
+
+def check_batch_norm_over_processes(worlds, device, dtype, most, folder):
+    """Whatever the number of processes, the result is that of torch's layer in one."""
+    (y, x_grad), shared, added = norm_of(slice(0, 4), device, dtype)
+    arguments = (worlds, device, dtype, str(folder))
+    torch.multiprocessing.spawn(norm_of_a_part, arguments, nprocs=max(worlds))
+
+    for world in worlds:
+        parts = [torch.load(f"{folder}/{world}_{rank}.pt") for rank in range(world)]
+        pairs = [(torch.cat([part[0][0] for part in parts]), y)]
+        pairs += [(torch.cat([part[0][1] for part in parts]), x_grad)]
+        pairs += [(got, want) for part in parts for got, want in zip(part[1], shared)]
+        pairs += [(sum(part[2][k] for part in parts), added[k]) for k in (0, 1)]
+        for got, want in pairs:
+            torch.testing.assert_close(got, want, rtol=most, atol=most)
+
+
+@pytest.mark.parametrize("dtype,most", [(torch.float64, 1e-12), (torch.bfloat16, 0.02)])
+def test_batch_norm_over_two_and_four_processes_is_that_of_one(dtype, most, tmp_path):
+    check_batch_norm_over_processes((2, 4), torch.device("cpu"), dtype, most, tmp_path)
+
+
 @pytest.mark.parametrize("old,new", POOLED)
-def test_average_pooling_by_matrices_is_the_adaptive_one_also_where_sizes_do_not_divide(old, new):
+def test_average_pooling_by_matrices_is_the_adaptive_one_also_where_sizes_do_not_divide(
+    old, new, monkeypatch
+):
     x = normal(2, 3, old, 4)
-    got = upernet.average_pool(x, new)
     want = F.adaptive_avg_pool2d(x, new)
-    assert_exact(got, want)
+    assert torch.equal(upernet.average_pool(x, new), want)
+
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    monkeypatch.delattr(F, "adaptive_avg_pool2d")
+    assert_exact(upernet.average_pool(x, new), want)
 
 
 @pytest.mark.parametrize("old,new", RESIZED)
@@ -315,6 +384,30 @@ def test_convolution_of_the_small_map_equals_the_one_of_the_resized_and_passes_g
     got = convolve(total, x, weight)
     assert_exact(got, want)
     assert torch.autograd.gradcheck(convolve, (total, x, weight))
+
+
+@pytest.mark.parametrize("size", [(4, 6), (1, 7)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [False, True])
+def test_maps_come_out_in_the_layout_they_came_in(size, layout, training):
+    x = torch.randn(2, 8, *size).contiguous(memory_format=layout).requires_grad_(training)
+    conv = torch.nn.Conv2d(8, 8, 3, padding=1)
+    h, w = size
+    small = torch.randn(2, 8, 1, 2).contiguous(memory_format=layout)
+    weight = torch.randn(8, 16, 3, 3)
+
+    with torch.set_grad_enabled(training):
+        results = [
+            upernet.conv3x3_of_upsampled(x, 2, conv),
+            upernet.conv3x3_of_resized([x, small], weight),
+            upernet.conv3x3_of_resized([x, x], weight.contiguous(memory_format=layout)),
+        ]
+    for result in results:
+        assert result.is_contiguous(memory_format=layout)
+    if training:
+        for result in results:
+            (grad,) = torch.autograd.grad(result.sum(), x, retain_graph=True)
+            assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("scale", [2, 4])
@@ -406,9 +499,7 @@ def test_operations_are_counted_as_the_formula_does():
 
     pooled = 0
     for k in (1, 2, 3, 6):
-        pooled += k * 4 * 6 * d  # the averages along y: from (4, 6) to (k, 6)
-        pooled += k * 6 * k * d  # and along x: to (k, k)
-        pooled += k * k * d * c  # 1x1
+        pooled += k * k * d * c  # 1x1 (averages are sums, not products)
         pooled += 9 * k * k * c * c  # nine taps, each a product with a (c, c) matrix
         pooled += 3 * k * (6 * 3 * k * c)  # along x: (6, 3 k), for each of three rows of taps
         pooled += 3 * 4 * k * (6 * c)  # along y: (4, k), for each of them

@@ -168,16 +168,16 @@ def test_without_layer_decay_the_groups_are_those_of_old_checkpoints(name, sizes
 
 
 @pytest.mark.parametrize(
-    "batch,world,micro,sync,want",
+    "batch,world,micro,want",
     [
-        (16, 1, None, False, (16, 1)),
-        (16, 8, None, True, (2, 1)),
-        (16, 2, 2, False, (2, 4)),
-        (16, 16, None, True, (1, 1)),
+        (16, 1, None, (16, 1)),
+        (16, 8, None, (2, 1)),
+        (16, 2, 2, (2, 4)),
+        (16, 16, None, (1, 1)),
     ],
 )
-def test_batch_is_processes_times_micro_times_steps(batch, world, micro, sync, want):
-    assert train.split_batch(batch, world, micro, sync) == want
+def test_batch_is_processes_times_micro_times_steps(batch, world, micro, want):
+    assert train.split_batch(batch, world, micro) == want
     size, steps = want
     assert world * size * steps == batch
 
@@ -188,14 +188,13 @@ def test_batch_is_processes_times_micro_times_steps(batch, world, micro, sync, w
         (16, 3, None, "16 pictures is not 3 processes x 5 pictures x a whole number"),
         (2, 3, None, "2 pictures is not 3 processes x 0 pictures x a whole number"),
         (16, 2, 3, "16 pictures is not 2 processes x 3 pictures x a whole number"),
-        (16, 16, None, "single value to normalise"),
-        (1, 1, None, "single value"),
+        (1, 1, None, "single value to normalise"),
         (16, 1, 1, "single value"),
     ],
 )
 def test_batches_that_cannot_be_are_refused(batch, world, micro, message):
     with pytest.raises(UsageError, match=message):
-        train.split_batch(batch, world, micro, sync_bn=False)
+        train.split_batch(batch, world, micro)
 
 
 def test_accumulated_gradients_equal_the_whole_batchs():
@@ -259,21 +258,20 @@ def test_bfloat16_changes_a_step_and_the_labels_by_its_rounding_alone():
 
 
 @pytest.mark.parametrize(
-    "arch,drop_path,freeze,rates",
+    "arch,drop_path,freeze,rate",
     [
-        ("deit_t16", None, False, np.linspace(0, 0.1, 12)),
-        ("deit_t16", 0.3, False, np.linspace(0, 0.3, 12)),
-        ("deit_t16", None, True, [0] * 12),
-        ("toy_p8", 0.3, True, [0, 0.1, 0.2, 0.3]),
+        ("deit_t16", None, False, 0.1),
+        ("deit_t16", 0.3, False, 0.3),
+        ("deit_t16", None, True, 0),
+        ("toy_p8", 0.3, True, 0.3),
     ],
 )
-def test_drop_path_is_the_last_layers_rate_and_freezing_needs_none(arch, drop_path, freeze, rates):
+def test_drop_path_is_the_last_layers_rate_and_freezing_needs_none(arch, drop_path, freeze, rate):
     with torch.device("meta"):
         net = build_model(arch)
     train.adapt(net, drop_path, freeze)
 
-    found = [block.drop_path.rate for block in net.backbone.blocks]
-    assert found == pytest.approx(rates, abs=1e-15)
+    assert net.backbone.drop_path == rate
     trained = {p.requires_grad for p in net.backbone.parameters()}
     assert trained == {not freeze}
     trained = {p.requires_grad for p in net.decode_head.parameters()}
