@@ -70,6 +70,7 @@ from upernet import (
     resize_matrix,
     rows_at_once,
     source_rows,
+    summed_cross_entropy,
 )
 
 
@@ -80,11 +81,12 @@ from upernet import (
 def predict(
     model: Segmenter, image: ndarray, scales: tuple = (1.0,), flip: bool = False,
     short: int = 512, dtype: torch.dtype = torch.float32, slide: tuple | None = None,
+    resized: list | None = None,
 ) -> ndarray:
     """Label a whole picture: (H, W, 3) uint8 RGB -> (H, W) uint8. The model is in eval mode.
 
-    At scale s the picture is resized into (4 short, short) * s, with its aspect kept. flip adds the
-    mirrored picture at every scale. slide: (window, stride), see slide_logits. The plain form:
+    flip adds the mirrored picture at every scale. slide: (window, stride), see slide_logits.
+    resized: what at_scales(image, scales, short) gives, if it is there already. The plain form:
 
         total = 0
         for x in views:  # the picture at each scale, and mirrored
@@ -101,10 +103,9 @@ def predict(
     device = next(model.parameters()).device
 
     views = []  # of each: logits (1, C, h', w'), (h, w), the matrix (H, h') of both resizes along y
-    for scale in sorted(scales, reverse=True):  # the largest first, while memory holds no others
-        h, w = scaled_size(H, W, int(4 * short * scale), int(short * scale))
-        x = torch.tensor(resize_bilinear(image, h, w), device=device)
-        x = normalise(x[None])  # (1, 3, h, w)
+    for x in resized or at_scales(image, scales, short):
+        _, h, w = x.shape
+        x = normalise(torch.tensor(x[None], device=device))  # (1, 3, h, w)
         if flip:
             x = torch.cat([x, x.flip(3)])  # (2, 3, h, w)
 
@@ -127,6 +128,15 @@ def predict(
             total = large if view is views[0] else total.add_(large)
         labels.append(total.argmax(2).byte())  # (step, W)
     return torch.cat(labels).cpu().numpy()  # (H, W)
+
+
+def at_scales(image: ndarray, scales: tuple, short: int) -> list:
+    """(H, W, 3) uint8 -> for each scale s the picture, resized into (4 short, short) * s with its
+    aspect kept, (3, h, w) uint8. The largest comes first, while memory holds no logits."""
+    H, W, _ = image.shape
+    scales = sorted(scales, reverse=True)
+    sizes = [scaled_size(H, W, int(4 * short * s), int(short * s)) for s in scales]
+    return [resize_bilinear(image, *size) for size in sizes]
 
 
 def resized_rows(view: tuple, W: int, start: int, stop: int) -> Tensor:
@@ -253,6 +263,8 @@ def evaluate(
     workers: int = 2,
     look: Callable | None = None,
     faults: list | None = None,
+    scales: tuple = (1.0,),
+    short: int = 512,
     **how,
 ) -> ndarray:
     """Predict labels and compare them with the true ones -> confusion matrix (C, C) int64, the sum
@@ -261,25 +273,25 @@ def evaluate(
     look(i, image, label, prediction) is called for each picture of this process: i its index in
     pairs, image (H, W, 3), label (H, W) or None, prediction (H, W). A file that cannot be used ends
     the loop with a DataError; if faults is a list, the error's sentence is added there instead.
-    how: predict's scales, flip, short, dtype and slide."""
-    loader = DataLoader(  # of paths; its processes read the files, in place of collating batches
+    scales and short: see at_scales. how: predict's flip, dtype and slide."""
+    loader = DataLoader(  # of paths; its processes read and resize, in place of collating batches
         list(enumerate(pairs))[rank::world],  # not padded to equal parts: no picture counts twice
-        batch_size=None, collate_fn=partial(read, classes),
-        num_workers=workers, worker_init_fn=start_worker,
+        batch_size=None, collate_fn=partial(read, classes, scales, short),
+        num_workers=workers, prefetch_factor=1 if workers else None, worker_init_fn=start_worker,
     )
     C = len(classes.names)
     matrix = np.zeros((C, C), np.int64)
     was_training = model.training
     model.eval()
 
-    for i, image, label in loader:
+    for i, image, label, resized in loader:
         if isinstance(image, DataError):
             if faults is None:
                 raise image
             faults.append(str(image))
             continue
 
-        prediction = predict(model, image, **how)
+        prediction = predict(model, image, resized=resized, **how)
         if label is not None:
             matrix += confusion_matrix(label, prediction, C)
         if look:
@@ -295,14 +307,16 @@ def evaluate(
     return matrix
 
 
-def read(classes: Classes, numbered: tuple) -> tuple:
-    """Runs in the loader's processes: (i, (path of the picture, of its label)) -> i, image, label.
-    Where a file cannot be used, a DataError takes the place of the image."""
+def read(classes: Classes, scales: tuple, short: int, numbered: tuple) -> tuple:
+    """Runs in the loader's processes: (i, (path of the picture, of its label)) -> i, image, label,
+    at_scales of the image. Where a file cannot be used, a DataError takes the place of the
+    image."""
     i, pair = numbered
     try:
-        return i, *load(*pair, classes)
+        image, label = load(*pair, classes)
     except DataError as fault:
-        return i, fault, None
+        return i, fault, None, None
+    return i, image, label, at_scales(image, scales, short)
 
 
 # ---- Pictures of the results ---------------------------------------------------------------------
@@ -601,9 +615,10 @@ def options() -> ArgumentParser:
     add("--stride", type=at_least(0), default=0,
         help="pixels from one window to the next, e.g. 341")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help="auto (default): bfloat16 where the hardware has it, otherwise float32")
-    add("--workers", type=at_least(0), default=2,
-        help="processes that read pictures (default: 2)")
+        help="auto (default): bfloat16 where the hardware has it, otherwise float32; on V100 and T4 "
+        "float16 is several times as fast")
+    add("--workers", type=at_least(0), default=min(8, CORES),
+        help="processes that read and resize pictures (default: one a core, at most 8)")
     add("--compile", action="store_true",
         help="torch.compile the model: a minute for each new picture size, then faster")
     add("--json", metavar="FILE",
@@ -671,9 +686,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
     """How maps lie in memory: channels last, with two exceptions. For float32 on CPUs it would make
-    gradients of weights take three times as long. On Apple's GPUs those of BatchNorm are wrong in
+    gradients of weights take three times as long, and GPUs before 2020 are faster without it. On Apple's GPUs those of BatchNorm are wrong in
     channels last (pytorch issue 175189)."""
-    if device.type == "mps" or (device.type, dtype) == ("cpu", torch.float32):
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    if device.type == "mps" or (dtype == torch.float32 and (old or device.type == "cpu")):
         return torch.contiguous_format
     return torch.channels_last
 
@@ -682,10 +698,18 @@ def prepare(
     model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool
 ) -> nn.Module:
     """Move the model to the device, in the memory format of its maps. compiled: torch.compile its
-    parts, again for each size of input."""
+    parts, again for each size of input.
+
+    With a 16-bit dtype, CUDA may round what stays float32, the products of loss and prediction, to
+    TF32's 10 bits for its tensor cores. With float32 neither products nor convolutions do so."""
+    if device.type == "cuda":
+        exact = dtype == torch.float32
+        torch.set_float32_matmul_precision("highest" if exact else "high")
+        torch.backends.cudnn.allow_tf32 = not exact
     if compiled:
         for part in model.children():
             part.compile(dynamic=False)
+        model.block_loss = torch.compile(summed_cross_entropy, dynamic=False)
     return model.to(device, memory_format=memory_format(device, dtype))
 
 
@@ -723,17 +747,30 @@ def setup_processes(timeout: float = 1800) -> tuple:
     return rank, world, device
 
 
+# How many this process may use.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+NO_GPU = (
+    "torch from PyPI needs driver 580 and a GPU of 2018 or later, for others install it from "
+    "PyTorch's cu126 index, see README.md"
+)
+
+
 def choose_device(world: int) -> torch.device:
     """This process's GPU, number LOCAL_RANK of those that torch finds; the CPU if there is no GPU.
     Several processes on a Mac take the CPU too: they can only talk by gloo, which knows only
     tensors on CPUs."""
     device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None and torch.version.cuda and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        print("warning: no GPU is found, this runs on the CPU;", NO_GPU, file=sys.stderr)
     if device is None or (device.type == "mps" and world > 1):
         return torch.device("cpu")
 
     index = int(os.environ.get("LOCAL_RANK", 0))
     torch.accelerator.set_device_index(index)
-    return torch.device(device.type, index)
+    device = torch.device(device.type, index)
+    with about(f"{device}: {NO_GPU}", UsageError):
+        torch.ones(1, device=device).item()  # needs a kernel for this GPU
+    return device
 
 
 def keep_memory() -> None:

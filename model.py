@@ -240,14 +240,15 @@ class VisionTransformer(nn.Module):
         if images.is_contiguous(memory_format=torch.channels_last):
             layout = torch.channels_last
 
-        keep = [None] * len(self.blocks)
+        depth = len(self.blocks)
+        keep = [None] * depth
         if self.training and self.drop_path > 0:
-            keep = drop_path(self.drop_path, len(self.blocks), B, x.device)
+            keep = drop_path(self.drop_path, depth, B, x.device)
 
         maps = []
         for i, block in enumerate(self.blocks, start=1):
             x = block(x, keep[i - 1])  # (B, extra + h w, D)
-            if i == len(self.blocks) and self.norm is not None:
+            if i == depth and self.norm is not None:
                 x = self.norm(x)
             if i % self.layers_per_map == 0:
                 patches = x[:, self.extra :].mT  # (B, D, h w)

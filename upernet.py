@@ -29,6 +29,8 @@ backbone), E channels after it (in the head of the recipes 512), h w the size of
 it is resized to.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -178,7 +180,8 @@ class UPerHead(nn.Module):
         # Top-down: each level is told what the coarser one has understood.
         for i in (2, 1, 0):
             size = levels[i].shape[2:]
-            levels[i] = levels[i] + resize(levels[i + 1], size)
+            coarser = resize(levels[i + 1], size)  # (B, E, h_i, w_i)
+            levels[i] = levels[i] + coarser
 
         # Smoothing: a 3x3 convolution for each level except the top, to which nothing was added.
         for i, conv in enumerate(self.fpn_convs):
@@ -213,7 +216,7 @@ class FCNHead(nn.Module):
 # ---- The loss and the whole model ----------------------------------------------------------------
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, block: Callable | None = None) -> Tensor:
     """Mean cross entropy of logits (B, C, h, w) against labels (B, H, W) int64. The plain form:
 
         losses = F.cross_entropy(resize(logits, labels.shape[1:]), labels, ignore_index=255,
@@ -224,10 +227,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     reference. So a labelled pixel weighs the same, 1 / (B H W), however much of the batch is
     labelled. Also as in the reference, the loss is computed in float32 under autocast. (Float64
     stays float64.) The logits at the large size never exist all at once: see
-    UpsampledCrossEntropy."""
+    UpsampledCrossEntropy. block: a compiled summed_cross_entropy."""
     with torch.autocast(logits.device.type, enabled=False):
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        return UpsampledCrossEntropy.apply(logits.to(dtype), labels)
+        return UpsampledCrossEntropy.apply(logits.to(dtype), labels, block or summed_cross_entropy)
 
 
 class Segmenter(nn.Module):
@@ -243,6 +246,7 @@ class Segmenter(nn.Module):
         self.neck = MultiLevelNeck(width) if multi_level else None
         self.decode_head = UPerHead(width, channels, num_classes)
         self.auxiliary_head = FCNHead(width, channels // 2, num_classes)
+        self.block_loss = None  # with --compile the compiled summed_cross_entropy
 
     def features(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> the four maps (B, D, h_i, w_i) that both heads read."""
@@ -262,10 +266,13 @@ class Segmenter(nn.Module):
         if labels is None:
             return resize(logits, images.shape[2:])
 
-        decode = cross_entropy(logits, labels)
+        decode = cross_entropy(logits, labels, self.block_loss)
         aux_logits = self.auxiliary_head(maps)  # (B, C, h_4, w_4)
-        aux = AUX_WEIGHT * cross_entropy(aux_logits, labels)
-        parts = {"decode": decode.detach(), "aux": aux.detach()}
+        aux = AUX_WEIGHT * cross_entropy(aux_logits, labels, self.block_loss)
+        parts = {
+            "decode": decode.detach(),
+            "aux": aux.detach(),
+        }
         return decode + aux, parts
 
 
@@ -306,8 +313,9 @@ def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
     edge pixel. Resizing a unit vector gives one column of the matrix, so resizing all of them gives
     the matrix. It has the device and the dtype of `like`."""
     unit = torch.eye(old, dtype=like.dtype, device=like.device)
-    resized = F.interpolate(unit[None], size=new, mode="linear", align_corners=False)
-    return resized[0].T  # (1, old, new) -> (new, old)
+    unit = unit[None]  # (1, old, old)
+    resized = F.interpolate(unit, size=new, mode="linear", align_corners=False)  # (1, old, new)
+    return resized[0].T  # (new, old)
 
 
 def conv3x3_of_resized(
@@ -326,21 +334,26 @@ def conv3x3_of_resized(
 
     The plain form is as good where all maps have one size. On a GPU it is also faster for small
     outputs: there it costs 14 launches instead of 200, which take longer than what they compute."""
-    size = maps[0].shape[2:]
-    few = maps[0].is_cuda and maps[0][:, 0].numel() <= 2048  # B h_1 w_1
-    if few or all(same_size(x.shape[2:], size) for x in maps):
-        side_by_side = torch.cat([resize(x, size) for x in maps], dim=1)  # (B, D, h_1, w_1)
+    first = maps[0]
+    size = first.shape[2:]
+    places = first[:, 0].numel()  # B h_1 w_1
+    few = first.is_cuda and places <= 2048
+    one_size = all(same_size(x.shape[2:], size) for x in maps)
+    if few or one_size:
+        resized = [resize(x, size) for x in maps]
         maps.clear()
+        side_by_side = torch.cat(resized, dim=1)  # (B, D, h_1, w_1)
         return F.conv2d(side_by_side, weight, padding=1)
 
-    layout = layout_of(maps[0])
+    layout = layout_of(first)
     widths = [x.shape[1] for x in maps]
-    weights = weight.split(widths, dim=1)  # (E, D_i, 3, 3)
-    total = F.conv2d(maps.pop(0), weights[0], padding=1)  # (B, E, h_1, w_1)
+    first_weight, *other_weights = weight.split(widths, dim=1)  # (E, D_i, 3, 3)
+    total = F.conv2d(maps.pop(0), first_weight, padding=1)  # (B, E, h_1, w_1)
     # add_upsampled_conv3x3 adds to maps in this layout. Converting here frees the old copy.
     total = total.contiguous(memory_format=torch.channels_last)
-    for map_weight in weights[1:]:
-        total = add_upsampled_conv3x3(total, maps.pop(0), map_weight)
+    for map_weight in other_weights:
+        x = maps.pop(0)
+        total = add_upsampled_conv3x3(total, x, map_weight)
     return total.contiguous(memory_format=layout)
 
 
@@ -449,7 +462,7 @@ class UpsampledCrossEntropy(torch.autograd.Function):
     map. That happens in forward already, while the rows exist; backward only scales the result."""
 
     @staticmethod
-    def forward(ctx, logits, labels):
+    def forward(ctx, logits, labels, block):
         B, C, h, w = logits.shape
         _, H, W = labels.shape
         my = resize_matrix(h, H, logits)  # (H, h)
@@ -470,20 +483,22 @@ class UpsampledCrossEntropy(torch.autograd.Function):
             large = large.unflatten(2, (W, C))  # (B, stop - start, W, C)
 
             large_labels = labels[:, start:stop]  # (B, stop - start, W)
-            loss, large_grad = summed_cross_entropy(large, large_labels)
+            loss, large_grad = block(large, large_labels)
             total += loss
             large_grad = large_grad.flatten(2)  # (B, stop - start, W C)
             wide_grad[:, first:end] += rows.mT @ large_grad  # (B, end - first, W C)
 
         wide_grad = wide_grad.unflatten(2, (W, C))  # (B, h, W, C)
         grad = mx.mT @ wide_grad  # (B, h, w, C)
-        grad = grad.movedim(3, 1) / labels.numel()  # (B, C, h, w)
+        grad = grad.movedim(3, 1)  # (B, C, h, w)
+        grad = grad / labels.numel()
         ctx.save_for_backward(grad)
         return total / labels.numel()
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.saved_tensors[0] * grad, None
+        (logits_grad,) = ctx.saved_tensors
+        return logits_grad * grad, None, None
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -508,14 +523,9 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 def average_pool(x: Tensor, n: int) -> Tensor:
     """(B, D, h, w) -> (B, D, n, n): F.adaptive_avg_pool2d, or the same by two matrices. ONNX has no
-    such operation for maps of any size, Apple's GPUs have it only where n divides h and w, and on
-    CUDA its gradient adds up in no fixed order."""
-    by_matrices = (
-        x.device.type == "mps"
-        or torch.compiler.is_exporting()
-        or torch.are_deterministic_algorithms_enabled()
-    )
-    if not by_matrices:
+    such operation for maps of any size. On CUDA matrices cost 130 launches instead of 4, but the
+    operation's gradient adds up in no fixed order."""
+    if x.is_cuda and not torch.are_deterministic_algorithms_enabled():
         return F.adaptive_avg_pool2d(x, n)
 
     h, w = x.shape[2:]
@@ -560,7 +570,8 @@ class BatchNorm(nn.BatchNorm2d):
         with torch.no_grad():
             # Each process fills its own row of a table of zeros, so the sum holds all rows. (The
             # zeros after x only say that float32 is wanted.)
-            table = self.weight.new_zeros(dist.get_world_size(), 2, self.num_features)
+            world = dist.get_world_size()
+            table = self.weight.new_zeros(world, 2, self.num_features)
             own = torch.batch_norm_update_stats(x, *torch.zeros_like(table[0]), 0.0)
             table[dist.get_rank()] = torch.stack(own)  # mean and variance of its pixels
             dist.all_reduce(table)
@@ -569,10 +580,11 @@ class BatchNorm(nn.BatchNorm2d):
             # of squares minus the squared mean would lose digits: Chan et al. 1979.)
             mean, var = table.mean(0)  # each (D,)
             var += table[:, 0].var(0, correction=0)
-            n = len(table) * x[:, 0].numel()
+            n = world * x[:, 0].numel()
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            unbiased = var * n / (n - 1)
+            self.running_var.lerp_(unbiased, self.momentum)
         return SynchronisedNorm.apply(x, self.weight, self.bias, mean, var)
 
 
@@ -597,7 +609,9 @@ class SynchronisedNorm(torch.autograd.Function):
         )
         sums = torch.stack(of_affine)  # (2, D)
         dist.all_reduce(sums)
-        n = dist.get_world_size() * x[:, 0].numel()
-        a, b = sums / n * weight * (var + 1e-5).rsqrt()  # each (D,)
+        world = dist.get_world_size()
+        n = world * x[:, 0].numel()
+        scale = weight * (var + 1e-5).rsqrt()  # (D,)
+        a, b = sums / n * scale  # each (D,)
         rest = F.batch_norm(x, mean, var, a, b)  # normed * a + b
         return first - rest, *of_affine, None, None

@@ -70,8 +70,8 @@ NO_PYRAMID = Edit(
 )
 NO_TOP_DOWN = Edit(
     "upernet.py",
-    "levels[i] + resize(",
-    "levels[i] + 0 * resize(",
+    "levels[i] + coarser",
+    "levels[i] + 0 * coarser",
 )
 NO_SCALING = Edit(
     "ade20k.py",

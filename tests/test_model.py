@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import Watch, assert_equal, by_formula, largest_error, load, tensors, write_mmseg
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ade20k
 import evaluate
@@ -356,16 +357,11 @@ def test_batch_norm_over_two_and_four_processes_is_that_of_one(dtype, most, tmp_
 
 
 @pytest.mark.parametrize("old,new", POOLED)
-def test_average_pooling_by_matrices_is_the_adaptive_one_also_where_sizes_do_not_divide(
-    old, new, monkeypatch
-):
+def test_average_pooling_by_matrices_is_the_adaptive_one_also_where_sizes_do_not_divide(old, new):
     x = normal(2, 3, old, 4)
+    got = upernet.average_pool(x, new)
     want = F.adaptive_avg_pool2d(x, new)
-    assert torch.equal(upernet.average_pool(x, new), want)
-
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    monkeypatch.delattr(F, "adaptive_avg_pool2d")
-    assert_exact(upernet.average_pool(x, new), want)
+    assert_exact(got, want)
 
 
 @pytest.mark.parametrize("old,new", RESIZED)
@@ -483,6 +479,33 @@ def test_operations_of_a_512x512_picture_stay_below(arch, neck, most):
     assert operations <= most * 1e9
 
 
+VIEWS = """view reshape permute transpose t expand slice select unsqueeze squeeze split
+split_with_sizes unbind detach alias _unsafe_view as_strided lift_fresh device""".split()
+
+
+@pytest.mark.parametrize("neck,most", [("none", 1150), ("mln", 1400)])
+def test_launches_of_a_training_step_stay_below(neck, most, monkeypatch):
+    """DeiT-S with two pictures in bfloat16, forward and backward, as a GPU gets it; on tensors that
+    have no numbers. 1446 and 1731 when each layer drew for itself and small maps were not
+    resized."""
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda x, std: x)  # (asks for numbers)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(upernet, "rows_at_once", lambda device, row: max(1, 2**26 // row))
+
+    with FakeTensorMode():
+        net = build_model("deit_s16", neck)
+        images = torch.zeros(2, 3, 512, 512).contiguous(memory_format=torch.channels_last)
+        labels = torch.zeros(2, 512, 512, dtype=torch.int64)
+        with Watch() as step:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss, _ = net(images, labels)
+            loss.backward()
+    launches = [name for name in step.operations if name not in VIEWS]
+    print(len(launches), "launches")
+    assert len(launches) <= most
+    assert not step.waits
+
+
 def test_operations_are_counted_as_the_formula_does():
     """deit_t16 at 64x96: 24 patches and the class token, 12 layers; the head's maps are all 4x6."""
     n, d, c = 25, 192, 512
@@ -499,7 +522,9 @@ def test_operations_are_counted_as_the_formula_does():
 
     pooled = 0
     for k in (1, 2, 3, 6):
-        pooled += k * k * d * c  # 1x1 (averages are sums, not products)
+        pooled += k * 4 * 6 * d  # the averages along y: from (4, 6) to (k, 6)
+        pooled += k * 6 * k * d  # and along x: to (k, k)
+        pooled += k * k * d * c  # 1x1
         pooled += 9 * k * k * c * c  # nine taps, each a product with a (c, c) matrix
         pooled += 3 * k * (6 * 3 * k * c)  # along x: (6, 3 k), for each of three rows of taps
         pooled += 3 * 4 * k * (6 * c)  # along y: (4, k), for each of them
