@@ -703,6 +703,8 @@ def prepare(
     With a 16-bit dtype, CUDA may round what stays float32, the products of loss and prediction, to
     TF32's 10 bits for its tensor cores. With float32 neither products nor convolutions do so."""
     if device.type == "cuda":
+        with about(f"{device}: {NO_GPU}", UsageError):
+            torch.ones(1, device=device).item()  # needs a kernel for this GPU
         exact = dtype == torch.float32
         torch.set_float32_matmul_precision("highest" if exact else "high")
         torch.backends.cudnn.allow_tf32 = not exact
@@ -767,10 +769,7 @@ def choose_device(world: int) -> torch.device:
 
     index = int(os.environ.get("LOCAL_RANK", 0))
     torch.accelerator.set_device_index(index)
-    device = torch.device(device.type, index)
-    with about(f"{device}: {NO_GPU}", UsageError):
-        torch.ones(1, device=device).item()  # needs a kernel for this GPU
-    return device
+    return torch.device(device.type, index)
 
 
 def keep_memory() -> None:

@@ -531,7 +531,8 @@ def average_pool(x: Tensor, n: int) -> Tensor:
     h, w = x.shape[2:]
     along_y = pool_matrix(h, n, x)  # (n, h)
     along_x = pool_matrix(w, n, x)  # (n, w)
-    return along_y @ x @ along_x.mT
+    pooled = along_y @ x @ along_x.mT
+    return pooled.contiguous(memory_format=layout_of(x))
 
 
 def pool_matrix(old: int, new: int, like: Tensor) -> Tensor:

@@ -372,7 +372,7 @@ def test_each_process_has_the_gpu_that_torch_finds_for_it(
     "kind,hardware,dtype,layout",
     [
         ("cuda", True, torch.bfloat16, torch.channels_last),
-        ("cuda", False, torch.float32, torch.channels_last),
+        ("cuda", False, torch.float32, torch.contiguous_format),
         ("mps", False, torch.float32, torch.contiguous_format),
         ("cpu", True, torch.bfloat16, torch.channels_last),
         ("cpu", False, torch.float32, torch.contiguous_format),
@@ -380,11 +380,14 @@ def test_each_process_has_the_gpu_that_torch_finds_for_it(
 )
 def test_auto_is_bfloat16_where_the_hardware_has_it(kind, hardware, dtype, layout, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: hardware)
+    capability = (8, 0) if hardware else (7, 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=hardware))
     device = torch.device(kind)
     assert evaluate.choose_dtype("auto", device) == dtype
     assert evaluate.choose_dtype("float16", device) == torch.float16
     assert evaluate.memory_format(device, dtype) == layout
+    assert kind == "mps" or evaluate.memory_format(device, torch.float16) == torch.channels_last
     assert evaluate.autocast(device, torch.float32).device == kind
 
 
