@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from os.path import dirname, exists, isdir, join, lexists, splitext
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -606,20 +606,17 @@ def check(root: str) -> list:
                 good += facts
                 progress(f"{split}: {len(good)} of {len(pairs)}")
 
-        print(f"{split}: {len(good)} of {len(pairs)} pictures can be used")
+        say(f"{split}: {len(good)} of {len(pairs)} pictures can be used")
         if good:
             sizes, counts = map(np.array, zip(*good))  # (n, 2), (n, 256)
-            print("  height and width", sizes.min(axis=0), "to", sizes.max(axis=0))
+            say(f"  height and width {sizes.min(axis=0)} to {sizes.max(axis=0)}")
             shares = counts.sum(axis=0) / counts.sum()  # (256,)
             pictures = np.count_nonzero(counts, axis=0)  # (256,)
             for k, name in [*enumerate(classes.names), (IGNORE_INDEX, "(not labelled)")]:
-                print(
-                    f"  {one_line(name):20s} {shares[k]:7.2%} of the pixels, "
-                    f"{pictures[k]:6d} pictures"
-                )
+                say(f"  {name:20s} {shares[k]:7.2%} of the pixels, {pictures[k]:6d} pictures")
 
     for fault in sorted(faults):
-        print("FAULT", one_line(fault))
+        say(f"FAULT {fault}")
     return faults
 
 
@@ -1008,28 +1005,52 @@ def download(folder: str) -> str:
 def errors_in_one_sentence() -> Iterator:
     """Errors that the user can mend end the program with one sentence and exit code 2, without a
     traceback. All four programs run inside it."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell has closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
         yield
     except (UserError, OSError) as error:
         # An error in a loader's process comes with its traceback before the sentence: cut it off.
         sentence = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
-        print("error:", one_line(sentence), file=sys.stderr)
+        warn(f"error: {sentence}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def one_line(text: str) -> str:
-    """The text, safe for a terminal. Names of files and classes may hold line breaks, or codes that
-    clear the screen."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def say(*lines: str) -> None:
+    """Print lines. All four programs print by say(), warn() and progress() only."""
+    for line in lines:
+        put(one_line(line) + "\n", sys.stdout)
+
+
+def warn(line: str) -> None:
+    put(one_line(line) + "\n", sys.stderr)
 
 
 def progress(text: str) -> None:
     """On a terminal, print a line that the next output overwrites; "" clears it. Otherwise print
     nothing."""
     if sys.stderr.isatty():
-        print(f"\r{text}\033[K", end="\r", file=sys.stderr, flush=True)
+        put(f"\r{text}\033[K\r", sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """The text, safe for a terminal. Names of files and classes may hold line breaks, or codes that
+    clear the screen. A damaged file's may be very long."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:5000]
+
+
+def put(text: str, file: TextIO) -> None:
+    """Print text, with \\u4e2d for a letter that the terminal lacks. Where nothing can be printed
+    (a closed terminal, a full disk, `| head -1`), the program continues in silence: its work and
+    its exit code do not depend on its words."""
+    encoding = file.encoding or "utf-8"
+    try:
+        file.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        file.flush()
+    except OSError:  # (Python would try again at the end, and leave with code 120)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 # ---- python ade20k.py ----------------------------------------------------------------------------
@@ -1054,7 +1075,7 @@ def main() -> None:
         result = actions[args.action](args.DIR)
         if args.action == "check":
             sys.exit(result != [])
-        print(result)
+        say(result)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade20k import UserError, about, errors_in_one_sentence, listed, one_line
+from ade20k import UserError, about, errors_in_one_sentence, listed, one_line, say
 from model import ARCHS, NECKS, VisionTransformer, resize_pos_embed
 from upernet import Segmenter, build_model
 
@@ -757,7 +757,7 @@ def convert(src: str, dst: str, to: str) -> None:
 
     state_dict, facts = load_weights(src)
     arch = facts["arch"]
-    print(describe(facts))
+    say(describe(facts))
 
     if to == "ours":
         args = facts.get("args", {"arch": arch})
@@ -769,13 +769,13 @@ def convert(src: str, dst: str, to: str) -> None:
     else:
         content = to_mmseg(state_dict)
         content = {"state_dict": content} if facts["neck"] else backbone_of(content)
-        print(
+        say(
             "mmsegmentation 1.2 and later need patch_bias=True in the backbone's config, or they "
             "drop the bias of the patch embedding without a word"
         )
 
     write_checkpoint(content, dst)
-    print("written:", dst)
+    say(f"written: {dst}")
 
 
 def main() -> None:

@@ -55,11 +55,12 @@ from ade20k import (
     find_pairs,
     load,
     normalise,
-    one_line,
     progress,
     read_classes,
     resize_bilinear,
+    say,
     scaled_size,
+    warn,
 )
 from convert_weights import describe, load_into, load_weights, local_path, split_choice
 from upernet import (
@@ -434,7 +435,7 @@ def choose_checkpoint(path: str, rank: int = 0) -> str:
     if exists(best):
         return best
     if rank == 0:
-        print(f"{run}: has no best.pt, its newest checkpoint is taken")
+        say(f"{run}: has no best.pt, its newest checkpoint is taken")
     return checkpoints(run)[-1]
 
 
@@ -513,7 +514,7 @@ def run(args: Namespace) -> None:
     if rank == 0:
         source = args.image or args.data
         plan = PLAN.format(**vars(args), facts=describe(facts), source=source, device=device)
-        print(plan, flush=True)
+        say(*plan.splitlines())
 
     faults = [] if args.image else None  # with --image unreadable ones are named at the end
     model = prepare(model, device, dtype, args.compile)
@@ -528,11 +529,13 @@ def run(args: Namespace) -> None:
         if args.json:
             result |= dict(classes=classes.names, confusion=matrix.tolist(), protocol=vars(args))
             Path(args.json).write_text(json.dumps(result))
-        print(table(result, classes.names))
+        say(*table(result, classes.names).splitlines())
 
     leave_processes(world)
+    for fault in faults or ():
+        warn(f"not labelled: {fault}")
     if faults:
-        sys.exit("\n".join(f"not labelled: {one_line(fault)}" for fault in faults))
+        sys.exit(1)
 
 
 def open_outputs(args: Namespace, pairs: list, names: list) -> None:

@@ -51,10 +51,11 @@ from ade20k import (
     first_line,
     label_warnings,
     normalise,
-    one_line,
     positions,
     progress,
     read_classes,
+    say,
+    warn,
 )
 from convert_weights import (
     PRETRAINED,
@@ -253,7 +254,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
                 scaler.load_state_dict(checkpoint["scaler"])
 
     # Say what the run will do, and what is doubtful. `pictures` tells if --resume finds others.
-    names = "\n".join(basename(image) for image, _ in train_pairs).encode()
+    names = os.fsencode("\n".join(basename(image) for image, _ in train_pairs))
     pictures = f"{len(train_pairs)} training pictures, crc {zlib.crc32(names):08x} of names"
     if rank == 0:
         os.makedirs(args.work_dir, exist_ok=True)
@@ -465,7 +466,7 @@ class Log:
         if self.rank > 0:
             return
 
-        print(words, flush=True)
+        say(*words.splitlines())
         if entry:
             self.entries.append(entry)
             # Write all lines and move the file into place: a reader never sees half a line, and
@@ -615,10 +616,6 @@ def leave(words: str, code: int) -> NoReturn:
     """End this process with a sentence and an exit code."""
     warn(words)
     sys.exit(code)
-
-
-def warn(words: str) -> None:
-    print(one_line(words), file=sys.stderr)
 
 
 # ---- python train.py -----------------------------------------------------------------------------

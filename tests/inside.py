@@ -26,6 +26,7 @@ from ade20k import (  # noqa: E402
     load_image,
     normalise,
     resize_bilinear,
+    say,
     scaled_size,
 )
 from evaluate import caption, legend, palette, stack, view_logits  # noqa: E402
@@ -304,7 +305,7 @@ def draw(args: argparse.Namespace) -> None:
         stem, _ = os.path.splitext(os.path.basename(path))
         path = os.path.join(args.out, stem + "_inside.png")
         sheet.save(path)
-        print(path)
+        say(path)
 
 
 if __name__ == "__main__":

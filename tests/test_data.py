@@ -1199,3 +1199,65 @@ def test_download_unpacks_nothing_outside_its_folder(harm, official, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["folder"]
     assert not os.path.exists("/outside.txt")
     assert not (tmp_path.parent / "outside.txt").exists()
+
+
+# ---- printing ----
+
+
+@pytest.fixture
+def odd_set(small_set):
+    """A set whose class has a name of another alphabet, and whose second picture is damaged and has
+    a name that is not UTF-8. -> its root"""
+    for kind in ("images", "annotations"):
+        os.rmdir(f"{small_set}/{kind}/validation")
+    write_classes(small_set, "ignore 0\n\u5929\u7a7a\nroad\n")
+    root = os.fsencode(small_set)
+    for kind, suffix in ((b"annotations", b".png"), (b"images", b".jpg")):
+        path = root + b"/" + kind + b"/training/\xff" + suffix
+        os.rename(path.replace(b"\xff", b"p1"), path)
+    write(path, b"no picture")
+    return small_set
+
+
+def check_by_shell(root, redirection="", **environment):
+    """python ade20k.py check root, with a redirection of the shell's."""
+    command = f"'{sys.executable}' '{ROOT}/ade20k.py' check '{root}' {redirection}"
+    environment = os.environ | environment
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], env=environment, capture_output=True
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_what_a_terminal_cannot_show_is_printed_as_its_code(encoding, odd_set):
+    done = check_by_shell(odd_set, PYTHONIOENCODING=encoding)
+    assert done.returncode == 1
+    assert done.stderr == b""
+    out = done.stdout.decode(encoding)
+    sky = "\u5929\u7a7a" if encoding == "utf-8" else r"\u5929\u7a7a"
+    assert f"  {sky}" in out
+    assert r"\udcff.jpg: cannot be read as a picture" in out
+
+
+@pytest.mark.parametrize(
+    "redirection,code",
+    [
+        (">/dev/full", 1),
+        ("| head -0", 1),
+        (">&- 2>&-", 1),
+        (">/dev/full 2>/dev/full", 2),
+        (">&- 2>&-", 2),
+    ],
+)
+def test_an_output_that_is_full_or_closed_changes_no_exit_code(redirection, code, odd_set):
+    root = odd_set if code == 1 else odd_set + "/absent"
+    done = check_by_shell(root, redirection)
+    assert done.returncode == code
+    assert done.stderr == b""
+
+
+def test_a_line_is_cut_before_it_fills_the_terminal(capsys):
+    ade20k.say("x" * 10**6, "a\x1b[2Jb\nc")
+    long, short = capsys.readouterr().out.splitlines()
+    assert len(long) < 10**4
+    assert short == r"a\x1b[2Jb\nc"
