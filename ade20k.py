@@ -29,6 +29,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import glob
 from multiprocessing.pool import ThreadPool
 from os.path import dirname, exists, isdir, join, lexists, splitext
 from pathlib import Path
@@ -86,8 +87,8 @@ class Classes(NamedTuple):
     names: tuple = CLASSES
     palette: list = PALETTE.tolist()  # [R, G, B] of each, 0..255
 
-    # True, as in ADE20K's label files: 0 means "not labelled", and k is class k - 1. False: k is
-    # class k, and 255 means "not labelled".
+    # True, as in ADE20K's label files: k is class k - 1, and 0 means "not labelled". False: k is
+    # class k. 255 means "not labelled" in both (as with mmsegmentation's reduce_zero_label).
     zero_ignored: bool = True
 
     # None: label files hold numbers, as above. A list: they hold colours. A colour of the palette
@@ -363,6 +364,12 @@ def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
 # Pillow refuses a png with more than 1 MB of text. Accept up to 16 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 16_000_000
 
+# Formats of pictures, whatever a file is called: those that Pillow decodes itself. (For others it
+# starts programs: an EPS file, which is a program too, would run in Ghostscript.) And those of
+# labels, which lose nothing.
+PICTURES = ("JPEG", "PNG", "TIFF", "WEBP", "AVIF", "BMP", "GIF", "PPM", "JPEG2000")
+LABELS = ("PNG", "TIFF", "BMP")
+
 
 class UserError(Exception):
     """An error that the user can mend. Its text is one sentence: the file or option, its value, and
@@ -399,9 +406,10 @@ def load(image_path: str, label_path: str | None, classes: Classes = Classes()) 
     label = load_label(label_path, classes)
     size = image.shape[:2]
     if label.shape != size:
+        stored = Image.open(image_path, formats=PICTURES).size[::-1]
         raise DataError(
-            f"{image_path}: the picture has height and width {size}, its label file {label.shape}, "
-            "they must be equal"
+            f"{image_path}: the picture has height and width {size} (in the file {stored}, which "
+            f"an EXIF block may turn), its label file {label.shape}, they must be equal"
         )
     return image, label
 
@@ -413,7 +421,7 @@ def load_image(path: str) -> ndarray:
     rotation is applied."""
     with about(f"{path}: cannot be read as a picture"):
         try:
-            picture = Image.open(path)
+            picture = Image.open(path, formats=PICTURES)
         except Image.DecompressionBombError as error:
             raise ValueError("has more than 178 million pixels, cut it into tiles") from error
 
@@ -436,11 +444,11 @@ def load_label(path: str, classes: Classes = Classes()) -> ndarray:
     The file has one channel of 1, 8 or 16 bits (with a palette, its indices), or the classes'
     colours. DataError if its format may have changed labels, or if it holds a value or a colour
     that is neither a class nor ignored."""
-    with about(path), Image.open(path) as file:
+    with about(path), Image.open(path, formats=PICTURES) as file:
         # Refuse what may have changed labels: lossy formats (a TIFF may hold a JPEG), and grey of 2
         # or 4 bits, which Pillow stretches to 0..255.
         stored = str([file.tile, file.info.get("compression")])
-        if file.format not in ("PNG", "BMP", "TIFF") or re.search("jpeg|webp|L;[24]", stored):
+        if file.format not in LABELS or re.search("jpeg|webp|L;[24]", stored):
             raise ValueError(f"is a {file.format} file that may change labels, save as 8-bit png")
 
         # values -> label: 0..C-1, 255, or -1 where a value has no meaning.
@@ -449,10 +457,10 @@ def load_label(path: str, classes: Classes = Classes()) -> ndarray:
             values = np.asarray(file)  # (H, W)
 
             # Labels are shifted here, and back only where evaluate.py saves predictions.
-            first, unlabelled = (1, 0) if classes.zero_ignored else (0, IGNORE_INDEX)
+            first = int(classes.zero_ignored)
             table = np.full(65536, -1, np.int16)  # what each value of a file means
+            table[[0, IGNORE_INDEX]] = IGNORE_INDEX
             table[first : first + count] = range(count)
-            table[unlabelled] = IGNORE_INDEX
             label = table.take(values)  # (H, W)
         elif ";16" in stored:
             raise ValueError("has 16 bits a colour, those in classes.txt have 8: save it with 8")
@@ -476,10 +484,10 @@ def load_label(path: str, classes: Classes = Classes()) -> ndarray:
 def read_classes(root: str) -> Classes:
     """The classes of ROOT/classes.txt, or ADE20K's where there is no such file.
 
-    Each line is a name, or a name and `R G B`; # begins a comment. The first line may be `ignore 0`
-    or `ignore 255` (see zero_ignored), or `colours` (see ignored_colours). After `colours` each
-    name needs its own colour, and lines `ignore R G B` name colours of unlabelled pixels. DataError
-    with the line that cannot be used."""
+    Each line is a name, or a name and its colour, `R G B` or `#RRGGBB`; another # begins a comment.
+    The first line may be `ignore 0` or `ignore 255` or both (see zero_ignored), or `colours` (see
+    ignored_colours). After `colours` each name needs its own colour, and lines `ignore R G B` name
+    colours of unlabelled pixels. DataError with the line that cannot be used."""
     path = join(root, "classes.txt")
     if not lexists(path):
         return Classes()
@@ -487,27 +495,31 @@ def read_classes(root: str) -> Classes:
     names, palette, zero_ignored, ignored = [], [], False, None
     with about(path), open(path, encoding="utf-8-sig") as file:
         for line in file:
-            line = re.sub(r"(^|\s)#.*", "", line).strip()
+            # A comment is what begins with #, except a colour at the end.
+            line = re.sub(r"(^|\s)#(?![\da-fA-F]{6}\s*$).*", "", line).strip()
             if not line:
                 continue
 
             with about(repr(line)):
-                name, rgb = re.fullmatch(r"(.*?)((?:\s+\d+){3})?", line).groups("")
-                colour = list(bytes(map(int, rgb.split())))  # [] without; ValueError above 255
+                name, rgb, hexa = re.fullmatch(
+                    r"(.*?)(?:((?:\s+\d+){3})|\s+#(\w{6}))?", line
+                ).groups("")
+                # [R, G, B], [] without; ValueError above 255
+                colour = [*bytes(map(int, rgb.split())), *bytes.fromhex(hexa)]
                 if name in names or (ignored is not None and colour in [[], *palette, *ignored]):
                     raise ValueError("needs a name and, with `colours`, a colour of its own")
 
                 match line.lower().split():
                     case ["ignore", "0" | "255" as value] if not names:
-                        zero_ignored = value == "0"
+                        zero_ignored |= value == "0"
                     case ["colours" | "colors"] if not names and not zero_ignored:
                         ignored = []
-                    case ["ignore", _, _, _] if ignored is not None:
+                    case ["ignore", *_] if colour and ignored is not None:
                         ignored.append(colour)
                     case ["ignore" | "colours" | "colors", *_]:
                         raise ValueError(
-                            "`ignore 0`, `ignore 255` or `colours` must be the first line, "
-                            "`ignore R G B` asks for `colours`"
+                            "`ignore 0`, `ignore 255` and `colours` must be the first lines, "
+                            "`ignore R G B` (or #RRGGBB) asks for `colours`"
                         )
                     case _:
                         # Without R G B, hues in steps of the golden section: far apart, however
@@ -526,7 +538,8 @@ def read_classes(root: str) -> Classes:
 
 
 def find_pairs(root: str, split: str, optional: bool = False) -> list:
-    """The (image, label) paths of ROOT/images/SPLIT and ROOT/annotations/SPLIT, sorted by name.
+    """The (image, label) paths of ROOT/images/SPLIT and ROOT/annotations/SPLIT, and of the folders
+    below them, sorted by name. (A name holds its folder. Hidden files and folders do not count.)
 
     DataError if there are no pictures, or if one of them has not exactly one label file of its
     name, or the reverse. optional: [] if neither folder exists."""
@@ -543,13 +556,17 @@ def find_pairs(root: str, split: str, optional: bool = False) -> list:
                 "annotations/validation; `python ade20k.py download data/ade` fetches ADE20K "
                 "(1 GB), --data DIR names another data set, --data toy draws a small one"
             )
-        for name in os.listdir(folder):
+        for name in glob("**", root_dir=folder, recursive=True):
             stem, suffix = splitext(name)
-            if suffix.lower() in Image.registered_extensions():
+            if Image.registered_extensions().get(suffix.lower()) in PICTURES:
                 found[stem].append(join(folder, name))
 
-    # Right is one file in each folder.
-    wrong = [stem for stem in sorted(found) if [*map(dirname, found[stem])] != folders]
+    # Right is one file of a name in each folder.
+    wrong = [
+        stem
+        for stem in sorted(found)
+        if [splitext(path)[0] for path in found[stem]] != [join(each, stem) for each in folders]
+    ]
     if wrong or not found:
         raise DataError(
             f"{root}: in {split} each picture needs one label file of its name, each label file "
@@ -558,19 +575,35 @@ def find_pairs(root: str, split: str, optional: bool = False) -> list:
     return [tuple(found[stem]) for stem in sorted(found)]
 
 
-def label_warnings(pairs: list, classes: Classes) -> Iterator:
-    """Yield a sentence about the classes that no label holds, if there are any. At most 300 label
-    files are read, evenly spread."""
+def data_warnings(split: str, pairs: list, classes: Classes) -> Iterator:
+    """Yield a sentence about the classes that no label holds, if there are any, and one about odd
+    pictures. At most 300 pairs are read, evenly spread."""
     some = pairs[:: (len(pairs) - 1) // 300 + 1]  # all, if there are 300 or fewer
-    seen = {k for _, path in some for k in np.unique(load_label(path, classes))}
-    missing = [name for k, name in enumerate(classes.names) if k not in seen]
+    _, counts, odd = zip(*[look_at(pair, classes) for pair in some])
+    seen = sum(counts)  # (256,)
+    missing = [name for k, name in enumerate(classes.names) if not seen[k]]
 
     # Some files of a large set may lack rare classes, but hardly a third of all classes.
     if missing and (some == pairs or len(missing) >= len(classes.names) / 3):
         yield (
-            f"{len(missing)} classes are in none of the {len(some)} label files that were looked "
-            f"at: {listed(missing)}"
+            f"{len(missing)} classes are in none of the {len(some)} {split} label files that were "
+            f"looked at: {listed(missing)}"
         )
+    if any(odd):
+        yield listed([*filter(None, odd)])
+
+
+def look_at(pair: tuple, classes: Classes) -> tuple:
+    """Read a picture and its label. -> height and width; how many pixels have each value (256,);
+    what is odd about the picture, "" if nothing is"""
+    image, label = load(*pair, classes)
+    odd = ""
+    with Image.open(pair[0], formats=PICTURES) as file:
+        if file.format == "TIFF" and file.n_frames > 1:  # (phones' JPEGs hold several by habit)
+            odd = f"{pair[0]} holds several pages, the first one is used"
+    if image.max() < 16:
+        odd = f"{pair[0]} is almost black, of 16 bits the upper 8 are used: multiply 12 bits by 16"
+    return label.shape, np.bincount(label.ravel(), minlength=256), odd
 
 
 def listed(texts: list) -> str:
@@ -582,16 +615,15 @@ def listed(texts: list) -> str:
 
 
 def check(root: str) -> list:
-    """Read every file of a data set. Print the sizes, how often each class occurs, and in the end
-    every fault with its file. -> the faults"""
+    """Read every file of a data set. Print the sizes, how often each class occurs, what is odd, and
+    in the end every fault with its file. -> the faults"""
     classes = read_classes(root)
     faults = []
 
     def read(pair):
-        """-> [(height and width, pixels of each value)] or, after a fault, []"""
+        """-> [what look_at says] or, after a fault, []"""
         try:
-            _, label = load(*pair, classes)
-            return [(label.shape, np.bincount(label.ravel(), minlength=256))]
+            return [look_at(pair, classes)]
         except DataError as fault:
             faults.append(str(fault))
             return []
@@ -608,12 +640,13 @@ def check(root: str) -> list:
 
         say(f"{split}: {len(good)} of {len(pairs)} pictures can be used")
         if good:
-            sizes, counts = map(np.array, zip(*good))  # (n, 2), (n, 256)
+            sizes, counts, odd = map(np.array, zip(*good))  # (n, 2), (n, 256), (n,)
             say(f"  height and width {sizes.min(axis=0)} to {sizes.max(axis=0)}")
             shares = counts.sum(axis=0) / counts.sum()  # (256,)
             pictures = np.count_nonzero(counts, axis=0)  # (256,)
             for k, name in [*enumerate(classes.names), (IGNORE_INDEX, "(not labelled)")]:
                 say(f"  {name:20s} {shares[k]:7.2%} of the pixels, {pictures[k]:6d} pictures")
+            say(*filter(None, odd))
 
     for fault in sorted(faults):
         say(f"FAULT {fault}")
@@ -986,8 +1019,7 @@ def download(folder: str) -> str:
     os.makedirs(folder, exist_ok=True)
     with about(f"{path}, from {URL}"):
         if not exists(path):
-            socket.setdefaulttimeout(60)  # seconds without a byte; torch itself would wait for ever
-            torch.hub.download_url_to_file(URL, path, progress=sys.stderr.isatty())
+            fetch(URL, path)
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha1").hexdigest() != SHA1:
                 raise ValueError(f"its SHA-1 is not {SHA1}: remove it, and fetch it again")
@@ -996,6 +1028,17 @@ def download(folder: str) -> str:
         shutil.unpack_archive(path, part)
     os.renames(join(part, "ADEChallengeData2016"), root)  # and remove part, empty now
     return root
+
+
+def fetch(url: str, path: str, sha256: str | None = None) -> None:
+    """Fetch what lies behind a URL. sha256: its first digits, to compare. torch itself would wait
+    for ever for a server that stalls."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)  # seconds without a byte
+    try:
+        torch.hub.download_url_to_file(url, path, sha256, sys.stderr.isatty())
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 # ---- what the four programs share ----------------------------------------------------------------
@@ -1007,6 +1050,7 @@ def errors_in_one_sentence() -> Iterator:
     traceback. All four programs run inside it."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell has closed it
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")  # \\u4e2d for a letter that a terminal lacks
     try:
         yield
     except (UserError, OSError) as error:
@@ -1042,12 +1086,10 @@ def one_line(text: str) -> str:
 
 
 def put(text: str, file: TextIO) -> None:
-    """Print text, with \\u4e2d for a letter that the terminal lacks. Where nothing can be printed
-    (a closed terminal, a full disk, `| head -1`), the program continues in silence: its work and
-    its exit code do not depend on its words."""
-    encoding = file.encoding or "utf-8"
+    """Print text. Where that is not possible (a closed terminal, a full disk, `| head -1`), the
+    program continues in silence: its work and its exit code do not depend on its words."""
     try:
-        file.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        file.write(text)
         file.flush()
     except OSError:  # (Python would try again at the end, and leave with code 120)
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())

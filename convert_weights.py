@@ -23,8 +23,6 @@ import math
 import os
 import pickle
 import re
-import socket
-import sys
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -37,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade20k import UserError, about, errors_in_one_sentence, listed, one_line, say
+from ade20k import UserError, about, errors_in_one_sentence, fetch, listed, one_line, say
 from model import ARCHS, NECKS, VisionTransformer, resize_pos_embed
 from upernet import Segmenter, build_model
 
@@ -534,7 +532,7 @@ def describe(facts: dict) -> str:
         for key in keys.split()
         if facts.get(key)
     ]
-    return one_line("; ".join(words))
+    return "; ".join(words)
 
 
 # ---- Back to the names of others -----------------------------------------------------------------
@@ -680,6 +678,8 @@ def write_checkpoint(content: dict, path: str) -> None:
 def whole_or_not_at_all(path: str) -> Iterator:
     """Gives a name to write to, path.part, and then moves the file to path. After an error path
     stays as it was."""
+    if os.path.exists(path) and not os.path.isfile(path):  # /dev/null must stay what it is
+        raise OSError(f"{path}: is no plain file, name another")
     part = Path(path + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -715,8 +715,7 @@ def local_path(source: str) -> str:
     -> the file's path. With several processes, one has to call this before the others do. Names
     like x-0123abcd.pth end with the first digits of the file's sha256, which is checked.
 
-    torch's own download would wait for ever for a server that stalls, and would not notice that a
-    file is cut short. So there is a timeout here, and the file is read once."""
+    torch's own download would not notice that a file is cut short. So the file is read once."""
     if "://" not in source:
         return source
 
@@ -733,14 +732,9 @@ def local_path(source: str) -> str:
         if os.path.exists(path):
             return path
 
-        timeout = socket.getdefaulttimeout()
-        try:
-            socket.setdefaulttimeout(60)  # seconds without a byte
-            with whole_or_not_at_all(path) as part:
-                torch.hub.download_url_to_file(source, part, sha and sha[1], sys.stderr.isatty())
-                read_checkpoint(part)  # so only a file that can be opened enters the cache
-        finally:
-            socket.setdefaulttimeout(timeout)
+        with whole_or_not_at_all(path) as part:
+            fetch(source, part, sha and sha[1])
+            read_checkpoint(part)  # so only a file that can be opened enters the cache
         return path
 
 

@@ -33,7 +33,7 @@ from datetime import timedelta
 from functools import partial
 from glob import escape, glob
 from multiprocessing import active_children, parent_process
-from os.path import dirname, exists, getmtime, isdir, isfile, join, samefile
+from os.path import dirname, exists, getmtime, isdir, isfile, join, realpath, relpath, splitext
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +62,14 @@ from ade20k import (
     scaled_size,
     warn,
 )
-from convert_weights import describe, load_into, load_weights, local_path, split_choice
+from convert_weights import (
+    describe,
+    load_into,
+    load_weights,
+    local_path,
+    split_choice,
+    whole_or_not_at_all,
+)
 from upernet import (
     IGNORE_INDEX,
     Segmenter,
@@ -466,7 +473,7 @@ def find_data(args: Namespace, facts: dict) -> tuple:
     n = facts["num_classes"]
     known = Classes(*facts.get("classes", Classes()))  # to the model; ADE20K's if it does not say
     if n != len(known.names):  # the file names none, and ADE20K's do not fit: numbers do
-        known = Classes(tuple(map(str, range(n))), (known.palette * 2)[:n])
+        known = Classes(tuple(map(str, range(n))), (known.palette * 2)[:n], False)
 
     if args.image:
         in_folder = glob(join(escape(args.image), "*"))  # without hidden files; [] for a file
@@ -488,6 +495,7 @@ def find_data(args: Namespace, facts: dict) -> tuple:
 PLAN = """{checkpoint}: {facts}
 {images} pictures of {source}, {dtype} on {device}
 scales {scales} of a short side of {short_side}, flip {flip}, slide {slide}, stride {stride}"""
+PROTOCOL = "checkpoint data split images scales flip short_side slide stride dtype".split()
 
 
 def run(args: Namespace) -> None:
@@ -509,7 +517,9 @@ def run(args: Namespace) -> None:
     pairs, classes = find_data(args, facts)
     args.images = len(pairs)
 
-    names = [Path(path).stem + ".png" for path, _ in pairs]  # of the files with results
+    # The files with results have the pictures' names, with their folders below the split's.
+    top = dirname(pairs[0][0]) if args.image else join(args.data, "images", args.split)
+    names = [splitext(relpath(path, top))[0] + ".png" for path, _ in pairs]
     open_outputs(args, pairs, names)
     if rank == 0:
         source = args.image or args.data
@@ -527,34 +537,38 @@ def run(args: Namespace) -> None:
     if rank == 0 and not args.image:
         result = scores(matrix)
         if args.json:
-            result |= dict(classes=classes.names, confusion=matrix.tolist(), protocol=vars(args))
-            Path(args.json).write_text(json.dumps(result))
+            protocol = {key: getattr(args, key) for key in PROTOCOL}
+            result |= dict(classes=classes.names, confusion=matrix.tolist(), protocol=protocol)
+            with whole_or_not_at_all(args.json) as part:
+                Path(part).write_text(json.dumps(result))
         say(*table(result, classes.names).splitlines())
 
     leave_processes(world)
-    for fault in faults or ():
-        warn(f"not labelled: {fault}")
     if faults:
+        for fault in faults:
+            warn(f"not labelled: {fault}")
         sys.exit(1)
 
 
 def open_outputs(args: Namespace, pairs: list, names: list) -> None:
     """Make the folders and try to write the scores, so that an error comes now and not after an
     hour. UsageError if a result would replace a file that is read, or another result."""
-    taken = {Path(path).parent for pair in pairs for path in pair if path}  # folders
+    taken = {dirname(realpath(path)) for pair in pairs for path in pair if path}  # folders
     if len(set(names)) < len(names):
         raise UsageError(f"{args.image}: two pictures have one name, their results too: rename one")
 
     for folder in filter(None, (args.show, args.save_labels)):
-        os.makedirs(folder, exist_ok=True)
-        if any(samefile(folder, other) for other in taken):
+        folders = {dirname(realpath(join(folder, name))) for name in names}
+        if folders & taken:
             raise UsageError(f"{folder}: holds pictures, labels or other results: name another")
-        taken.add(folder)
+        for each in folders:
+            os.makedirs(each, exist_ok=True)
+        taken |= folders
 
     if args.json:
         with open(args.json, "ab+") as file:  # old scores stay until new ones are written
             file.seek(0)
-            if file.read(6) not in (b"", b'{"mIoU'):
+            if not isfile(args.json) or file.read(6) not in (b"", b'{"mIoU'):
                 raise UsageError(f"{args.json}: exists and holds no scores, name another")
 
 
@@ -563,12 +577,16 @@ def write(
 ) -> None:
     """Save what the command line asks for of picture i. This is the `look` of evaluate()."""
     if args.save_labels:
-        values = prediction
+        colours = palette(classes)
         if classes.ignored_colours is not None:
-            values = palette(classes)[prediction]  # (H, W, 3): label files in colour
-        elif classes.zero_ignored:
-            values = prediction + 1
-        Image.fromarray(values).save(join(args.save_labels, names[i]))
+            picture = Image.fromarray(colours[prediction])  # (H, W, 3): label files in colour
+        else:
+            # Numbers with a palette, so that they are seen. (With fewer than 256 colours Pillow
+            # would save fewer bits, and cut numbers.)
+            first = int(classes.zero_ignored)
+            picture = Image.fromarray(prediction + first)
+            picture.putpalette(bytes(np.roll(colours[:256], first, axis=0)))
+        picture.save(join(args.save_labels, names[i]))
 
     if args.show:
         drawn = sheet([(image, label, prediction)], classes, args.opacity)

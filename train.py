@@ -46,10 +46,10 @@ from ade20k import (
     TrainSet,
     about,
     data_root,
+    data_warnings,
     errors_in_one_sentence,
     find_pairs,
     first_line,
-    label_warnings,
     normalise,
     positions,
     progress,
@@ -410,7 +410,11 @@ def doubts(
 ) -> Iterator[str]:
     """A sentence about each thing that may make a run worth less than its time, before the run
     takes any."""
-    yield from label_warnings(train_pairs, classes)
+    yield from data_warnings("training", train_pairs, classes)
+    if val_pairs:
+        yield from data_warnings("validation", val_pairs, classes)
+    else:
+        yield "the data set has no images/validation, this run trains without validating"
 
     if 2 * args.warmup > args.iters:  # half way the decay has halved the rate
         yield (
@@ -420,8 +424,6 @@ def doubts(
     before = checkpoint.get("names", pictures)
     if pictures != before:
         yield f"{before} until here, from here on other pictures: {pictures}"
-    if not val_pairs:
-        yield "the data set has no images/validation, this run trains without validating"
 
 
 # ---- log and validation --------------------------------------------------------------------------

@@ -245,7 +245,7 @@ EXPERIMENTS = [
     ),
     Experiment(
         "unlabelled_is_a_class",
-        [Edit("ade20k.py", "table[unlabelled] = IGNORE_INDEX", "table[unlabelled] = 0")],
+        [Edit("ade20k.py", "table[[0, IGNORE_INDEX]] = IGNORE_INDEX", "table[[0, IGNORE_INDEX]] = 0")],
         "unlabelled pixels count as the first class",
         "The classic silent error: balloons become buildings, in training and in the score. "
         "Does the score tell?",

@@ -371,6 +371,24 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path):
     refused(message, ade20k.load_image, str(path))
 
 
+def test_no_picture_starts_a_program(tmp_path, monkeypatch):
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    started = []
+    monkeypatch.setattr(subprocess, "check_call", lambda command, **_: started.append(command))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 60 40\n%%EndComments\n0 0 moveto\n%%EOF\n"
+    path = tmp_path / "cat.jpg"
+    write(path, eps)
+    with contextlib.suppress(Exception), Image.open(path) as file:
+        file.load()
+    assert started, "this file does start it where nobody looks"
+
+    started.clear()
+    refused("cat.jpg: cannot be read as a picture: ", ade20k.load_image, str(path))
+    refused("cat.jpg: cannot identify", ade20k.load_label, str(path))
+    assert started == []
+
+
 def test_pixels_whose_range_nobody_knows_are_refused(tmp_path):
     path = str(tmp_path / "x.tif")
     depth = np.linspace(0, 1, 600, dtype=np.float32)
@@ -621,11 +639,36 @@ def test_unlabelled_is_255_or_0_as_the_class_list_says(small_set):
     refused(message, ade20k.load_label, label, plain_classes("ab"))
 
     shifted = plain_classes("abc", zero_ignored=True)
-    message = "p0.png: holds 255, which is neither a class nor ignored"
-    refused(message, ade20k.load_label, label, shifted)
-    save(label, [[0, 1, 2]])
     got = ade20k.load_label(label, shifted)
-    assert got.tolist() == [[255, 0, 1]]
+    assert got.tolist() == [[255, 0, 1, 255]]
+
+    names = [str(k) for k in range(255)]
+    many = plain_classes(names, zero_ignored=True)  # here 255 is the last class
+    got = ade20k.load_label(label, many)
+    assert got.tolist() == [[255, 0, 1, 254]]
+
+
+def reduce_zero_label(values):
+    """mmsegmentation 0.17, LoadAnnotations, on a copy."""
+    label = np.array(values, np.uint8)
+    label[label == 0] = 255
+    label = label - np.uint8(1)
+    label[label == 254] = 255
+    return label
+
+
+@pytest.mark.parametrize("head", ["ignore 0\n", "ignore 0\nignore 255\n", "ignore 255\nignore 0\n"])
+def test_where_0_is_unlabelled_255_is_too_as_in_the_reference(head, small_set):
+    write_classes(small_set, head + "sky\nroad\n")
+    classes = ade20k.read_classes(small_set)
+    assert classes.names == ("sky", "road")
+    label = small_set + "/annotations/training/p0.png"
+    values = [[0, 1, 2, 255, 1]]
+    save(label, values)
+    got = ade20k.load_label(label, classes)
+    assert (got == reduce_zero_label(values)).all()
+    save(label, [[0, 1, 3]])
+    refused("p0.png: holds 3, which is neither", ade20k.load_label, label, classes)
 
 
 def test_comments_and_settings_in_any_case_are_no_classes(small_set):
@@ -642,6 +685,18 @@ def test_comments_and_settings_in_any_case_are_no_classes(small_set):
     for head, want in heads.items():
         write_classes(small_set, head + "sky 1 2 3  # blue\n# in between\nroad 4 5 6\n")
         assert ade20k.read_classes(small_set) == want, head
+
+
+def test_colours_may_be_hexadecimal_at_the_end_of_a_line(small_set):
+    write_classes(small_set, "cat #307020\nred #fox # 1 2 3\nC#abcdef\nsea #0000FF\t\nart #30702\n")
+    classes = ade20k.read_classes(small_set)
+    assert classes.names == ("cat", "red", "C#abcdef", "sea", "art")
+    assert classes.palette[0] == [0x30, 0x70, 0x20]
+    assert classes.palette[3] == [0, 0, 255]
+
+    write_classes(small_set, "colours\nignore #ffffff\ncat #307020\n")
+    want = Classes(("cat",), [[48, 112, 32]], False, [[255, 255, 255]])
+    assert ade20k.read_classes(small_set) == want
 
 
 def test_names_that_look_like_settings_or_colours_are_names(small_set):
@@ -747,10 +802,10 @@ def test_faults_are_named_with_file_and_value(small_set):
     save_label(label, 151)
     refused("p1.png: holds 151, which is neither a class nor ignored", ade20k.load, image, label)
     save(label, np.ones((41, 60)))
-    sizes = r"p1.jpg: .* height and width \(40, 60\), its label file \(41, 60\)"
+    sizes = r"p1.jpg: .* height and width \(40, 60\) .*, its label file \(41, 60\)"
     refused(sizes, ade20k.load, image, label)
     save(label, np.ones((40, 60, 3)))
-    sizes = r"p1.jpg: .* \(40, 60\), its label file \(40, 60, 3\)"
+    sizes = r"p1.jpg: .* \(40, 60\) .*, its label file \(40, 60, 3\)"
     refused(sizes, ade20k.load, image, label)
     save(label, np.full((40, 60, 3), 200))
     refused("p1.png: holds 200, .*`colours` where they are colours", ade20k.load_label, label)
@@ -807,6 +862,90 @@ def test_pictures_of_every_format_and_any_case_of_suffix_are_found(small_set):
         assert image.shape == (8, 9, 3)
 
 
+def test_pictures_in_folders_are_found_by_their_whole_names_without_hidden_files(small_set):
+    """As Cityscapes has its cities, and macOS a ._x.png beside each x.png."""
+    for kind in ("images", "annotations"):
+        top = f"{small_set}/{kind}/training"
+        for folder in ("ulm", "bonn/old", ".trash"):
+            os.makedirs(f"{top}/{folder}")
+            save_label(f"{top}/{folder}/Street_leftImg8bit.png", 1)
+        write(f"{top}/._p0.png", b"no picture")
+        write(f"{top}/ulm/._Street_leftImg8bit.jpg", b"no picture")
+        write(f"{top}/ulm/notes.txt", b"no picture")
+
+    pairs = ade20k.find_pairs(small_set, "training")
+    stems = ["bonn/old/Street_leftImg8bit", "p0", "p1", "ulm/Street_leftImg8bit"]
+    for (image, label), stem in zip(pairs, stems, strict=True):
+        assert os.path.splitext(image)[0] == f"{small_set}/images/training/{stem}"
+        assert label == f"{small_set}/annotations/training/{stem}.png"
+
+    os.remove(f"{small_set}/annotations/training/ulm/Street_leftImg8bit.png")
+    message = "in training each .* not so: ulm/Street_leftImg8bit$"
+    refused(message, ade20k.find_pairs, small_set, "training")
+
+
+def odd_pictures():
+    """Files that are read, but not as they were meant: {name: what is said of it}"""
+    dark = np.arange(2400).reshape(40, 60)
+    bright = np.full((40, 60), 255, np.int32)
+    page = Image.fromarray(formulas.picture(40, 60))
+    twelve = Image.fromarray((dark + 1696).astype(np.uint16))  # up to 4095
+    return {
+        "twelve.png": (twelve, {}, "is almost black"),
+        "bits32.tif": (Image.fromarray(bright), {}, "is almost black"),
+        "pages.tif": (page, dict(save_all=True, append_images=[page]), "holds several pages"),
+    }
+
+
+def test_pictures_that_are_read_otherwise_than_meant_are_said_and_others_not(small_set, capsys):
+    for split in ("images", "annotations"):
+        os.rmdir(f"{small_set}/{split}/validation")
+    for name, (picture, options, _) in odd_pictures().items():
+        picture.save(f"{small_set}/images/training/{name}", **options)
+        save_label(f"{small_set}/annotations/training/{name_of(name)}.png", 1)
+
+    # What is not odd: a phone's JPEG of two frames, and 16 bits of which all are used.
+    frames = Image.fromarray(formulas.picture(40, 60))
+    frames.save(f"{small_set}/images/training/phone.jpg", "MPO", save_all=True, append_images=[frames])
+    full = np.arange(2400, dtype=np.uint16).reshape(40, 60) * 27
+    Image.fromarray(full).save(f"{small_set}/images/training/full.png")
+    for name in ("phone", "full"):
+        save_label(f"{small_set}/annotations/training/{name}.png", 2)
+
+    assert ade20k.check(small_set) == []
+    lines = capsys.readouterr().out.splitlines()
+    for name, (_, _, words) in odd_pictures().items():
+        assert any(f"{name} {words}" in line for line in lines), name
+    for name in ("phone.jpg", "full.png", "p0.jpg"):
+        assert not any(name in line for line in lines), name
+
+    classes = plain_classes("ab", zero_ignored=True)
+    pairs = ade20k.find_pairs(small_set, "training")
+    (warning,) = ade20k.data_warnings("training", pairs, classes)
+    for name, (_, _, words) in odd_pictures().items():
+        assert f"{name} {words}" in warning
+    assert "phone.jpg" not in warning
+
+
+def test_a_picture_turned_by_exif_whose_label_is_not_is_said_with_all_sizes(small_set):
+    image = small_set + "/images/training/p1.jpg"
+    picture = Image.fromarray(formulas.picture(40, 60))
+    exif = Image.Exif()
+    exif[274] = 6
+    picture.save(image, exif=exif)
+    message = (
+        r"p1.jpg: .* height and width \(60, 40\) \(in the file \(40, 60\), which an EXIF block "
+        r"may turn\), its label file \(40, 60\)"
+    )
+    pairs = ade20k.find_pairs(small_set, "training")
+    refused(message, ade20k.load, *pairs[1])
+    refused(message, list, ade20k.data_warnings("training", pairs, Classes()))
+    for kind in ("images", "annotations"):
+        os.rmdir(f"{small_set}/{kind}/validation")
+    (fault,) = ade20k.check(small_set)
+    assert "an EXIF block may turn" in fault
+
+
 @pytest.mark.parametrize("partner", ["kept", "gone"])
 @pytest.mark.parametrize(
     "twin,other",
@@ -846,14 +985,14 @@ def test_labels_that_teach_nothing_are_warned_of(small_set):
     def warnings(*values):
         for value, (_, label) in zip(values, pairs):
             save_label(label, value)
-        return list(ade20k.label_warnings(pairs, classes))
+        return list(ade20k.data_warnings("training", pairs, classes))
 
     assert warnings(0, 1) == []
     assert warnings(0, 255) == [  # a mask, read as numbers: 255 is "not labelled"
-        "1 classes are in none of the 2 label files that were looked at: front"
+        "1 classes are in none of the 2 training label files that were looked at: front"
     ]
     assert warnings(255, 255) == [
-        "2 classes are in none of the 2 label files that were looked at: back, front"
+        "2 classes are in none of the 2 training label files that were looked at: back, front"
     ]
     refused("p0.png: holds 7, which", warnings, 7, 1)
 
@@ -863,32 +1002,33 @@ def test_many_labels_are_looked_at_evenly_and_rare_classes_are_not_missed(monkey
     classes = plain_classes("abcdefgh")
     pairs = [("", str(i)) for i in range(1000)]
 
-    def read(path, classes):
-        position = int(path)
+    def look_at(pair, classes):
+        position = int(pair[1])
         seen.append(position)
         count = 7 if position % 8 == 0 else 3
-        return np.arange(count, dtype=np.uint8)
+        return (1, count), np.bincount(range(count), minlength=256), ""
 
-    monkeypatch.setattr(ade20k, "load_label", read)
-    assert list(ade20k.label_warnings(pairs, classes)) == []  # only h is not there
+    monkeypatch.setattr(ade20k, "look_at", look_at)
+    look = ade20k.data_warnings
+    assert list(look("validation", pairs, classes)) == []  # only h is not there
     assert 200 <= len(seen) <= 300
     assert max(seen) >= 996
     gaps = np.diff(seen)
     assert set(gaps) == {4}
 
-    three = np.arange(3, dtype=np.uint8)
-    monkeypatch.setattr(ade20k, "load_label", lambda path, classes: three)
-    assert list(ade20k.label_warnings(pairs, classes)) == [
-        "5 classes are in none of the 250 label files that were looked at: d, e, f, g, h"
+    three = np.bincount(range(3), minlength=256)
+    monkeypatch.setattr(ade20k, "look_at", lambda pair, classes: ((1, 3), three, ""))
+    assert list(look("validation", pairs, classes)) == [
+        "5 classes are in none of the 250 validation label files that were looked at: d, e, f, g, h"
     ]
 
 
 def test_a_warning_names_twenty_missing_classes_and_counts_the_others(small_set):
     pairs = ade20k.find_pairs(small_set, "training")  # whose labels hold 1 and 2
-    (warning,) = ade20k.label_warnings(pairs, Classes())
+    (warning,) = ade20k.data_warnings("training", pairs, Classes())
 
     missing = ", ".join(ade20k.CLASSES[2:22])
-    assert warning.startswith("148 classes are in none of the 2 label files")
+    assert warning.startswith("148 classes are in none of the 2 training label files")
     assert warning.endswith(f": {missing}, and 128 more")
 
 
@@ -1167,12 +1307,13 @@ def test_a_server_that_stalls_is_waited_for_a_minute(official, monkeypatch):
     seconds = []
     monkeypatch.setattr(socket, "setdefaulttimeout", seconds.append)
 
-    def fetch(url, path, **more):
+    def fetch(url, path, *more):
         assert seconds == [60]
         raise TimeoutError("timed out")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     refused("ade.zip: timed out", ade20k.download, str(folder))
+    assert seconds == [60, None]  # as it was
 
 
 def test_the_readmes_download_puts_the_data_where_training_looks_for_it(
