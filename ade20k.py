@@ -406,10 +406,9 @@ def load(image_path: str, label_path: str | None, classes: Classes = Classes()) 
     label = load_label(label_path, classes)
     size = image.shape[:2]
     if label.shape != size:
-        stored = Image.open(image_path, formats=PICTURES).size[::-1]
         raise DataError(
-            f"{image_path}: the picture has height and width {size} (in the file {stored}, which "
-            f"an EXIF block may turn), its label file {label.shape}, they must be equal"
+            f"{image_path}: the picture, turned if its EXIF block says so, has height and width "
+            f"{size}, its label file {label.shape}, they must be equal"
         )
     return image, label
 
@@ -504,8 +503,7 @@ def read_classes(root: str) -> Classes:
                 name, rgb, hexa = re.fullmatch(
                     r"(.*?)(?:((?:\s+\d+){3})|\s+#(\w{6}))?", line
                 ).groups("")
-                # [R, G, B], [] without; ValueError above 255
-                colour = [*bytes(map(int, rgb.split())), *bytes.fromhex(hexa)]
+                colour = [*bytes(map(int, rgb.split())), *bytes.fromhex(hexa)]  # [] without
                 if name in names or (ignored is not None and colour in [[], *palette, *ignored]):
                     raise ValueError("needs a name and, with `colours`, a colour of its own")
 
@@ -580,8 +578,7 @@ def data_warnings(split: str, pairs: list, classes: Classes) -> Iterator:
     pictures. At most 300 pairs are read, evenly spread."""
     some = pairs[:: (len(pairs) - 1) // 300 + 1]  # all, if there are 300 or fewer
     _, counts, odd = zip(*[look_at(pair, classes) for pair in some])
-    seen = sum(counts)  # (256,)
-    missing = [name for k, name in enumerate(classes.names) if not seen[k]]
+    missing = [name for name, count in zip(classes.names, sum(counts)) if not count]
 
     # Some files of a large set may lack rare classes, but hardly a third of all classes.
     if missing and (some == pairs or len(missing) >= len(classes.names) / 3):
@@ -589,20 +586,22 @@ def data_warnings(split: str, pairs: list, classes: Classes) -> Iterator:
             f"{len(missing)} classes are in none of the {len(some)} {split} label files that were "
             f"looked at: {listed(missing)}"
         )
-    if any(odd):
-        yield listed([*filter(None, odd)])
+    odd = listed([*filter(None, odd)])
+    if odd:
+        yield odd
 
 
 def look_at(pair: tuple, classes: Classes) -> tuple:
     """Read a picture and its label. -> height and width; how many pixels have each value (256,);
     what is odd about the picture, "" if nothing is"""
+    path, _ = pair
     image, label = load(*pair, classes)
     odd = ""
-    with Image.open(pair[0], formats=PICTURES) as file:
+    with Image.open(path, formats=PICTURES) as file:
         if file.format == "TIFF" and file.n_frames > 1:  # (phones' JPEGs hold several by habit)
-            odd = f"{pair[0]} holds several pages, the first one is used"
+            odd = f"{path} holds several pages, the first one is used"
     if image.max() < 16:
-        odd = f"{pair[0]} is almost black, of 16 bits the upper 8 are used: multiply 12 bits by 16"
+        odd = f"{path} is almost black, of 16 bits the upper 8 are used: multiply 12 bits by 16"
     return label.shape, np.bincount(label.ravel(), minlength=256), odd
 
 
@@ -977,8 +976,6 @@ def make_toy(root: str) -> str:
     """Draw 96 training and 24 validation pictures in ADE20K's layout in the folder root, with their
     classes.txt. If root exists, leave it as it is. -> root"""
     if exists(root):
-        if not exists(join(root, "classes.txt")):
-            raise DataError(f"{root}: has no classes.txt, as older toy sets: remove it, run again")
         return root
 
     part = f"{Path(root)}.part{os.getpid()}"  # renamed to root when it is complete

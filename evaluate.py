@@ -33,7 +33,17 @@ from datetime import timedelta
 from functools import partial
 from glob import escape, glob
 from multiprocessing import active_children, parent_process
-from os.path import dirname, exists, getmtime, isdir, isfile, join, realpath, relpath, splitext
+from os.path import (
+    dirname,
+    exists,
+    getmtime,
+    isdir,
+    isfile,
+    join,
+    realpath,
+    relpath,
+    splitext,
+)
 from pathlib import Path
 
 import numpy as np
@@ -470,19 +480,27 @@ def newest_run(folder: str) -> str:
 def find_data(args: Namespace, facts: dict) -> tuple:
     """-> (the pairs of picture and label that the command line means, the label None for --image;
     their classes)"""
+    # What the model's classes are called, and so on. What the file does not say is as in ADE20K, or,
+    # if it has another number of classes, as in data of one's own, with numbers for names.
     n = facts["num_classes"]
-    known = Classes(*facts.get("classes", Classes()))  # to the model; ADE20K's if it does not say
-    if n != len(known.names):  # the file names none, and ADE20K's do not fit: numbers do
+    said = facts.get("classes", {})
+    known = Classes()
+    if n != len(known.names):
         known = Classes(tuple(map(str, range(n))), (known.palette * 2)[:n], False)
+    known = known._replace(**said)
 
     if args.image:
+        if "zero_ignored" not in said:
+            facts["added"] += [
+                f"{int(known.zero_ignored)} as the first class in label files (it does not say it)"
+            ]
         in_folder = glob(join(escape(args.image), "*"))  # without hidden files; [] for a file
         files = sorted(filter(isfile, in_folder)) or [args.image]
         return [(file, None) for file in files], known
 
     args.data = data_root(args.data)
     classes = read_classes(args.data)
-    if n != len(classes.names) or ("classes" in facts and known.names != classes.names):
+    if n != len(classes.names) or said.get("names", classes.names) != classes.names:
         raise UsageError(
             f"{args.checkpoint}: knows {n} classes {known.names[:3]}, not those of {args.data}: "
             "train on that data first"

@@ -291,11 +291,19 @@ def test_command_line_writes_table_json_labels_and_pictures(run):
         out = json.load(file)
 
     assert f"{out['mIoU']:8.2f}" in done.stdout
-    assert out["protocol"]["images"] == 5
-    assert out["protocol"]["scales"] == [0.5, 1]
-    assert out["protocol"]["flip"]
-    assert out["protocol"]["data"] == "set"
-    assert out["protocol"]["checkpoint"] == os.path.join("runs", "a", "checkpoint_5.pt")
+    assert out["protocol"] == {
+        "checkpoint": os.path.join("runs", "a", "checkpoint_5.pt"),
+        "data": "set",
+        "split": "validation",
+        "images": 5,
+        "scales": [0.5, 1],
+        "flip": True,
+        "short_side": 64,
+        "slide": 0,
+        "stride": 0,
+        "dtype": out["protocol"]["dtype"],
+    }
+    assert out["protocol"]["dtype"] in ("float32", "bfloat16")
     assert len(out["IoU"]) == 150
     assert None in out["IoU"]
 
@@ -333,6 +341,116 @@ def test_labels_are_written_in_the_colours_of_a_data_set_in_colour(small, tmp_pa
 
     assert (read_again == prediction).all()
     assert len(np.unique(prediction)) > 1
+
+
+@pytest.mark.parametrize("zero_ignored", [False, True])
+@pytest.mark.parametrize("count", [3, 17, 254])
+def test_saved_labels_are_seen_in_the_classes_colours_and_hold_all_values(
+    count, zero_ignored, tmp_path
+):
+    """Pillow saves fewer bits for a palette of 16 colours or fewer, and cuts larger values."""
+    names = tuple(str(k) for k in range(count))
+    colours = [[k, 255 - k, 7] for k in range(count)]
+    classes = ade20k.Classes(names, colours, zero_ignored)
+    prediction = np.arange(count, dtype=np.uint8)
+    prediction = prediction.reshape(1, -1).repeat(2, axis=0)
+    args = argparse.Namespace(save_labels=str(tmp_path), show=None)
+    evaluate.write(args, classes, ["p.png"], 0, None, None, prediction)
+
+    path = str(tmp_path / "p.png")
+    assert (ade20k.load_label(path, classes) == prediction).all()
+    with Image.open(path) as file:
+        assert file.mode == "P"
+        assert len(file.getpalette()) == 3 * 256
+        values = np.asarray(file)
+        seen = np.asarray(file.convert("RGB"))
+        nothing = 0 if zero_ignored else 255
+        assert file.getpalette()[3 * nothing :][:3] == [0, 0, 0]
+    assert (values == prediction + int(zero_ignored)).all()
+    assert seen[0].tolist() == colours
+
+
+def test_results_of_pictures_in_folders_keep_their_folders(run, main, monkeypatch, capsys):
+    monkeypatch.chdir(run.folder)
+    for kind in ("images", "annotations"):
+        os.makedirs(f"set/{kind}/validation/ulm")
+        for name in os.listdir(f"set/{kind}/validation"):
+            if name.startswith("p1"):  # of one name with another in another folder
+                shutil.copy(f"set/{kind}/validation/{name}", f"set/{kind}/validation/ulm/")
+    main(evaluate, "--workers", 0, "--save-labels", "labels", "--show", "sheets")
+    want = ["p0.png", "p1.png", "p2.png", "p3.png", "p4.png", "ulm"]
+    for folder in ("labels", "sheets"):
+        assert sorted(os.listdir(folder)) == want
+        assert os.listdir(f"{folder}/ulm") == ["p1.png"]
+
+    with pytest.raises(SystemExit) as end:
+        main(evaluate, "--save-labels", "set/images/validation")
+    assert end.value.code == 2
+    os.symlink("../set/images/validation/ulm", "labels/link")
+    os.rename("labels/link", "labels/ulm.old")
+    shutil.rmtree("labels/ulm")
+    os.rename("labels/ulm.old", "labels/ulm")  # only this folder below is one that is read
+    with pytest.raises(SystemExit) as end:
+        main(evaluate, "--save-labels", "labels")
+    assert end.value.code == 2
+    assert "labels: holds pictures" in capsys.readouterr().err
+
+
+SAYS = {
+    "nothing": ({}, 0),
+    "number": ({"classes": (tuple("uvwxyz"), [[9, 9, 9]] * 6, False)}, 0),
+    "shifted": ({"classes": (tuple("uvwxyz"), [[9, 9, 9]] * 6, True)}, 1),
+}
+
+
+@pytest.mark.parametrize("says", SAYS)
+def test_saved_labels_begin_with_0_or_1_as_the_file_says_or_with_what_is_printed(
+    says, small, run, main, monkeypatch, capsys
+):
+    monkeypatch.chdir(run.folder)
+    net, _ = small
+    more, first = SAYS[says]
+    torch.save({"model": net.state_dict(), **more}, "x.pt")
+    image = "set/images/validation/p0.jpg"
+    how = ("--checkpoint", "x.pt", "--short-side", 32, "--workers", 0, "--save-labels", "out")
+    main(evaluate, "--image", image, *how)
+    out = capsys.readouterr().out
+    assert (f"{first} as the first class in label files" in out) == (says == "nothing")
+
+    saved = np.asarray(Image.open("out/p0.png"))
+    want = evaluate.predict(net.eval(), ade20k.load_image(image), short=32)
+    assert (saved == want + first).all()
+
+
+def test_of_150_classes_that_a_file_does_not_name_labels_are_ade20ks(run, main, monkeypatch, capsys):
+    monkeypatch.chdir(run.folder)
+    image = "set/images/validation/p0.jpg"
+    main(evaluate, "--image", image, "--workers", 0, "--save-labels", "out")
+    assert "1 as the first class in label files" in capsys.readouterr().out
+    assert np.asarray(Image.open("out/p0.png")).min() >= 1
+
+
+def test_scores_are_written_whatever_becomes_of_the_printed_ones(run):
+    for redirection in (">/dev/full 2>/dev/full", "| head -0", ">&- 2>&-"):
+        command = f"'{sys.executable}' '{ROOT}/evaluate.py' --json out.json {redirection}"
+        shell = ["bash", "-o", "pipefail", "-c", command]
+        done = subprocess.run(shell, cwd=run.folder, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == done.stderr == b""
+        out = json.loads((run.folder / "out.json").read_text())
+        assert out["protocol"]["images"] == 5
+        os.remove(run.folder / "out.json")
+
+
+def test_scores_appear_whole_or_not_at_all(run, main, monkeypatch):
+    """A link to the old ones still leads to them."""
+    monkeypatch.chdir(run.folder)
+    (run.folder / "out.json").write_text('{"mIoU": 1.0}')
+    os.link("out.json", "old.json")
+    main(evaluate, "--json", "out.json", "--workers", 0)
+    assert json.loads((run.folder / "old.json").read_text()) == {"mIoU": 1.0}
+    assert len(json.loads((run.folder / "out.json").read_text())["IoU"]) == 150
+    assert not os.path.exists("out.json.part")
 
 
 class Accelerator:
@@ -558,6 +676,7 @@ def test_no_output_replaces_what_was_read_or_another_output(run, main, monkeypat
         picture.save(f"own/{name}")
     os.symlink("own", "link")
     os.link("runs/a/checkpoint_5.pt", "scores.json")
+    os.symlink("/dev/null", "null.json")
     (run.folder / "notes.json").write_text("[1]")
     files = [path for path in run.folder.rglob("*") if path.is_file()]
     before = {path: path.read_bytes() for path in files}
@@ -576,6 +695,7 @@ def test_no_output_replaces_what_was_read_or_another_output(run, main, monkeypat
         (("--json", f"{truth}/p1.png"), "p1.png: exists and holds no scores"),
         (("--json", "scores.json"), "scores.json: exists and holds no scores"),
         (("--json", "notes.json"), "notes.json: exists and holds no scores"),
+        (("--json", "null.json"), "null.json: exists and holds no scores"),
     ):
         with pytest.raises(SystemExit) as end:
             main(evaluate, *arguments)
@@ -605,7 +725,6 @@ def test_two_and_three_processes_give_the_same_result_as_one(run):
         assert done.returncode == 0, done.stderr
         with open(run.folder / f"{n}.json") as file:
             results.append(json.load(file))
-        del results[-1]["protocol"]["json"]
 
     assert results[0] == results[1] == results[2]
 
@@ -687,12 +806,13 @@ def test_unreadable_files_of_a_folder_are_named_at_the_end_and_the_others_labell
 
 
 @pytest.mark.parametrize("named", ["none.jpg", "empty"])
-def test_a_single_picture_that_is_not_there_is_named_too(named, run, main, monkeypatch):
+def test_a_single_picture_that_is_not_there_is_named_too(named, run, main, monkeypatch, capsys):
     monkeypatch.chdir(run.folder)
     os.makedirs("empty")
     with pytest.raises(SystemExit) as end:
         main(evaluate, "--image", named, "--save-labels", "out", "--workers", 0)
-    assert end.value.code.startswith(f"not labelled: {named}: ")  # printed, with exit code 1
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith(f"not labelled: {named}: ")
 
 
 @pytest.mark.parametrize(

@@ -106,15 +106,6 @@ def test_a_toy_set_that_is_there_is_left_as_it_is(drawn):
     assert os.stat(root).st_mtime_ns == before
 
 
-def test_a_toy_set_of_an_earlier_commit_is_refused(tmp_path):
-    for split, _ in SPLITS:
-        os.makedirs(tmp_path / "toy" / "images" / split)
-    root = str(tmp_path / "toy")
-    with pytest.raises(ade20k.DataError, match="toy: has no classes.txt, as older toy sets: remove"):
-        ade20k.make_toy(root)
-    assert os.listdir(root) == ["images"]
-
-
 def fail(*args):
     raise OSError("No space left on device")
 

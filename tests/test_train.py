@@ -621,7 +621,7 @@ def test_labels_that_teach_nothing_are_said_before_training(folder):
 
 
 def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
-    monkeypatch.setattr(train, "label_warnings", lambda pairs, classes: [])
+    monkeypatch.setattr(train, "data_warnings", lambda *_: [])
 
     def doubted(*arguments):
         args, _ = parse(*arguments)
