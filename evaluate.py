@@ -480,8 +480,8 @@ def newest_run(folder: str) -> str:
 def find_data(args: Namespace, facts: dict) -> tuple:
     """-> (the pairs of picture and label that the command line means, the label None for --image;
     their classes)"""
-    # What the model's classes are called, and so on. What the file does not say is as in ADE20K, or,
-    # if it has another number of classes, as in data of one's own, with numbers for names.
+    # Of the model's classes the file may say all, some or nothing. The rest is as in ADE20K, or, for
+    # another number of classes, as in a classes.txt that holds only their numbers.
     n = facts["num_classes"]
     said = facts.get("classes", {})
     known = Classes()

@@ -422,7 +422,9 @@ def test_saved_labels_begin_with_0_or_1_as_the_file_says_or_with_what_is_printed
     assert (saved == want + first).all()
 
 
-def test_of_150_classes_that_a_file_does_not_name_labels_are_ade20ks(run, main, monkeypatch, capsys):
+def test_of_150_classes_that_a_file_does_not_name_labels_are_ade20ks(
+    run, main, monkeypatch, capsys
+):
     monkeypatch.chdir(run.folder)
     image = "set/images/validation/p0.jpg"
     main(evaluate, "--image", image, "--workers", 0, "--save-labels", "out")

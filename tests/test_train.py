@@ -616,8 +616,10 @@ def test_labels_that_teach_nothing_are_said_before_training(folder):
     (root / "classes.txt").write_text("background\nthing\n")
 
     done = run(folder, *TINY, *TWO_STEPS, "--data", "mask", "--work-dir", "runs/mask")
-    (warning,) = [line for line in done.stdout.splitlines() if "classes are in none" in line]
-    assert warning.endswith(": thing")
+    warnings = [line for line in done.stdout.splitlines() if "classes are in none" in line]
+    for split, warning in zip(("training", "validation"), warnings, strict=True):
+        assert f"{split} label files" in warning
+        assert warning.endswith(": thing")
 
 
 def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
