@@ -599,9 +599,9 @@ def look_at(pair: tuple, classes: Classes) -> tuple:
     odd = ""
     with Image.open(path, formats=PICTURES) as file:
         if file.format == "TIFF" and file.n_frames > 1:  # (phones' JPEGs hold several by habit)
-            odd = f"{path} holds several pages, the first one is used"
+            odd = f"{path} holds several pages: only the first one is read"
     if image.max() < 16:
-        odd = f"{path} is almost black, of 16 bits the upper 8 are used: multiply 12 bits by 16"
+        odd = f"{path} is almost black: of 16 bits the upper 8 are read, so multiply 12 bits by 16"
     return label.shape, np.bincount(label.ravel(), minlength=256), odd
 
 
@@ -1016,7 +1016,7 @@ def download(folder: str) -> str:
     os.makedirs(folder, exist_ok=True)
     with about(f"{path}, from {URL}"):
         if not exists(path):
-            fetch(URL, path)
+            fetch_url(URL, path)
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha1").hexdigest() != SHA1:
                 raise ValueError(f"its SHA-1 is not {SHA1}: remove it, and fetch it again")
@@ -1027,7 +1027,7 @@ def download(folder: str) -> str:
     return root
 
 
-def fetch(url: str, path: str, sha256: str | None = None) -> None:
+def fetch_url(url: str, path: str, sha256: str | None = None) -> None:
     """Fetch what lies behind a URL. sha256: its first digits, to compare. torch itself would wait
     for ever for a server that stalls."""
     timeout = socket.getdefaulttimeout()

@@ -40,7 +40,7 @@ from ade20k import (
     UserError,
     about,
     errors_in_one_sentence,
-    fetch,
+    fetch_url,
     listed,
     one_line,
     say,
@@ -740,7 +740,7 @@ def local_path(source: str) -> str:
             return path
 
         with whole_or_not_at_all(path) as part:
-            fetch(source, part, sha and sha[1])
+            fetch_url(source, part, sha and sha[1])
             read_checkpoint(part)  # so only a file that can be opened enters the cache
         return path
 

@@ -492,7 +492,7 @@ def find_data(args: Namespace, facts: dict) -> tuple:
     if args.image:
         if "zero_ignored" not in said:
             facts["added"] += [
-                f"{int(known.zero_ignored)} as the first class in label files (it does not say it)"
+                f"{int(known.zero_ignored)} for the first class in saved labels (a guess)"
             ]
         in_folder = glob(join(escape(args.image), "*"))  # without hidden files; [] for a file
         files = sorted(filter(isfile, in_folder)) or [args.image]

@@ -415,7 +415,7 @@ def test_saved_labels_begin_with_0_or_1_as_the_file_says_or_with_what_is_printed
     how = ("--checkpoint", "x.pt", "--short-side", 32, "--workers", 0, "--save-labels", "out")
     main(evaluate, "--image", image, *how)
     out = capsys.readouterr().out
-    assert (f"{first} as the first class in label files" in out) == (says == "nothing")
+    assert (f"{first} for the first class in saved labels" in out) == (says == "nothing")
 
     saved = np.asarray(Image.open("out/p0.png"))
     want = evaluate.predict(net.eval(), ade20k.load_image(image), short=32)
@@ -428,7 +428,7 @@ def test_of_150_classes_that_a_file_does_not_name_labels_are_ade20ks(
     monkeypatch.chdir(run.folder)
     image = "set/images/validation/p0.jpg"
     main(evaluate, "--image", image, "--workers", 0, "--save-labels", "out")
-    assert "1 as the first class in label files" in capsys.readouterr().out
+    assert "1 for the first class in saved labels" in capsys.readouterr().out
     assert np.asarray(Image.open("out/p0.png")).min() >= 1
 
 
