@@ -480,8 +480,8 @@ def newest_run(folder: str) -> str:
 def find_data(args: Namespace, facts: dict) -> tuple:
     """-> (the pairs of picture and label that the command line means, the label None for --image;
     their classes)"""
-    # Of the model's classes the file may say all, some or nothing. The rest is as in ADE20K, or, for
-    # another number of classes, as in a classes.txt that holds only their numbers.
+    # The file may name some fields of Classes, or none. The others are ADE20K's, or, for another
+    # number of classes, those of a classes.txt that holds only their numbers.
     n = facts["num_classes"]
     said = facts.get("classes", {})
     known = Classes()
