@@ -35,16 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade20k import (
-    Classes,
-    UserError,
-    about,
-    errors_in_one_sentence,
-    fetch_url,
-    listed,
-    one_line,
-    say,
-)
+from ade20k import UserError, about, errors_in_one_sentence, fetch_url, listed, one_line, say
 from model import ARCHS, NECKS, VisionTransformer, resize_pos_embed
 from upernet import Segmenter, build_model
 
@@ -428,7 +419,7 @@ def recall(content: dict, facts: dict) -> None:
             palette = np.array(palette, np.uint8).reshape(facts["num_classes"], 3).tolist()
             named = zip(names, palette, strict=True)  # an error if their numbers differ
             names = tuple(one_line(name.strip()) for name, _ in named)  # one is called "bed "
-            facts["classes"] = Classes(names, palette, *more)._asdict()
+            facts["classes"] = (names, palette, *more)
 
         args = content.get("args")
         if args and args["arch"] in ARCHS:
@@ -687,6 +678,8 @@ def write_checkpoint(content: dict, path: str) -> None:
 def whole_or_not_at_all(path: str) -> Iterator:
     """Gives a name to write to, path.part, and then moves the file to path. After an error path
     stays as it was."""
+    if Path(path).is_char_device():  # /dev/null must stay what it is
+        raise OSError(f"{path}: is a device, name a file")
     part = Path(path + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -480,27 +480,19 @@ def newest_run(folder: str) -> str:
 def find_data(args: Namespace, facts: dict) -> tuple:
     """-> (the pairs of picture and label that the command line means, the label None for --image;
     their classes)"""
-    # The file may name some fields of Classes, or none. The others are ADE20K's, or, for another
-    # number of classes, those of a classes.txt that holds only their numbers.
     n = facts["num_classes"]
-    said = facts.get("classes", {})
-    known = Classes()
-    if n != len(known.names):
-        known = Classes(tuple(map(str, range(n))), (known.palette * 2)[:n], False)
-    known = known._replace(**said)
+    known = Classes(*facts.get("classes", Classes()))  # to the model; ADE20K's if it does not say
+    if n != len(known.names):  # the file names none, and ADE20K's do not fit: numbers do
+        known = Classes(tuple(map(str, range(n))), (known.palette * 2)[:n])
 
     if args.image:
-        if "zero_ignored" not in said:
-            facts["added"] += [
-                f"{int(known.zero_ignored)} for the first class in saved labels (a guess)"
-            ]
         in_folder = glob(join(escape(args.image), "*"))  # without hidden files; [] for a file
         files = sorted(filter(isfile, in_folder)) or [args.image]
         return [(file, None) for file in files], known
 
     args.data = data_root(args.data)
     classes = read_classes(args.data)
-    if n != len(classes.names) or said.get("names", classes.names) != classes.names:
+    if n != len(classes.names) or ("classes" in facts and known.names != classes.names):
         raise UsageError(
             f"{args.checkpoint}: knows {n} classes {known.names[:3]}, not those of {args.data}: "
             "train on that data first"

@@ -18,6 +18,7 @@ from PIL import Image
 
 import ade20k
 import evaluate
+from convert_weights import write_checkpoint
 from upernet import build_model
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -217,6 +218,7 @@ def test_many_scales_with_flip_take_hardly_more_memory_than_the_largest_alone():
     code = """
 import formulas, resource
 import evaluate
+from convert_weights import write_checkpoint
 from upernet import build_model
 model, image = build_model("toy_p8").eval(), formulas.picture(700, 1500)
 for scales, flip in (((1.75,), False), ((0.5, 0.75, 1, 1.25, 1.5, 1.75), True)):
@@ -394,42 +396,6 @@ def test_results_of_pictures_in_folders_keep_their_folders(run, main, monkeypatc
         main(evaluate, "--save-labels", "labels")
     assert end.value.code == 2
     assert "labels: holds pictures" in capsys.readouterr().err
-
-
-SAYS = {
-    "nothing": ({}, 0),
-    "number": ({"classes": (tuple("uvwxyz"), [[9, 9, 9]] * 6, False)}, 0),
-    "shifted": ({"classes": (tuple("uvwxyz"), [[9, 9, 9]] * 6, True)}, 1),
-}
-
-
-@pytest.mark.parametrize("says", SAYS)
-def test_saved_labels_begin_with_0_or_1_as_the_file_says_or_with_what_is_printed(
-    says, small, run, main, monkeypatch, capsys
-):
-    monkeypatch.chdir(run.folder)
-    net, _ = small
-    more, first = SAYS[says]
-    torch.save({"model": net.state_dict(), **more}, "x.pt")
-    image = "set/images/validation/p0.jpg"
-    how = ("--checkpoint", "x.pt", "--short-side", 32, "--workers", 0, "--save-labels", "out")
-    main(evaluate, "--image", image, *how)
-    out = capsys.readouterr().out
-    assert (f"{first} for the first class in saved labels" in out) == (says == "nothing")
-
-    saved = np.asarray(Image.open("out/p0.png"))
-    want = evaluate.predict(net.eval(), ade20k.load_image(image), short=32)
-    assert (saved == want + first).all()
-
-
-def test_of_150_classes_that_a_file_does_not_name_labels_are_ade20ks(
-    run, main, monkeypatch, capsys
-):
-    monkeypatch.chdir(run.folder)
-    image = "set/images/validation/p0.jpg"
-    main(evaluate, "--image", image, "--workers", 0, "--save-labels", "out")
-    assert "1 for the first class in saved labels" in capsys.readouterr().out
-    assert np.asarray(Image.open("out/p0.png")).min() >= 1
 
 
 def test_scores_are_written_whatever_becomes_of_the_printed_ones(run):
@@ -1069,3 +1035,12 @@ def test_sheet_has_room_for_every_name_and_colour():
     colours = {colour for count, colour in picture.getcolors(1 << 20)}
     for colour in ade20k.PALETTE[:30].tolist():
         assert tuple(colour) in colours
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    """A link stands for /dev/null here: whoever may write to /dev would lose it."""
+    os.symlink("/dev/null", tmp_path / "null")
+    with pytest.raises(OSError, match="null: is a device, name a file"):
+        write_checkpoint({}, str(tmp_path / "null"))
+    assert os.path.islink(tmp_path / "null")
+    assert os.listdir(tmp_path) == ["null"]
