@@ -568,7 +568,7 @@ def find_pairs(root: str, split: str, optional: bool = False) -> list:
     if wrong or not found:
         raise DataError(
             f"{root}: in {split} each picture needs one label file of its name, each label file "
-            f"one picture, not so: {listed(wrong) or 'there are none'}"
+            f"one picture, not so: {listed(wrong) or 'there are none (save HEIC as JPEG)'}"
         )
     return [tuple(found[stem]) for stem in sorted(found)]
 

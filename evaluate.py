@@ -794,7 +794,7 @@ def choose_device(world: int) -> torch.device:
     tensors on CPUs."""
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None and torch.version.cuda and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        print("warning: no GPU is found, this runs on the CPU;", NO_GPU, file=sys.stderr)
+        warn(f"warning: no GPU is found, this runs on the CPU; {NO_GPU}")
     if device is None or (device.type == "mps" and world > 1):
         return torch.device("cpu")
 

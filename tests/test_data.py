@@ -5,6 +5,7 @@ import csv
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import socket
 import struct
@@ -834,7 +835,8 @@ def test_folders_and_files_that_are_missing_are_named(small_set):
     find = ade20k.find_pairs
     message = "set: in training each picture needs one label file of its name, .* not so: "
     refused(message + "p1$", find, small_set, "training")
-    refused("set: in validation .*: there are none$", find, small_set, "validation")
+    none = r"there are none \(save HEIC as JPEG\)$"
+    refused("set: in validation .*: " + none, find, small_set, "validation")
     missing = "nowhere.*training: no such folder; a data set holds.* download data/ade.*--data toy"
     refused(missing, find, small_set + "/nowhere", "training")
 
@@ -1399,6 +1401,12 @@ def test_an_output_that_is_full_or_closed_changes_no_exit_code(redirection, code
     done = check_by_shell(root, redirection)
     assert done.returncode == code
     assert done.stderr == b""
+
+
+def test_nothing_else_prints():
+    for name in ("model", "upernet", "ade20k", "evaluate", "train", "convert_weights"):
+        with open(os.path.join(ROOT, name + ".py")) as file:
+            assert not re.search(r"\bprint\(|std(out|err)\.write\(", file.read()), name
 
 
 def test_a_line_is_cut_before_it_fills_the_terminal(capsys):
