@@ -27,8 +27,8 @@ import signal
 import sys
 import threading
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from glob import escape, glob
@@ -63,6 +63,7 @@ from ade20k import (
     data_root,
     errors_in_one_sentence,
     find_pairs,
+    first_line,
     load,
     normalise,
     progress,
@@ -514,8 +515,7 @@ def run(args: Namespace) -> None:
     args.checkpoint = choose_checkpoint(args.checkpoint, rank)
     if rank == 0:
         local_path(split_choice(args.checkpoint)[0])  # one process fetches what is behind a URL
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
 
     # The checkpoint and the machine decide what the command line leaves open.
     model, facts = load_model(args.checkpoint)
@@ -553,7 +553,7 @@ def run(args: Namespace) -> None:
                 Path(part).write_text(json.dumps(result))
         say(*table(result, classes.names).splitlines())
 
-    leave_processes(world)
+    wait_for_all()
     if faults:
         for fault in faults:
             warn(f"not labelled: {fault}")
@@ -614,7 +614,7 @@ def main() -> None:
         parser.error("--slide needs a --stride, of as many pixels or fewer")
     if args.image and (args.json or not (args.show or args.save_labels)):
         parser.error("--image needs --show DIR or --save-labels DIR, and has no scores for --json")
-    with errors_in_one_sentence():
+    with errors_in_one_sentence(), ways_out():
         run(args)
 
 
@@ -749,8 +749,9 @@ def prepare(
 # ---- Processes -----------------------------------------------------------------------------------
 # Only this part uses what some platforms lack. Everything works without it, with less comfort.
 
-# Signals that ask a program to stop: Ctrl-C, and two that clusters send (Windows has no SIGUSR1).
-SIGNALS = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
+# Signals that ask a program to stop: Ctrl-C, a terminal that is closed, and two that clusters send.
+# (Windows lacks half of them.)
+SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1")]
 
 
 def setup_processes(timeout: float = 1800) -> tuple:
@@ -759,10 +760,19 @@ def setup_processes(timeout: float = 1800) -> tuple:
     RuntimeError."""
     keep_memory()
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        # How many tasks srun or mpirun started. (A shell of salloc has SLURM_NTASKS too.)
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
+        if tasks != "1":
+            raise UsageError(
+                "srun or mpirun started several tasks, each would do the whole work: start one a "
+                "node, `srun --ntasks-per-node 1 torchrun --nproc_per_node GPUS_OF_A_NODE ...`"
+            )
         return 0, 1, choose_device(1)
 
     wait = timedelta(seconds=timeout)
     with about("start with torchrun, or unset RANK and WORLD_SIZE", UsageError):
+        if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):  # torch would wait for ever
+            raise ValueError("RANK is not below WORLD_SIZE")
         store, rank, world = next(dist.rendezvous("env://", timeout=wait))
     device = choose_device(world)
 
@@ -803,6 +813,30 @@ def choose_device(world: int) -> torch.device:
     return torch.device(device.type, index)
 
 
+# What errors say for which there is a way out, and the way out.
+WAYS_OUT = {
+    "DataLoader": "a process that reads pictures has died or hangs, take fewer --workers, or 0",
+    "[Tt]imed out|onnection (closed|reset)|Broken pipe": "another process has died or hangs, "
+    "continue a training with --resume",  # (gloo's words)
+    r"C(\+\+)? compiler": "--compile needs a C++ compiler, install g++ or leave out --compile",
+    "MemoryError|out of memory|(not enough|allocate) memory": "the memory is too small, take "
+    "smaller pictures, fewer pictures at a time or fewer --workers",
+}
+
+
+@contextmanager
+def ways_out() -> Iterator:
+    """An error of torch or numpy that the user can mend becomes a UsageError. gloo raises one when
+    another process is gone."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        for pattern, way in WAYS_OUT.items():
+            if re.search(pattern, repr(error)):
+                raise UsageError(f"{way}: {first_line(error)}")
+        raise
+
+
 def keep_memory() -> None:
     """Let glibc keep the memory of arrays below 80 MB when they are freed. (Larger ones would leave
     large holes.) Otherwise it returns them to the system and gets the next one page by page, each
@@ -831,12 +865,18 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
+def ignore_deaths() -> None:
+    """Remove torch's handler: when a loader dies, it raises an error wherever this process is just
+    then. The code that waits for the loader gets an error without it."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 @atexit.register
 def clean_up() -> None:
     """Runs when the main process ends, also by an error."""
     # Otherwise multiprocessing sends its loaders SIGTERM, which they ignore, and waits for them.
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as lost
+    ignore_deaths()
     for child in active_children():
         child.kill()
 
@@ -846,10 +886,10 @@ def clean_up() -> None:
         dist.destroy_process_group()
 
 
-def leave_processes(world: int) -> None:
-    """Wait for all processes at the end: one that left early would be missed by those that still
-    talk to it. clean_up follows at exit."""
-    if world > 1:
+def wait_for_all() -> None:
+    """Wait until all processes are here. No process may leave before: others would miss it, and
+    torchrun would end them."""
+    if dist.is_initialized():
         dist.barrier()
 
 

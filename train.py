@@ -65,6 +65,7 @@ from convert_weights import (
     local_path,
     read_checkpoint,
     split_choice,
+    whole_or_not_at_all,
     write_checkpoint,
 )
 from evaluate import (
@@ -77,7 +78,7 @@ from evaluate import (
     choose_dtype,
     curves,
     evaluate,
-    leave_processes,
+    ignore_deaths,
     memory_format,
     newest_run,
     prepare,
@@ -86,6 +87,8 @@ from evaluate import (
     sheet,
     start_worker,
     table,
+    wait_for_all,
+    ways_out,
 )
 from model import ARCHS, NECKS
 from upernet import Segmenter, build_model
@@ -201,17 +204,14 @@ def train(args: Namespace, checkpoint: dict) -> None:
     train_pairs = find_pairs(root, "training", optional=args.dry_run)
     val_pairs = find_pairs(root, "validation", optional=True)
     classes = read_classes(root)
-    if Classes(*checkpoint.get("classes", classes)) != classes:
-        raise UsageError(
-            f"{root}: its classes are not those of the checkpoint, give it back its classes.txt or "
-            "start a new run with --pretrained and the checkpoint"
-        )
+    pictures = check_files(args, checkpoint, train_pairs, classes)
     samples = TrainSet(train_pairs, args.seed, args.crop_size, args.short_side, classes)
     start = checkpoint.get("iteration", 0)
     loader = DataLoader(
         samples, batch_sampler=positions(start, args.iters, args.batch_size, rank, world),
         num_workers=args.workers, prefetch_factor=4 if args.workers else None,
         worker_init_fn=start_worker, pin_memory=device.type == "cuda",
+        timeout=args.workers and args.timeout / 6,  # (the other processes wait for --timeout)
     )
 
     # Model: random, pretrained or the checkpoint's. --dry-run only needs shapes, as meta has them.
@@ -232,7 +232,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
     if args.dry_run:
         return log.say(plan)
 
-    load_start(model, log, checkpoint, world)
+    load_start(model, log, checkpoint)
     adapt(model, args.drop_path, args.freeze)
     model = parallel = prepare(model, device, dtype, args.compile)  # parallel runs, model is saved
     if world > 1:
@@ -253,9 +253,6 @@ def train(args: Namespace, checkpoint: dict) -> None:
             if checkpoint["scaler"]:  # a disabled one has no state
                 scaler.load_state_dict(checkpoint["scaler"])
 
-    # Say what the run will do, and what is doubtful. `pictures` tells if --resume finds others.
-    names = os.fsencode("\n".join(basename(image) for image, _ in train_pairs))
-    pictures = f"{len(train_pairs)} training pictures, crc {zlib.crc32(names):08x} of names"
     if rank == 0:
         os.makedirs(args.work_dir, exist_ok=True)
         log.say(plan, iteration=start, args=vars(args))
@@ -265,25 +262,23 @@ def train(args: Namespace, checkpoint: dict) -> None:
     # BatchNorm's mean and variance, and room for those before a step. (Its counter is not read.)
     statistics = [b for b in model.buffers() if b.is_floating_point()]
     before = [b.clone() for b in statistics]
-    stop, skipped = False, 0  # whether a signal asks to stop; steps in a row that were not taken
+    batch, batches = None, iter(loader)
     signals = watch_signals()
-    batches = iter(loader)
+    i, stop, skipped = start, False, 0  # iterations done; whether to stop; steps not taken in a row
 
-    for i in range(start, args.iters + 1):  # i iterations are done
+    while True:
         due = i > 0 and (i % args.interval == 0 or i == args.iters)
         if i > start and (due or stop or skipped == PATIENCE):
-            content = dict(
-                model=model.state_dict(), optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(), iteration=i, args=vars(args), classes=tuple(classes),
+            save(
+                log, model=model.state_dict(), optimizer=optimizer.state_dict(), iteration=i,
+                scaler=scaler.state_dict(), args=vars(args), classes=tuple(classes),
                 names=pictures, entries=log.entries, steps=log.steps,
             )
-            save(content, log, world)
         if skipped == PATIENCE:
             leave(f"error: {PATIENCE} losses in a row were not finite: continue with --resume and "
                   "a lower --lr, or without the pictures named above", 3)
-        if stop:  # the signal may have come to another process
-            leave(f"stopped by a signal after iteration {i}: continue with --resume",
-                  128 + (signals[0] if signals else signal.SIGTERM))
+        if stop:  # the reason may be another process's
+            leave(f"stopped after iteration {i}: continue with --resume", (signals or [1])[0])
         if due and val_pairs:  # on --resume too: a checkpoint is written before its validation
             validate(log, i, signals, model, val_pairs, classes, dtype, world)
         if i == args.iters:
@@ -295,9 +290,8 @@ def train(args: Namespace, checkpoint: dict) -> None:
             group["lr"] = rate * group["scale"]
         torch.manual_seed(int(default_rng([args.seed, i, rank, 2]).integers(2**63)))
         torch.backends.cudnn.benchmark = not args.deterministic  # pays, as all crops have one size
-
         began = monotonic()
-        batch = next(batches)
+        batch = fetch(batches, batch, signals)
         waited = monotonic() - began
         images, labels, sizes = (t.to(device, non_blocking=True) for t in batch)
         torch._foreach_copy_(before, statistics)
@@ -330,17 +324,36 @@ def train(args: Namespace, checkpoint: dict) -> None:
             skipped = 0
         else:  # put statistics back: infinite ones would stay infinite
             torch._foreach_copy_(statistics, before)
+            if stop:  # on --resume this iteration comes again
+                continue
             skipped += 1
             log.skip(i + 1, samples)
         optimizer.zero_grad()
-        log.step(i + 1, [*losses, monotonic() - began, waited], rate)
+        i += 1
+        log.step(i, [*losses, monotonic() - began, waited], rate)
 
-    leave_processes(world)
+    wait_for_all()
     if rank == 0 and not log.saved:
         leave("error: the last checkpoint is not saved, make room and continue with --resume", 1)
     log.say(f"{log.saved}: evaluate it with `python evaluate.py`")
     if args.data == "toy":
         log.say(AFTER_TOY)
+
+
+def fetch(batches: Iterator, last, signals: list) -> tuple:
+    """-> the next batch. Where it cannot be fetched (a damaged picture, a loader that died), say
+    why, and ask all processes to stop and to save. They need this one in what they exchange before:
+    it takes the last batch with pictures of nan. So the loss is nan, and no process takes the
+    step."""
+    try:
+        return next(batches)
+    except Exception as error:
+        if not last:  # nothing is lost
+            raise
+        # (A loader's error comes with its traceback before the sentence.)
+        warn("error: the next batch cannot be read: " + str(error).rpartition("Error: ")[2].strip())
+        signals += [1, monotonic()]
+        return last[0] * math.nan, *last[1:]
 
 
 def agree(losses: Tensor, signals: list, world: int) -> tuple:
@@ -370,7 +383,32 @@ def fix_order_of_sums() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def load_start(model: Segmenter, log: "Log", checkpoint: dict, world: int) -> None:
+def check_files(args: Namespace, checkpoint: dict, pairs: list, classes: Classes) -> str:
+    """UsageError if the classes are not the checkpoint's; or if this process has other files or
+    arguments than process 0, as may be where each node has its own: it would train something else.
+    -> words about the pictures, by which --resume finds that they are others"""
+    if Classes(*checkpoint.get("classes", classes)) != classes:
+        raise UsageError(
+            f"{args.data}: its classes are not those of the checkpoint, give it back its "
+            "classes.txt or start a new run with --pretrained and the checkpoint"
+        )
+
+    names = os.fsencode("\n".join(basename(image) for image, _ in pairs))
+    pictures = f"{len(pairs)} training pictures, crc {zlib.crc32(names):08x} of names"
+    facts = vars(args) | {"checkpoint": checkpoint.get("path"), "data": pictures}
+    first = [facts]
+    if dist.is_initialized():
+        dist.broadcast_object_list(first)
+    differ = dict(facts.items() - first[0].items())
+    if differ:
+        raise UsageError(
+            f"a process has {differ}, unlike process 0: give all of them one command, work "
+            "directory and data"
+        )
+    return pictures
+
+
+def load_start(model: Segmenter, log: "Log", checkpoint: dict) -> None:
     """Give the model the checkpoint's weights, or pretrained ones. Rank 0 fetches what lies behind
     a URL, then all processes read the file."""
     source = checkpoint.get("path") or log.args.pretrained
@@ -383,8 +421,7 @@ def load_start(model: Segmenter, log: "Log", checkpoint: dict, world: int) -> No
 
     if log.rank == 0:
         local_path(split_choice(source)[0])
-    if world > 1:
-        dist.barrier()
+    wait_for_all()
     state_dict, facts = load_weights(source)
     with about(source, UsageError):
         load_into(model, state_dict, facts, new_classes=not checkpoint)
@@ -441,9 +478,8 @@ class Log:
         self.entries = checkpoint.get("entries", [])  # the lines of log.jsonl
         if checkpoint and not self.entries:  # one of an earlier version: they are only in the file
             with suppress(FileNotFoundError), open(join(args.work_dir, "log.jsonl")) as file:
-                entries = map(json.loads, file)
-                last = checkpoint["iteration"]
-                self.entries = [entry for entry in entries if entry["iteration"] <= last]
+                lines = map(json.loads, file)
+                self.entries = [e for e in lines if e["iteration"] <= checkpoint["iteration"]]
 
         # Of each step that was taken since the last line with a loss: loss, decode, aux, seconds,
         # and how many of the seconds it waited for data.
@@ -473,10 +509,9 @@ class Log:
             self.entries.append(entry)
             # Write all lines and move the file into place: a reader never sees half a line, and
             # those that a full disk refused come with the next.
-            with self.writing("log.jsonl") as path:
-                with open(path + ".part", "w") as file:
+            with self.writing("log.jsonl") as path, whole_or_not_at_all(path) as part:
+                with open(part, "w") as file:
                     file.writelines(json.dumps(entry) + "\n" for entry in self.entries)
-                os.replace(path + ".part", path)
 
     def skip(self, n: int, samples: TrainSet) -> None:
         """Name the pictures of iteration n, whose loss is not finite."""
@@ -535,7 +570,7 @@ def validate(
 
     def look(i, *row):
         if signals:
-            leave("stopped in a validation; --resume starts with that validation", 128 + signals[0])
+            leave("stopped in a validation; --resume starts with that validation", signals[0])
         if 4 * i >= len(pairs) * len(rows):  # the first one of each quarter
             rows.append(row)  # image, label, prediction
 
@@ -563,9 +598,13 @@ def validate(
 # ---- saving and resuming -------------------------------------------------------------------------
 
 
-def save(content: dict, log: Log, world: int) -> None:
+def save(log: Log, **content) -> None:
     """Write checkpoint_N.pt on rank 0, then remove those before the last --keep; the other
-    processes wait."""
+    processes wait. Weights that are not finite end the run: the last good checkpoint stays."""
+    if not all(x.isfinite().all() for x in content["model"].values()):
+        leave("error: the weights are not finite, they are not saved: continue with --resume and a "
+              f"lower --lr from {log.saved}", 3)
+
     log.saved = None
     if log.rank == 0:
         with log.writing(f"checkpoint_{content['iteration']}.pt") as path:
@@ -577,8 +616,7 @@ def save(content: dict, log: Log, world: int) -> None:
             for old in found[: found.index(path) + 1][: -log.args.keep]:
                 with suppress(OSError):  # Windows refuses while a file is mapped: next time
                     os.remove(old)
-    if world > 1:
-        dist.barrier()  # a process that left now would have torchrun end rank 0
+    wait_for_all()
 
 
 def newest_whole(found: list[str]) -> dict:
@@ -587,7 +625,7 @@ def newest_whole(found: list[str]) -> dict:
         try:
             return read_checkpoint(path) | {"path": path}
         except Exception as error:  # whatever is wrong with it, the one before may be whole
-            warn(f"warning: {first_line(error)}; trying the checkpoint before it")
+            warn(f"warning: {first_line(error)}; it is passed over")
 
     raise UsageError("no checkpoint can be used: start a new run in another --work-dir")
 
@@ -596,21 +634,24 @@ def newest_whole(found: list[str]) -> dict:
 
 
 def watch_signals() -> list:
-    """-> a list, empty until a signal asks this process to stop: then [its number, when]. A second
-    signal ends the process at once."""
+    """-> a list, empty until a signal asks this process to stop: then [exit code, when]. Another
+    signal, two seconds later, ends the process at once."""
     signals = []
 
     def note(number, frame):
         # torchrun passes the terminal's Ctrl-C on to processes that got it from the terminal
         # themselves: within two seconds it is the same request.
         if not signals:
-            signals.extend([number, monotonic()])
-        elif "TORCHELASTIC_RUN_ID" not in os.environ or monotonic() - signals[1] > 2:
+            signals.extend([128 + number, monotonic()])
+        elif monotonic() - signals[1] > 2:
             os._exit(128 + number)
 
     for number in SIGNALS:
-        signal.signal(number, note)
+        # nohup has SIGHUP ignored. (SIGINT is ignored in each shell script's background.)
+        if (number.name, signal.getsignal(number)) != ("SIGHUP", signal.SIG_IGN):
+            signal.signal(number, note)
 
+    ignore_deaths()  # of loaders: fetch() is told
     return signals
 
 
@@ -736,7 +777,12 @@ def parse(argv: list[str] | None = None) -> tuple:
     toy), otherwise the published one. They set the parser's defaults, so the command line is read
     again after each of them."""
     parser = options()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(
+            f"unknown arguments: {unknown}. (--resume takes no file: name its folder by --work-dir."
+            " torch.distributed.launch adds --local-rank: start with torchrun.)"
+        )
     if args.data == "toy":
         parser.set_defaults(**TOY)
         args = parser.parse_args(argv)
@@ -789,15 +835,8 @@ def default_work_dir(args: Namespace) -> str:
 
 
 def main() -> None:
-    with errors_in_one_sentence():
-        args, checkpoint = parse()
-        try:
-            train(args, checkpoint)
-        except RuntimeError as error:  # gloo's, when another process is gone
-            if re.search("[Tt]imed out|onnection (closed|reset)|Broken pipe", str(error)):
-                leave("error: another process has died or hangs, continue with --resume: "
-                      + first_line(error), 1)
-            raise
+    with errors_in_one_sentence(), ways_out():
+        train(*parse())
 
 
 if __name__ == "__main__":

@@ -570,7 +570,7 @@ def test_a_picture_that_cannot_be_used_ends_evaluate_or_goes_to_the_list_of_faul
 LACKING = """
 import enum, multiprocessing, signal, sys, ctypes, torch, torch.multiprocessing
 import torch.utils.data._utils.signal_handling as handling
-del signal.SIGUSR1, signal.SIGCHLD
+del signal.SIGUSR1, signal.SIGCHLD, signal.SIGHUP
 there = {each.name: int(each) for each in signal.Signals if hasattr(signal, each.name)}
 signal.Signals = enum.IntEnum("Signals", there)
 handling.IS_WINDOWS = True  # torch itself then asks for none of it

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._inductor.exc import InvalidCxxCompiler
 from conftest import ROOT, Watch, assert_equal, draw_set, write_mmseg
 
 import evaluate
@@ -731,6 +733,9 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
         (("--data", "set", "--short-side", "-5"), "argument --short-side: "),
         (("--data", "set", "--seed", "-1"), "argument --seed: "),
         (("--data", "set", "--batch-size", "1"), "single value to normalise"),
+        (("--resume", "toy.pt"), "--resume takes no file: name its folder by --work-dir."),
+        (("--local-rank=0",), "torch.distributed.launch adds --local-rank: start with torchrun."),
+        ((*TINY, "--work-dir", "toy.pt"), "File exists: 'toy.pt'"),
         (
             ("--dry-run", "--data", "set", "--batch-size", 5, "--micro-batch", 2),
             "a batch of 5 pictures is not 1 processes x 2 pictures",
@@ -753,6 +758,68 @@ def test_wrong_inputs_end_with_one_sentence(folder, main, arguments, message, mo
         main(train, *arguments)
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "variables,message",
+    [
+        ({"SLURM_STEP_NUM_TASKS": 4}, "srun or mpirun started several tasks"),
+        ({"OMPI_COMM_WORLD_SIZE": 2}, "srun or mpirun started several tasks"),
+        ({"RANK": 2, "WORLD_SIZE": 2}, "unset RANK and WORLD_SIZE: RANK is not below WORLD_SIZE"),
+        ({"RANK": 0, "WORLD_SIZE": 0}, "unset RANK and WORLD_SIZE: RANK is not below WORLD_SIZE"),
+        ({"RANK": 0, "WORLD_SIZE": 2}, "variable MASTER_ADDR expected, but not set"),
+    ],
+)
+def test_processes_that_do_not_know_of_each_other_end_with_one_sentence(
+    variables, message, folder, main, monkeypatch, capsys
+):
+    monkeypatch.chdir(folder)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit) as end:
+        main(train, *TINY)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name,tasks", [("SLURM_NTASKS", 4), ("SLURM_STEP_NUM_TASKS", 1)])
+def test_one_task_of_a_cluster_trains(name, tasks, folder, main, monkeypatch):
+    """A shell of salloc has SLURM_NTASKS."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv(name, str(tasks))
+    main(train, *TINY, "--dry-run")
+
+
+@pytest.mark.parametrize(
+    "error,words",
+    [
+        (InvalidCxxCompiler(), "--compile needs a C"),
+        (MemoryError(), "the memory is too small"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "the memory is too small"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), "the memory is too small"),
+        (RuntimeError("DataLoader timed out after 5 seconds"), "a process that reads pictures"),
+        (RuntimeError("Connection closed by peer [127.0.0.1]"), "another process has died"),
+    ],
+)
+def test_errors_that_a_user_can_mend_are_said_in_a_sentence_and_others_stay(error, words):
+    with pytest.raises(UsageError, match=f"^{words}"), evaluate.ways_out():
+        raise error
+    with pytest.raises(RuntimeError, match="^required rank 4 tensor"), evaluate.ways_out():
+        raise RuntimeError("required rank 4 tensor to use channels_last format")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_asks_a_run_to_stop_unless_nohup_started_it(nohup, monkeypatch):
+    before = {number: signal.getsignal(number) for number in (*train.SIGNALS, signal.SIGCHLD)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+        signals = train.watch_signals()
+        signal.raise_signal(signal.SIGHUP)
+        assert signals[:1] == ([] if nohup else [128 + 1])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("launch", [(), TWO])
