@@ -17,6 +17,7 @@ pickle is executed: torch.load runs with weights_only=True, which builds only te
 containers."""
 
 import argparse
+import ast
 import hashlib
 import json
 import math
@@ -26,7 +27,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -35,7 +36,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ade20k import UserError, about, errors_in_one_sentence, fetch_url, listed, one_line, say
+from ade20k import (
+    PALETTE,
+    UserError,
+    about,
+    errors_in_one_sentence,
+    fetch_url,
+    listed,
+    one_line,
+    say,
+)
 from model import ARCHS, NECKS, VisionTransformer, resize_pos_embed
 from upernet import Segmenter, build_model
 
@@ -88,7 +98,7 @@ TIMM = read_table("""
     register_tokens                                     reg_token
 """)
 
-# The last three lines are DINOv2's.
+# layers. and .attention.x_proj. are what transformers 5 says; the last three lines are DINOv2's.
 HUGGING_FACE = read_table("""
     embeddings.cls_token                                backbone.cls_token
     embeddings.distillation_token                       backbone.dist_token
@@ -96,6 +106,11 @@ HUGGING_FACE = read_table("""
     embeddings.patch_embeddings.projection.             backbone.patch_embed.proj.
     encoder.layer.                                      backbone.blocks.
     .layernorm_before.                                  .norm1.
+    layers.                                             backbone.blocks.
+    .attention.q_proj.                                  .attn.q.
+    .attention.k_proj.                                  .attn.k.
+    .attention.v_proj.                                  .attn.v.
+    .attention.o_proj.                                  .attn.proj.
     .attention.attention.query.                         .attn.q.
     .attention.attention.key.                           .attn.k.
     .attention.attention.value.                         .attn.v.
@@ -146,10 +161,11 @@ JAX = read_table("""
 """)
 
 # The kinds of files. Key: what a kind calls the patch embedding. Value: the kind, what we put
-# before its names, its table. mmsegmentation: whole models of 0.x and 1.x, backbones as its
-# vit2mmseg.py writes them, and mmpretrain. timm: also DeiT, MAE and DINOv2.
+# before its names, its table. ours: also what DINOv2's training writes. mmsegmentation: whole
+# models of 0.x and 1.x, backbones as its vit2mmseg.py writes them, and mmpretrain. timm: also DeiT,
+# MAE and DINOv2.
 KINDS = {
-    "backbone.patch_embed.proj.weight":       ("ours", "", {}),
+    "backbone.patch_embed.proj.weight":       ("ours", "", TIMM),
     "backbone.patch_embed.projection.weight": ("mmsegmentation", "", MMSEG),
     "patch_embed.projection.weight":          ("mmsegmentation backbone", "backbone.", MMSEG),
     "embeddings.patch_embeddings.projection.weight": ("Hugging Face", "", HUGGING_FACE),
@@ -176,6 +192,25 @@ LEFT_OUT = read_table("""
     decoder.                    the decoder of another kind of model
     fc_norm.                    the norm of pooled features
     ema_                        a second set of weights, those before averaging
+    steps                       counts the steps of an average
+    n_averaged                  counts the steps of an average
+""")
+
+# What mmsegmentation's config says about a backbone and its tensors do not. DEFAULTS: what holds
+# there if the config does not say it. SETTINGS: what holds here, beside the heads and the layers
+# whose maps are read.
+DEFAULTS = read_table("""
+    img_size            224
+    num_heads           12
+    norm_cfg            dict(type='LN')
+""")
+SETTINGS = read_table("""
+    with_cls_token      True
+    interpolate_mode    'bicubic'
+    out_origin          False
+    patch_pad           'corner'
+    act_cfg             dict(type='GELU')
+    norm_cfg            dict(type='LN', eps=1e-06)
 """)
 
 
@@ -209,22 +244,24 @@ def load_weights(path_or_url: str) -> tuple:
         left_out     what is not used or not there, tensors and other entries, each with its reason
         grid         (h, w) of the returned position table
         resolution   height x width of the training's pictures, from the positions in the file
-        classes      the fields of ade20k.Classes, where the file names them
+        assumed      what only a config would tell, and there is none
+        classes      the fields of ade20k.Classes for a whole model; names () if none are known
+        zero_ignored the third of them, as text
         args         the command line of the training, in our own checkpoints
 
     A whole model keeps its pos_embed to the bit. A backbone starts a new model, so its pos_embed is
-    resized to the architecture's grid, with torch's bicubic. A tensor may be a view of the file:
+    resized to the architecture's grid, with resize_pos_embed. A tensor may be a view of the file:
     copy it before the file is overwritten."""
     path, choice = split_choice(path_or_url)
     content = read_checkpoint(path)
-    facts = {"added": [], "left_out": []}
+    facts = {"added": [], "left_out": [], "grid": content.get("grid")}
 
     with about(path, WeightsError):
         weights = unwrap(content, choice, facts["left_out"])
         tensors = translate(weights, facts)
 
         model = identify(tensors, facts)
-        recall(content, facts)
+        check_settings(recall(content, facts), facts)
         add_known_missing(tensors, facts)
         fit_positions(tensors, model.backbone, facts)
         compare(tensors, model.state_dict())
@@ -240,8 +277,11 @@ def split_choice(source: str) -> tuple:
     return match.groups() if match and not os.path.exists(source) else (source, "")
 
 
-# What torch.compile, FSDP and activation checkpointing put inside names, wherever they wrap a part.
-WRAPPERS = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+# What torch.compile, FSDP and activation checkpointing put inside names, wherever they wrap a part;
+# and the chunks that DINOv2's training puts blocks in: blocks.1.6. is block 6.
+WRAPPERS = re.compile(
+    r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.|(?<=\bblocks\.)\d+\.(?=\d+\.)"
+)
 
 # Finds the patch embeddings in a list of names, one a line. The group is what stands before the
 # name in KINDS, so before all names of that model.
@@ -264,12 +304,16 @@ def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
     prefixes = PATCH_EMBED.findall("\n".join(tensors))
     models = {prefix.rstrip(".") or "top": prefix for prefix in prefixes}
     if not models:
-        raise WeightsError(f"no known kind of checkpoint, its tensors: {listed(tensors)}")
+        raise WeightsError(
+            "no known kind of checkpoint (of a whole saved model take the state_dict()), its "
+            f"tensors: {listed(tensors)}"
+        )
     if not choice and len(models) == 1:
         (choice,) = models
     if choice not in models:
         raise WeightsError(
-            f"holds {len(models)} models, choose one as FILE:NAME, of {listed(list(models))}"
+            f"holds several models, choose one as FILE:NAME, of {listed(list(models))}"
+            " (where mmengine averages, state_dict holds the average, ema_state_dict does not)"
         )
 
     # One dictionary may hold a model inside another: "cls_token", "ema_model.cls_token". The names
@@ -277,6 +321,10 @@ def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
     prefix = models[choice]
     inner = tuple(other for other in prefixes if len(other) > len(prefix))
     used = {name for name in tensors if name.startswith(prefix) and not name.startswith(inner)}
+
+    # Beside "backbone." may stand parts of another kind of model: "neck.x", "depth_head.x".
+    if prefix + "decode_head." not in " ".join(used):
+        used = {name for name in used if name.startswith(prefix + "backbone.")} or used
 
     # A backbone next to a decode_head is part of a whole model, even where its names are not as we
     # know them: "backbone.module.cls_token", "decode_head.conv_seg.bias". But the decode_head of a
@@ -286,7 +334,7 @@ def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
         place, head, _ = name.partition("decode_head.")
         if head and prefix.startswith(place) and place not in prefixes:
             raise WeightsError(f"{name} is of a whole model, of which {prefix} is only a part")
-        if not name.startswith(("args.", "classes", "meta.")):  # see recall
+        if not name.startswith(("args.", "classes", "grid", "meta.")):  # see recall
             others.add(".".join(name.split(".")[:2]))
 
     if others:
@@ -335,7 +383,7 @@ def translate(weights: Tensors, facts: dict) -> Tensors:
             continue
 
         # (Only BatchNorm's counters have no dimension. They are whole numbers.)
-        if value.ndim and not (value.is_floating_point() and value.isfinite().all()):
+        if value.ndim and not (value.is_floating_point() and value.float().isfinite().all()):
             raise WeightsError(
                 f"{name} holds {value.dtype} that are not finite floating point numbers: it is "
                 "quantised, damaged, or of a run that diverged; take an earlier file"
@@ -377,10 +425,9 @@ def identify(tensors: Tensors, facts: dict) -> Segmenter:
     """Find arch, neck, num_classes and dtype. -> a model of that arch and neck, on the device meta,
     so with shapes but without memory. WeightsError if no architecture fits."""
     patch_embed = tensors["backbone.patch_embed.proj.weight"]
-    width, _, patch, _ = patch_embed.shape
     found = {
-        "width": width,
-        "patch": patch,
+        "width": patch_embed.shape[0],
+        "patch": patch_embed.shape[-1],
         "depth": len({name.split(".")[2] for name in tensors if ".blocks." in name}),
         "registers": tensors.get("backbone.reg_token", torch.empty(1, 0)).shape[1],
         "layer_scale": "backbone.blocks.0.ls1.gamma" in tensors,
@@ -401,31 +448,65 @@ def identify(tensors: Tensors, facts: dict) -> Segmenter:
         return build_model(fits[0], neck, num_classes or 150)
 
 
-def recall(content: dict, facts: dict) -> None:
-    """Add what the file says about its training to the facts. Our checkpoints hold args and
-    classes. mmsegmentation's "meta" holds the run's config, as text, and the data set's classes."""
-    try:
+def recall(content: dict, facts: dict) -> str:
+    """Add what the file says about its training to the facts. Our checkpoints hold args, classes
+    and grid. mmsegmentation's "meta" holds the run's config, as text, and the data set's classes.
+    Other people's files may hold anything there: what is not as we know it counts as not there.
+    -> the config"""
+    meta, config = {}, ""
+    with suppress(Exception):
         # Version 0.x has config, CLASSES and PALETTE here, 1.x has cfg and dataset_meta.
-        meta = content.get("meta", {})
-        config = meta.get("config") or meta.get("cfg") or ""
+        said = content["meta"]
+        meta = {k.lower(): v for k, v in (said | said.get("dataset_meta", {})).items()}
+        config = str(meta.get("config") or meta["cfg"])
         if facts["arch"] == "vit_b16" and "deit" in config:
             facts["arch"] = "deit_b16"
 
-        said = {k.lower(): v for k, v in (meta | meta.get("dataset_meta", {})).items()}
-        zero_ignored = "reduce_zero_label=True" in config or said.get("reduce_zero_label")
-        theirs = said.get("classes"), said.get("palette"), bool(zero_ignored)
-        names, palette, *more = content.get("classes") or theirs  # the fields of ade20k.Classes
-        if names:
-            palette = np.array(palette, np.uint8).reshape(facts["num_classes"], 3).tolist()
-            named = zip(names, palette, strict=True)  # an error if their numbers differ
-            names = tuple(one_line(name.strip()) for name, _ in named)  # one is called "bed "
-            facts["classes"] = (names, palette, *more)
+    # The fields of ade20k.Classes, each by itself. What 0 means decides what --save-labels writes:
+    # where nothing says it, it is the first class, except with ADE20K's 150 classes.
+    n = facts["num_classes"]
+    names, palette = (), (PALETTE.tolist() * 2)[:n]
+    with suppress(Exception):
+        names = tuple(one_line(name.strip()) for name in meta["classes"])  # one is called "bed "
+    with suppress(Exception):
+        palette = np.array(meta["palette"], np.uint8).reshape(n, 3).tolist()
+    zero_ignored = "reduce_zero_label=True" in config if config else n == len(PALETTE)
+    facts["classes"] = names, palette, meta.get("reduce_zero_label", zero_ignored)
 
-        args = content.get("args")
-        if args and args["arch"] in ARCHS:
+    with suppress(Exception):
+        args = content["args"]
+        if args["arch"] in ARCHS:
             facts |= dict(args=args, arch=args["arch"])
-    except Exception:  # other people's files may hold anything here
-        facts["left_out"] += ["what the file says about its training (not as we know it)"]
+            facts["classes"] = content.get("classes") or facts["classes"]
+    facts["zero_ignored"] = n and str(facts["classes"][2])
+    return config if n else ""  # that of a backbone's pretraining tells other settings
+
+
+def check_settings(config: str, facts: dict) -> None:
+    """WeightsError if mmsegmentation's config names what does not hold here: the tensors would
+    load, but compute something else. The size of its pictures gives the grid. The config is Python
+    code, which is read and not executed. Of a file without config it is said what is assumed."""
+    sizes = ARCHS[facts["arch"]]
+    depth = sizes["depth"]
+    quarters = tuple(range(-1, depth, depth // 4)[1:])  # the last layer of each
+    ours = SETTINGS | {"num_heads": str(sizes["heads"]), "out_indices": str(quarters)}
+    theirs = {}
+
+    with suppress(Exception):
+        nodes = ast.walk(ast.parse(config.replace("[", "(").replace("]", ")")))  # for out_indices
+        backbone = next(node.value for node in nodes if getattr(node, "arg", 0) == "backbone")
+        theirs = DEFAULTS | {each.arg: ast.unparse(each.value) for each in backbone.keywords}
+        size = ast.literal_eval(theirs["img_size"])  # s, (s,) or (h, w)
+        facts["grid"] = (np.broadcast_to(size, 2) // sizes["patch"]).tolist()
+
+    wrong = ours.items() - (ours | theirs).items()
+    if wrong:
+        raise WeightsError(f"here there is only {sorted(wrong)}, but its config says {theirs}")
+    if not theirs and "args" not in facts:
+        facts["assumed"] = (
+            f"{sizes['heads']} heads, a square of learned positions, GELU, maps after layers "
+            f"{quarters} counted from 0: check that the model is so"
+        )
 
 
 def add_known_missing(tensors: Tensors, facts: dict) -> None:
@@ -441,27 +522,37 @@ def add_known_missing(tensors: Tensors, facts: dict) -> None:
 
 def fit_positions(tensors: Tensors, backbone: VisionTransformer, facts: dict) -> None:
     """Resize a backbone's positions to the architecture's grid; for a whole model, give `backbone`
-    the grid of the positions. If the table is missing or is not a square, compare() says so."""
+    the grid of the positions. Where no config tells height and width, the grid is a square. If
+    there is no table, compare() says so."""
     if "backbone.pos_embed" not in tensors:
         return
 
     pos_embed = tensors["backbone.pos_embed"]  # (1, N, D)
     if tensors.pop("backbone.dist_token", None) is not None:  # its position is the second
-        others = torch.arange(pos_embed.shape[1]) != 1
-        pos_embed = pos_embed[:, others]  # (1, N - 1, D)
-        facts["left_out"] += ["dist_token and its position (only DeiT's distillation uses it)"]
+        pos_embed = pos_embed[:, torch.arange(pos_embed.shape[1]) != 1]  # (1, N - 1, D)
+        facts["left_out"] += [
+            "dist_token and its position (in DeiT's distillation the patches attend to it: without "
+            "it, features differ by 3 to 4%)"
+        ]
 
-    side = math.isqrt(pos_embed.shape[1])
-    if pos_embed.shape[1] == side * side:  # not 1 + ...: DeiT-III, and DINOv2 with registers
+    rows = pos_embed.shape[1]
+    side = math.isqrt(rows)
+    h, w = grid = facts["grid"] or (side, side)
+    if rows == h * w and not facts["neck"]:  # DeiT-III, and DINOv2 with registers
         pos_embed = F.pad(pos_embed, (0, 0, 1, 0))  # (1, 1 + N, D)
         facts["added"] += ["a position of zeros for the class token, which has none"]
+    elif rows != 1 + h * w:
+        raise WeightsError(
+            f"its {rows} rows of positions are not a square, or not what its config says: add the "
+            'true grid to the file, as the entry "grid": (height, width)'
+        )
 
-    size = side * backbone.patch_embed.patch
-    facts["resolution"] = f"{size}x{size}"
+    size = backbone.patch_embed.patch
+    facts["resolution"] = f"{h * size}x{w * size}"
     if facts["neck"]:
-        backbone.set_grid((side, side))
-    elif pos_embed.shape[1] == 1 + side * side:
-        pos_embed = resize_pos_embed(pos_embed.float(), (side, side), backbone.grid)
+        backbone.set_grid((h, w))
+    else:
+        pos_embed = resize_pos_embed(pos_embed.float(), grid, backbone.grid)
     tensors["backbone.pos_embed"] = pos_embed  # (1, 1 + h w, D)
 
 
@@ -526,7 +617,7 @@ def load_into(
 
 def describe(facts: dict) -> str:
     """facts in one line."""
-    keys = "kind arch neck num_classes resolution tensors dtype added left_out"
+    keys = "kind arch neck num_classes zero_ignored resolution tensors dtype added left_out assumed"
     words = [
         f"{key} {listed(facts[key]) if isinstance(facts[key], list) else facts[key]}"
         for key in keys.split()
@@ -628,10 +719,12 @@ def read_torch(path: str, names: Iterable = STAND_INS, mapped: bool = True) -> d
 
     try:
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(stand_ins):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:  # torch's own words advise to execute the file
-        raise ValueError("it holds more than tensors and plain containers") from error
-    return dict(content)  # (an error if it is a list, say)
+            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+    except (pickle.UnpicklingError, TypeError) as error:  # torch's words advise to execute the file
+        raise ValueError(
+            "it holds no tensors by name: of a whole model save the state_dict(), of a web page or "
+            "a pointer of Git LFS fetch the file itself, of an index in JSON join the shards"
+        ) from error
 
 
 # safetensors: u64 n | n bytes of JSON {name: {dtype, shape, data_offsets: [a, b]}} | the data
@@ -646,6 +739,12 @@ SAFETENSORS_DTYPES = read_table("""
     I8      int8
     U8      uint8
     BOOL    bool
+    U16     uint16
+    U32     uint32
+    U64     uint64
+    C64     complex64
+    F8_E4M3 float8_e4m3fn
+    F8_E5M2 float8_e5m2
 """)
 
 
@@ -753,16 +852,25 @@ def convert(src: str, dst: str, to: str) -> None:
     arch = facts["arch"]
     say(describe(facts))
 
+    content = {  # what recall() reads again
+        "args": facts.get("args", {"arch": arch}),
+        "classes": facts["classes"],
+        "grid": facts["grid"],
+    }
     if to == "ours":
-        args = facts.get("args", {"arch": arch})
-        content = {"model": state_dict, "args": args, "classes": facts.get("classes")}
+        content["model"] = state_dict
     elif to == "timm":
         content = to_timm(state_dict, arch)
     elif ARCHS[arch].get("layer_scale"):
         raise WeightsError(f"{arch} has layer scale, mmsegmentation's ViT has none")
     else:
-        content = to_mmseg(state_dict)
-        content = {"state_dict": content} if facts["neck"] else backbone_of(content)
+        weights = to_mmseg(state_dict)
+        content |= {
+            "state_dict": weights,
+            "meta": {"CLASSES": facts["classes"][0], "PALETTE": facts["classes"][1]},
+        }
+        if facts["neck"] is None:
+            content = backbone_of(weights)
         say(
             "mmsegmentation 1.2 and later need patch_bias=True in the backbone's config, or they "
             "drop the bias of the patch embedding without a word"

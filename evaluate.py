@@ -55,6 +55,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ade20k import (
+    CLASSES,
     DEFAULT_ROOT,
     Classes,
     DataError,
@@ -482,9 +483,9 @@ def find_data(args: Namespace, facts: dict) -> tuple:
     """-> (the pairs of picture and label that the command line means, the label None for --image;
     their classes)"""
     n = facts["num_classes"]
-    known = Classes(*facts.get("classes", Classes()))  # to the model; ADE20K's if it does not say
-    if n != len(known.names):  # the file names none, and ADE20K's do not fit: numbers do
-        known = Classes(tuple(map(str, range(n))), (known.palette * 2)[:n])
+    known = Classes(*facts["classes"])  # to the model
+    if n != len(known.names):  # the file names none: ADE20K's do if there are as many, or numbers
+        known = known._replace(names=CLASSES if n == len(CLASSES) else tuple(map(str, range(n))))
 
     if args.image:
         in_folder = glob(join(escape(args.image), "*"))  # without hidden files; [] for a file
@@ -493,7 +494,7 @@ def find_data(args: Namespace, facts: dict) -> tuple:
 
     args.data = data_root(args.data)
     classes = read_classes(args.data)
-    if n != len(classes.names) or ("classes" in facts and known.names != classes.names):
+    if n != len(classes.names) or facts["classes"][0] not in ((), classes.names):
         raise UsageError(
             f"{args.checkpoint}: knows {n} classes {known.names[:3]}, not those of {args.data}: "
             "train on that data first"

@@ -138,8 +138,11 @@ def build_optimizer(
     weights = defaultdict(list)  # by (exempt from weight decay, scale)
     for key, weight in model.named_parameters():
         # Tokens and positions are added, they multiply nothing, so decay does not regularise them.
-        # (The SGD schedule decays them anyway.)
-        exempt = name == "adamw" and key.endswith(("cls_token", "pos_embed", "reg_token"))
+        # (The SGD schedule decays them anyway.) Recipes with layer decay also exempt biases, norms
+        # and layer scales, in the head too; the published ones decay them.
+        exempt = (name == "adamw" and key.endswith(("cls_token", "pos_embed", "reg_token"))) or (
+            layer_decay < 1 and weight.ndim == 1
+        )
         scale = layer_decay ** (depth + 1 - layer_of(key, depth))
         if weight.requires_grad:
             weights[exempt, scale].append(weight)
@@ -272,7 +275,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
             save(
                 log, model=model.state_dict(), optimizer=optimizer.state_dict(), iteration=i,
                 scaler=scaler.state_dict(), args=vars(args), classes=tuple(classes),
-                names=pictures, entries=log.entries, steps=log.steps,
+                names=pictures, entries=log.entries, steps=log.steps, grid=model.backbone.grid,
             )
         if skipped == PATIENCE:
             leave(f"error: {PATIENCE} losses in a row were not finite: continue with --resume and "

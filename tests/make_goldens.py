@@ -28,6 +28,7 @@ from formulas import (  # noqa: E402
     weight,
 )
 from mmcv.runner import build_optimizer  # noqa: E402
+from mmcv.utils import config as mmcv_config  # noqa: E402
 from mmcv.runner.hooks.lr_updater import PolyLrUpdaterHook  # noqa: E402
 from mmseg.core.evaluation.metrics import intersect_and_union, pre_eval_to_metrics  # noqa: E402
 from mmseg.datasets.pipelines import Compose  # noqa: E402
@@ -209,6 +210,52 @@ def positions():
     shape = np.array(model.backbone.pos_embed.shape)
     out = logits_of(model, [(224, 224), (97, 131)])
     store("positions", pos_embed=shape, **out)
+
+
+# What is asked of a backbone of toy_p8's sizes: a rectangle of pictures with as many patches as the
+# square has, and then, one by one, settings that no tensor tells.
+TINY = {
+    "rectangular": dict(img_size=(64, 256)),
+    "plain": dict(out_indices=[0, 1, 2, 3]),
+    "with_cls_token": dict(with_cls_token=False),
+    "interpolate_mode": dict(interpolate_mode="bilinear"),
+    "num_heads": dict(num_heads=4),
+    "act_cfg": dict(act_cfg=dict(type="ReLU")),
+    "norm_cfg": dict(norm_cfg=dict(type="LN", eps=0.01)),
+}
+
+
+def configs():
+    """The released configs as a Runner writes them into its files. Then small models whose tensors
+    are alike: their configs and logits."""
+    text = mmcv_config.FormatCode
+    mmcv_config.FormatCode = lambda *args, verify, **more: text(*args, **more)  # (yapf dropped it)
+    out = {}
+    for (arch, neck, iters), name in mmseg017.CONFIGS.items():
+        out[f"{arch} {neck} {name}"] = mmseg017.config(arch, neck, iters).pretty_text
+
+    for name, changes in TINY.items():
+        cfg = mmseg017.config("deit_s16", "mln" if name == "rectangular" else "none")
+        m = cfg.model
+        tiny = dict(embed_dims=128, num_layers=4, num_heads=2, patch_size=8, img_size=(128, 128))
+        m.backbone.update(**(tiny | dict(out_indices=(0, 1, 2, 3)) | changes))
+        m.decode_head.update(in_channels=[128] * 4, channels=64)
+        m.auxiliary_head.update(in_channels=128, channels=32)
+        m.pretrained = None
+        if m.get("neck"):
+            m.neck.update(in_channels=[128] * 4, out_channels=128)
+        out[f"{name} config"] = cfg.pretty_text  # with SyncBN, as in the file of a run
+        for head in (m.decode_head, m.auxiliary_head):
+            head.norm_cfg = dict(type="BN", requires_grad=True)
+
+        model = filled(mmseg017.build_segmentor(m)).eval()
+        sizes = [(64, 256), (97, 131)]
+        if name == "rectangular":
+            out["keys"] = np.array(list(model.state_dict()))
+        else:
+            sizes = [(97, 131), (8, 200), (200, 8), (1, 1)]
+        out.update({f"{name} {k}": v for k, v in logits_of(model, sizes).items()})
+    store("configs", **out)
 
 
 def timm_shapes():
@@ -414,6 +461,9 @@ def slide():
 
 
 if __name__ == "__main__":
-    parts = ("optimizers", "backbones", "positions", "transforms", "evaluation", "slide", "models")
+    parts = (
+        "optimizers", "backbones", "positions", "configs", "transforms", "evaluation", "slide",
+        "models",
+    )
     for part in sys.argv[3:] or parts:
         globals()[part]()

@@ -56,15 +56,16 @@ def test_what_is_exported_takes_pictures_of_any_size(tiny, neck, more):
     assert taps == (4 * 3 if neck in ("none", "ln") else (4 + 3 + 2) * 3)
 
 
-def test_the_readmes_onnx_file_labels_pictures_of_any_size(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("neck", ["none", "ln_mln"])
+def test_the_readmes_onnx_file_labels_pictures_of_any_size(neck, tiny, tmp_path, monkeypatch):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
 
-    model = tiny("ln_mln")
+    model = tiny(neck)
     name = "runs/toy_p8_none_toy_800/best.pt"
     (tmp_path / name).parent.mkdir(parents=True)
-    content = {"model": model.state_dict(), "args": {"arch": "toy_p8", "neck": "ln_mln"}}
+    content = {"model": model.state_dict(), "args": {"arch": "toy_p8", "neck": neck}}
     write(content, tmp_path / name)
     monkeypatch.chdir(tmp_path)
 

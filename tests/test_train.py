@@ -140,8 +140,8 @@ def test_layer_decay_gives_layer_k_its_power_of_it():
 
     for name, group in found.items():
         assert group["scale"] == beits_scale(name, 4, 0.65), name
-        weight_decay = 0 if name in TOKENS else 0.05
-        assert group["weight_decay"] == weight_decay
+        exempt = name in TOKENS or name.endswith(".bias") or "norm" in name or ".bn." in name
+        assert group["weight_decay"] == (0 if exempt else 0.05), name
 
     assert found["decode_head.classifier.weight"]["scale"] == 1
     assert found["backbone.norm.weight"]["scale"] == 1

@@ -239,6 +239,142 @@ def test_a_whole_model_of_another_size_has_the_references_logits(golden, tmp_pat
         np.testing.assert_allclose(formulas.samples(logits), want, atol=tolerance)
 
 
+# ---- What the tensors do not tell ----
+
+
+@pytest.fixture
+def of_reference(golden, tmp_path):
+    """of_reference(name, neck) -> (a small model's file as the reference's Runner writes it, what
+    the reference computes with it)"""
+
+    def build(name, neck="none"):
+        gold = golden("configs")
+        net = build_model("toy_p8", neck)
+        meta = {"config": str(gold[f"{name} config"])}
+        path = write_mmseg(net.state_dict(), tmp_path / f"{name}.pth", meta=meta)
+        logits = {k.split()[1]: gold[k] for k in gold.files if k.startswith(name)}
+        return path, logits
+
+    return build
+
+
+def assert_logits(path, gold, sizes):
+    state_dict, facts = load_weights(path)
+    net = build_model(facts["arch"], facts["neck"], facts["num_classes"]).eval()
+    load_into(net, state_dict, facts)
+
+    for h, w in sizes:
+        images = torch.from_numpy(formulas.image(h, w))
+        with torch.inference_mode():
+            logits = net(images)
+        want = gold[f"logits_{h}x{w}"]
+        tolerance = 1e-4 * gold[f"max_{h}x{w}"]
+        np.testing.assert_allclose(formulas.samples(logits), want, atol=tolerance)
+
+
+def test_a_rectangle_of_positions_is_what_the_config_says(of_reference, main, tmp_path):
+    """8x32 positions, as many as 16x16: the tensors are those of a square."""
+    path, gold = of_reference("rectangular", "mln")
+    sizes = [(64, 256), (97, 131)]
+    assert load_weights(path)[1]["grid"] == (8, 32)
+    assert_logits(path, gold, sizes)
+
+    # It stays one on the way through the names of others.
+    main(convert_weights, path, tmp_path / "a.pt")
+    main(convert_weights, tmp_path / "a.pt", tmp_path / "b.pth", "--to", "mmseg")
+    main(convert_weights, tmp_path / "b.pth", tmp_path / "c.pt")
+    assert_logits(str(tmp_path / "c.pt"), gold, sizes)
+
+
+def test_pictures_one_patch_thin_have_the_references_logits(of_reference):
+    path, gold = of_reference("plain")
+    assert_logits(path, gold, [(97, 131), (8, 200), (200, 8), (1, 1)])
+
+
+@pytest.mark.parametrize(
+    "name", ["with_cls_token", "interpolate_mode", "num_heads", "act_cfg", "norm_cfg"]
+)
+def test_a_setting_that_the_tensors_do_not_tell_is_refused_by_name(name, of_reference):
+    _, plain = of_reference("plain")
+    path, gold = of_reference(name)
+    size = "97x131"
+    differ = np.abs(gold[f"logits_{size}"] - plain[f"logits_{size}"]).max()
+    assert differ > 2e-3 * plain[f"max_{size}"], "the reference computes something else"
+
+    with pytest.raises(WeightsError, match=f"{name}.pth: here there is only .*'{name}', "):
+        load_weights(path)
+
+
+def test_the_released_configs_are_accepted_and_no_others(golden, tmp_path):
+    gold = golden("configs")
+    released = [key for key in gold.files if " upernet_" in key]
+    assert len(released) == 11
+
+    for key in released:
+        arch, neck, _ = key.split()
+        config = str(gold[key])
+        with torch.device("meta"):
+            net = build_model(arch, neck)
+        weights = {}
+        for name, value in to_mmseg(net.state_dict()).items():
+            weights[name] = torch.zeros(()).expand(value.shape)
+
+        def read(config):
+            return load({"state_dict": weights, "meta": {"config": config}}, tmp_path / "x.pth")
+
+        _, facts = read(config)
+        assert facts["arch"] == arch
+        assert facts["grid"] == (32, 32)
+        assert "assumed" not in facts
+        assert facts["zero_ignored"] == "True"
+
+    for old, new in (
+        ("out_indices=(2, 5, 8, 11)", "out_indices=(8, 9, 10, 11)"),
+        ("with_cls_token=True", "with_cls_token=True, patch_pad=0"),
+        ("with_cls_token=True", "out_origin=True"),
+        ("norm_cfg=dict(type='LN', eps=1e-06)", "norm_cfg=dict(type='LN')"),
+        ("norm_cfg=dict(type='LN', eps=1e-06),", ""),
+    ):
+        assert old in config
+        with pytest.raises(WeightsError, match="x.pth: here there is only"):
+            read(config.replace(old, new))
+    with pytest.raises(WeightsError, match="1025 rows of positions are not"):
+        read(config.replace("img_size=(512, 512)", "img_size=(256, 512)"))
+
+
+def test_a_config_is_never_executed(net, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = "import os\nos.mkdir('executed')\nmodel = dict(backbone=dict(a=os.mkdir('executed')))"
+    with pytest.raises(WeightsError, match="its config says"):
+        load({"state_dict": to_mmseg(net.state_dict()), "meta": {"config": config}}, "x.pth")
+    assert os.listdir(".") == ["x.pth"]
+
+
+@pytest.mark.parametrize("h, w", [(31, 33), (25, 41), (5, 7)])
+def test_a_count_of_positions_that_is_not_a_square_needs_a_record(h, w, net, tmp_path):
+    """31x33 positions and the class token's are 1024 rows, which are not 32x32 without it."""
+    net.backbone.set_grid((h, w))
+    torch.nn.init.normal_(net.backbone.pos_embed)
+    content = {"state_dict": to_mmseg(net.state_dict())}
+    with pytest.raises(WeightsError, match=f'its {1 + h * w} rows.*"grid": .height, width'):
+        load(content, tmp_path / "x.pth")
+
+    state_dict, facts = load(content | {"grid": (h, w)}, tmp_path / "x.pth")
+    assert facts["grid"] == (h, w)
+    assert_equal(state_dict, net.state_dict())
+
+
+def test_what_is_assumed_without_a_config_is_said(net, tmp_path):
+    for weights in (net.state_dict(), to_mmseg(net.state_dict()), net.backbone.state_dict()):
+        _, facts = load(weights, tmp_path / "x.pth")
+        said = convert_weights.describe(facts)
+        assert "assumed 2 heads, a square of learned positions" in said
+        assert "check that the model is so" in said
+    args = {"arch": "toy_p8"}
+    _, facts = load({"model": net.state_dict(), "args": args}, tmp_path / "x.pth")
+    assert "assumed" not in facts
+
+
 @pytest.mark.parametrize("to", ["mmseg", "timm", "ours"])
 def test_a_whole_model_keeps_its_positions_to_the_bit(to, tmp_path, main):
     net = at_224("toy_p8", "ln_mln", 9)
@@ -321,18 +457,36 @@ def test_a_file_is_not_written_over_itself(net, same, tmp_path, main, capsys):
     assert src.read_bytes() == before
 
 
-def test_what_becomes_ours_keeps_its_classes_and_its_architecture(tmp_path, main):
+def test_conversions_keep_classes_and_architecture(tmp_path, main):
     net = build_model("deit_t16", "none", 9)
     names = [f"thing {k}" for k in range(9)]
     palette = [[k, k, k] for k in range(9)]
     meta = {"CLASSES": names, "PALETTE": palette, "config": "reduce_zero_label=True"}
     write_mmseg(net.state_dict(), tmp_path / "a.pth", meta=meta)
     main(convert_weights, tmp_path / "a.pth", tmp_path / "b.pt")
-    main(convert_weights, tmp_path / "b.pt", tmp_path / "c.pt")
-    _, facts = load_weights(str(tmp_path / "c.pt"))
+    main(convert_weights, tmp_path / "b.pt", tmp_path / "c.pth", "--to", "mmseg")
+    main(convert_weights, tmp_path / "c.pth", tmp_path / "d.pt")
+    _, facts = load_weights(str(tmp_path / "d.pt"))
 
     assert facts["arch"] == "deit_t16"
     assert facts["classes"] == (tuple(names), palette, True)
+
+    # As mmsegmentation names them.
+    meta = torch.load(tmp_path / "c.pth", weights_only=True)["meta"]
+    assert meta == {"CLASSES": tuple(names), "PALETTE": palette}
+
+
+def test_a_run_converted_to_mmseg_keeps_what_its_labels_mean(tmp_path, main):
+    """Saved labels were shifted by one: 0 counted as unlabelled."""
+    classes = (("a", "b"), [[9, 0, 0], [0, 9, 0]], False, None)
+    args = dict(arch="toy_p8", neck="none", short_side=96)
+    net = build_model("toy_p8", "none", 2)
+    write({"model": net.state_dict(), "args": args, "classes": classes}, tmp_path / "a.pt")
+    main(convert_weights, tmp_path / "a.pt", tmp_path / "b.pth", "--to", "mmseg")
+    _, facts = load_weights(str(tmp_path / "b.pth"))
+
+    assert facts["classes"] == classes
+    assert facts["args"] == args
 
 
 def test_colours_of_unlabelled_pixels_come_back_as_they_were_saved(tmp_path):
