@@ -26,6 +26,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -615,7 +616,7 @@ def main() -> None:
         parser.error("--slide needs a --stride, of as many pixels or fewer")
     if args.image and (args.json or not (args.show or args.save_labels)):
         parser.error("--image needs --show DIR or --save-labels DIR, and has no scores for --json")
-    with errors_in_one_sentence(), ways_out():
+    with end_alone(), errors_in_one_sentence(), ways_out():
         run(args)
 
 
@@ -717,9 +718,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """How maps lie in memory: channels last, with two exceptions. For float32 on CPUs it would make
-    gradients of weights take three times as long, and GPUs before 2020 are faster without it. On Apple's GPUs those of BatchNorm are wrong in
-    channels last (pytorch issue 175189)."""
+    """How maps lie in memory: channels last, except where that is slow or wrong. For float32 on
+    CPUs it would make gradients of weights take three times as long, and GPUs before 2020 are
+    faster without it. On Apple's GPUs the gradient of BatchNorm is wrong in channels last (pytorch
+    issue 175189)."""
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     if device.type == "mps" or (dtype == torch.float32 and (old or device.type == "cpu")):
         return torch.contiguous_format
@@ -874,15 +876,29 @@ def ignore_deaths() -> None:
 
 
 @atexit.register
-def clean_up() -> None:
-    """Runs when the main process ends, also by an error."""
-    # Otherwise multiprocessing sends its loaders SIGTERM, which they ignore, and waits for them.
+def end_loaders() -> None:
+    """Runs when the main process ends. Otherwise multiprocessing would send its loaders SIGTERM,
+    which they ignore, and wait for them."""
     ignore_deaths()
     for child in active_children():
         child.kill()
 
-    # Otherwise torch's threads that still listen to other processes abort this one (SIGABRT) about
-    # one time in fifteen.
+
+@contextmanager
+def end_alone() -> Iterator:
+    """One of several processes that ends early must not wait for the others: they may be waiting
+    for it in an all-reduce. NCCL would wait at exit. With gloo, torch's threads that still listen
+    would abort the process (SIGABRT) about one time in fifteen."""
+    try:
+        yield
+    except BaseException as end:
+        if not dist.is_initialized():
+            raise
+        if not isinstance(end, SystemExit):
+            traceback.print_exc()
+            end = SystemExit(1)
+        end_loaders()
+        os._exit(end.code)
     if dist.is_initialized():
         dist.destroy_process_group()
 

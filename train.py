@@ -77,6 +77,7 @@ from evaluate import (
     checkpoints,
     choose_dtype,
     curves,
+    end_alone,
     evaluate,
     ignore_deaths,
     memory_format,
@@ -838,7 +839,7 @@ def default_work_dir(args: Namespace) -> str:
 
 
 def main() -> None:
-    with errors_in_one_sentence(), ways_out():
+    with end_alone(), errors_in_one_sentence(), ways_out():
         train(*parse())
 
 

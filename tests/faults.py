@@ -704,6 +704,34 @@ def test_a_process_that_would_train_something_else_is_refused_and_all_end(other,
     assert "loss" not in out
 
 
+HANGS_AT_EXIT = """
+import time, train
+import torch.distributed as dist
+dist.destroy_process_group = lambda: time.sleep(1000)  # as NCCL's may, while others wait
+step = train.Log.step
+def fail(log, n, *rest):
+    if (n, log.rank) == (3, 1): raise ValueError("an error of one process")
+    step(log, n, *rest)
+train.Log.step = fail
+train.main()
+"""
+
+
+def test_an_error_of_one_process_ends_it_at_once_and_then_the_other(folder):
+    (folder / "hangs_at_exit.py").write_text(HANGS_AT_EXIT)
+    command = (*TWO, "--standalone", "hangs_at_exit.py", *OPTIONS, "--work-dir", "one_error")
+    run = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        timeout=HANGS,
+        env=os.environ | {"PYTHONPATH": ROOT},
+    )
+    assert run.returncode == 1
+    assert "ValueError: an error of one process" in run.stderr
+
+
 @pytest.fixture(scope="module")
 def straight_two(folder):
     finish(start(folder, *OPTIONS, "--work-dir", "two", launch=(*TWO, "--standalone")))
