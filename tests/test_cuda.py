@@ -51,20 +51,21 @@ def network(arch="deit_t16", sure=False):
     return net
 
 
-def batch(device):
-    """Two pictures of 97 x 131 pixels, whose last patches hang over, and labels of six classes."""
+def batch(device, count=2):
+    """Two or four pictures of 97 x 131 pixels, whose last patches hang over, and labels of six
+    classes."""
     picture = torch.from_numpy(formulas.picture(97, 131))
     image = picture.permute(2, 0, 1)  # (3, 97, 131) uint8
-    images = torch.stack([image, image.flip(2)])
+    images = torch.stack([image, image.flip(2), image.flip(1), image.flip(1, 2)][:count])
 
-    labels = torch.from_numpy(formulas.labels(97, 131, 2))
+    labels = torch.from_numpy(formulas.labels(97, 131, count))
     labels = labels.where(labels == 255, labels % 6)
     return normalise(images.to(device)), labels.to(device)
 
 
-def backward(net, device, dtype=torch.float32, scale=1.0):
+def backward(net, device, dtype=torch.float32, scale=1.0, count=2):
     """-> loss, and the gradients of all parameters as they are in float32, both on the CPU."""
-    x, labels = batch(device)
+    x, labels = batch(device, count)
     memory_format = evaluate.memory_format(device, dtype)
     x = x.contiguous(memory_format=memory_format)
     with evaluate.autocast(device, dtype):
@@ -151,14 +152,15 @@ def test_bfloat16_labels_are_those_of_float32():
 
 
 @pytest.mark.parametrize(
-    "dtype,scale,cosine", [(torch.bfloat16, 1.0, 0.95), (torch.float16, 1024.0, 0.99)]
+    "dtype,scale,cosine", [(torch.bfloat16, 1.0, 0.98), (torch.float16, 1024.0, 0.99)]
 )
 def test_gradients_in_16_bits_point_where_those_of_float32_do(dtype, scale, cosine):
-    """(On a CPU the cosines are 0.974 and 0.9995.)"""
+    """(On a CPU the cosine of bfloat16 is 0.997. Two pictures would not do, 0.84 to 0.97: two values
+    in the 1x1 pooling are normalised to 1 and -1, so a small error in them can turn the sign.)"""
     net = evaluate.prepare(network(), DEVICE, torch.float32, False)
-    loss, grads = backward(net, DEVICE)
+    loss, grads = backward(net, DEVICE, count=4)
     net = evaluate.prepare(network(), DEVICE, dtype, False)
-    loss16, grads16 = backward(net, DEVICE, dtype, scale)
+    loss16, grads16 = backward(net, DEVICE, dtype, scale, count=4)
 
     assert_finite(grads16)
     assert direction(grads16, grads) > cosine
