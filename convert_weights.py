@@ -8,7 +8,7 @@ and writes them again.
 Everybody's ViT has the same tensors under other names, so most of the work is a table of names for
 each kind of file. The tables come first. Then come the steps from a file to a state_dict:
 
-    unwrap, translate, identify, recall, add_known_missing, fit_positions, compare
+    unwrap, translate, identify, recall, check_settings, add_known_missing, fit_positions, compare
 
 Then come load_into, the way back to the names of others, the files themselves and, last, URLs. A
 file's content tells what it is, whatever it is called: the first bytes tell the container (torch's
@@ -20,7 +20,6 @@ import argparse
 import ast
 import hashlib
 import json
-import math
 import os
 import pickle
 import re
@@ -28,6 +27,8 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from math import isqrt
+from os.path import exists, join, realpath
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ade20k import (
     PALETTE,
@@ -196,22 +198,23 @@ LEFT_OUT = read_table("""
     n_averaged                  counts the steps of an average
 """)
 
-# What mmsegmentation's config says about a backbone and its tensors do not. DEFAULTS: what holds
-# there if the config does not say it. SETTINGS: what holds here, beside the heads and the layers
-# whose maps are read.
+# What mmsegmentation's config says about a backbone and the tensors do not. DEFAULTS: what holds
+# there if the config does not say it. SETTINGS: what holds here, for the sizes of an architecture.
 DEFAULTS = read_table("""
     img_size            224
     num_heads           12
     norm_cfg            dict(type='LN')
 """)
-SETTINGS = read_table("""
+SETTINGS = """
+    num_heads           {heads}
+    out_indices         {layers}
     with_cls_token      True
     interpolate_mode    'bicubic'
     out_origin          False
     patch_pad           'corner'
     act_cfg             dict(type='GELU')
     norm_cfg            dict(type='LN', eps=1e-06)
-""")
+"""
 
 
 def rename(name: str, table: dict) -> str:
@@ -244,9 +247,9 @@ def load_weights(path_or_url: str) -> tuple:
         left_out     what is not used or not there, tensors and other entries, each with its reason
         grid         (h, w) of the returned position table
         resolution   height x width of the training's pictures, from the positions in the file
-        assumed      what only a config would tell, and there is none
+        assumed      what only a config could tell, where there is none
         classes      the fields of ade20k.Classes for a whole model; names () if none are known
-        zero_ignored the third of them, as text
+        zero_ignored "True" if 0 in label files means "not labelled", otherwise "False"
         args         the command line of the training, in our own checkpoints
 
     A whole model keeps its pos_embed to the bit. A backbone starts a new model, so its pos_embed is
@@ -274,22 +277,18 @@ def split_choice(source: str) -> tuple:
     """ "x.pth:state.model" -> ("x.pth", "state.model"); ("x.pth", "") without a choice. The colon
     of C:\\x.pth, of a URL or of a file's own name chooses nothing."""
     match = re.fullmatch(r"(..+):([A-Za-z_][\w.-]*)", source)
-    return match.groups() if match and not os.path.exists(source) else (source, "")
+    return match.groups() if match and not exists(source) else (source, "")
 
 
 # What torch.compile, FSDP and activation checkpointing put inside names, wherever they wrap a part;
 # and the chunks that DINOv2's training puts blocks in: blocks.1.6. is block 6.
-WRAPPERS = re.compile(
+WRAPPERS = (
     r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.|(?<=\bblocks\.)\d+\.(?=\d+\.)"
 )
 
 # Finds the patch embeddings in a list of names, one a line. The group is what stands before the
 # name in KINDS, so before all names of that model.
-PATCH_EMBED = re.compile(rf"^(|.*?\.)(?:{'|'.join(map(re.escape, KINDS))})$", re.MULTILINE)
-
-# The most numbers that a file's model may have; the largest model here has 383 million. (With a
-# stride of 0 a small file can claim tensors of any size.)
-MOST = 500_000_000
+PATCH_EMBED = rf"(?m)^(|.*?\.)(?:{'|'.join(map(re.escape, KINDS))})$"
 
 
 def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
@@ -301,11 +300,11 @@ def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
     tensors = [name for name, value in entries.items() if isinstance(value, Tensor)]
 
     # What a user calls each model, and what stands before its names. "top": nothing does.
-    prefixes = PATCH_EMBED.findall("\n".join(tensors))
+    prefixes = re.findall(PATCH_EMBED, "\n".join(tensors))
     models = {prefix.rstrip(".") or "top": prefix for prefix in prefixes}
     if not models:
         raise WeightsError(
-            "no known kind of checkpoint (of a whole saved model take the state_dict()), its "
+            "no known kind of checkpoint (of a whole model save the state_dict()), its "
             f"tensors: {listed(tensors)}"
         )
     if not choice and len(models) == 1:
@@ -322,23 +321,24 @@ def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
     inner = tuple(other for other in prefixes if len(other) > len(prefix))
     used = {name for name in tensors if name.startswith(prefix) and not name.startswith(inner)}
 
-    # Beside "backbone." may stand parts of another kind of model: "neck.x", "depth_head.x".
-    if prefix + "decode_head." not in " ".join(used):
+    # Without a decode_head it is a backbone. Beside it may stand parts of another kind of model:
+    # "neck.x", "depth_head.x". But the only backbone beside a decode_head is part of a whole model,
+    # even if we do not know its names: "backbone.module.cls_token", "decode_head.conv_seg.bias".
+    if "decode_head." not in " ".join(used):
+        if len(models) == 1 and "decode_head." in " ".join(entries):
+            raise WeightsError(
+                "the names of its backbone and of its decode_head begin differently: take off what "
+                "stands before one of them"
+            )
         used = {name for name in used if name.startswith(prefix + "backbone.")} or used
 
-    # A backbone next to a decode_head is part of a whole model, even where its names are not as we
-    # know them: "backbone.module.cls_token", "decode_head.conv_seg.bias". But the decode_head of a
-    # model that this one lies inside is not this one's.
-    others = set()
-    for name in entries.keys() - used:
-        place, head, _ = name.partition("decode_head.")
-        if head and prefix.startswith(place) and place not in prefixes:
-            raise WeightsError(f"{name} is of a whole model, of which {prefix} is only a part")
-        if not name.startswith(("args.", "classes", "grid", "meta.")):  # see recall
-            others.add(".".join(name.split(".")[:2]))
-
+    others = {
+        ".".join(name.split(".")[:2])
+        for name in entries.keys() - used
+        if not name.startswith(("args.", "classes", "grid", "meta."))  # see recall
+    }
     if others:
-        left_out.append(f"the file's other entries ({listed(sorted(others))})")
+        left_out += [f"the file's other entries ({listed(sorted(others))})"]
     return {name.removeprefix(prefix): entries[name] for name in used}
 
 
@@ -348,7 +348,7 @@ def flatten(holder: dict, where: str, seen: set) -> Iterator:
     in holder. A dictionary in several places, or in itself, comes once: its id is in `seen`."""
     seen.add(id(holder))
     for key, value in holder.items():
-        name = where + WRAPPERS.sub("", str(key))
+        name = where + re.sub(WRAPPERS, "", str(key))
         if not isinstance(value, dict):
             yield name, value
         elif id(value) not in seen:
@@ -368,7 +368,9 @@ def unique(pairs: Iterable) -> dict:
 def translate(weights: Tensors, facts: dict) -> Tensors:
     """The tensors in our names and shapes, without those that are left out on purpose. WeightsError
     for numbers that no training would survive."""
-    if sum(value.numel() for value in weights.values()) > MOST:
+    # The largest model here has 383 million. (With a stride of 0 a small file can claim tensors of
+    # any size.)
+    if sum(value.numel() for value in weights.values()) > 500_000_000:
         raise WeightsError("claims to hold more numbers than any model here has")
 
     (patch_embed,) = KINDS.keys() & weights
@@ -439,11 +441,15 @@ def identify(tensors: Tensors, facts: dict) -> Segmenter:
         raise WeightsError(f"no architecture has its sizes, {found}")
 
     has = ("backbone.norm.weight" in tensors, "neck.convs.0.weight" in tensors)  # as in NECKS
-    neck = next(name for name, needs in NECKS.items() if needs == has)
+    neck = {needs: name for name, needs in NECKS.items()}[has]
     num_classes = len(tensors.get("decode_head.classifier.weight", ())) or None
 
-    facts |= dict(arch=fits[0], num_classes=num_classes, dtype=patch_embed.dtype)
-    facts["neck"] = neck if num_classes else None
+    facts |= dict(
+        arch=fits[0],
+        neck=num_classes and neck,  # None for a backbone
+        num_classes=num_classes,
+        dtype=patch_embed.dtype,
+    )
     with torch.device("meta"):
         return build_model(fits[0], neck, num_classes or 150)
 
@@ -452,44 +458,43 @@ def recall(content: dict, facts: dict) -> str:
     """Add what the file says about its training to the facts. Our checkpoints hold args, classes
     and grid. mmsegmentation's "meta" holds the run's config, as text, and the data set's classes.
     Other people's files may hold anything there: what is not as we know it counts as not there.
-    -> the config"""
-    meta, config = {}, ""
-    with suppress(Exception):
-        # Version 0.x has config, CLASSES and PALETTE here, 1.x has cfg and dataset_meta.
-        said = content["meta"]
-        meta = {k.lower(): v for k, v in (said | said.get("dataset_meta", {})).items()}
-        config = str(meta.get("config") or meta["cfg"])
-        if facts["arch"] == "vit_b16" and "deit" in config:
-            facts["arch"] = "deit_b16"
+    -> the config of a whole model, "" if there is none"""
+    # Version 1.x has cfg where 0.x has config, and the classes in meta's dataset_meta.
+    said = flatten(content, "", set())
+    entries = {name.lower().replace("dataset_meta.", ""): value for name, value in said}
+    config = str(entries.get("meta.config") or entries.get("meta.cfg") or "")
+    if facts["arch"] == "vit_b16" and "deit" in config:
+        facts["arch"] = "deit_b16"
 
     # The fields of ade20k.Classes, each by itself. What 0 means decides what --save-labels writes:
     # where nothing says it, it is the first class, except with ADE20K's 150 classes.
     n = facts["num_classes"]
-    names, palette = (), (PALETTE.tolist() * 2)[:n]
+    names = ()
+    palette = (PALETTE.tolist() * 2)[:n]
     with suppress(Exception):
-        names = tuple(one_line(name.strip()) for name in meta["classes"])  # one is called "bed "
+        # (One is called "bed ".)
+        names = tuple(one_line(name.strip()) for name in entries["meta.classes"])
     with suppress(Exception):
-        palette = np.array(meta["palette"], np.uint8).reshape(n, 3).tolist()
-    zero_ignored = "reduce_zero_label=True" in config if config else n == len(PALETTE)
-    facts["classes"] = names, palette, meta.get("reduce_zero_label", zero_ignored)
+        palette = np.array(entries["meta.palette"], np.uint8).reshape(n, 3).tolist()
+    zero_ignored = "reduce_zero_label=True" in config if config else n == 150
+    classes = names, palette, entries.get("meta.reduce_zero_label", zero_ignored)
 
-    with suppress(Exception):
-        args = content["args"]
-        if args["arch"] in ARCHS:
-            facts |= dict(args=args, arch=args["arch"])
-            facts["classes"] = content.get("classes") or facts["classes"]
-    facts["zero_ignored"] = n and str(facts["classes"][2])
+    arch = str(entries.get("args.arch"))
+    if arch in ARCHS:
+        facts |= dict(args=content["args"], arch=arch)
+        classes = content.get("classes") or classes
+    facts |= dict(classes=classes, zero_ignored=n and str(classes[2]))
     return config if n else ""  # that of a backbone's pretraining tells other settings
 
 
 def check_settings(config: str, facts: dict) -> None:
     """WeightsError if mmsegmentation's config names what does not hold here: the tensors would
-    load, but compute something else. The size of its pictures gives the grid. The config is Python
-    code, which is read and not executed. Of a file without config it is said what is assumed."""
+    load, but the network would compute something else. The config's size of pictures gives the
+    grid. The config is Python code, which is read and never executed. If there is no config,
+    facts["assumed"] says what is taken for granted."""
     sizes = ARCHS[facts["arch"]]
-    depth = sizes["depth"]
-    quarters = tuple(range(-1, depth, depth // 4)[1:])  # the last layer of each
-    ours = SETTINGS | {"num_heads": str(sizes["heads"]), "out_indices": str(quarters)}
+    layers = tuple(range(-1, sizes["depth"], sizes["depth"] // 4)[1:])  # the quarters' last ones
+    ours = read_table(SETTINGS.format(layers=layers, **sizes))
     theirs = {}
 
     with suppress(Exception):
@@ -505,15 +510,15 @@ def check_settings(config: str, facts: dict) -> None:
     if not theirs and "args" not in facts:
         facts["assumed"] = (
             f"{sizes['heads']} heads, a square of learned positions, GELU, maps after layers "
-            f"{quarters} counted from 0: check that the model is so"
+            f"{layers} counted from 0: check that the model is so"
         )
 
 
 def add_known_missing(tensors: Tensors, facts: dict) -> None:
     """Add the patch bias where a file has none; say so where it has no auxiliary head."""
     bias = "backbone.patch_embed.proj.bias"
-    if facts["kind"].startswith("mmsegmentation") and bias not in tensors:
-        tensors[bias] = torch.zeros(ARCHS[facts["arch"]]["width"])
+    if "mmsegmentation" in facts["kind"] and bias not in tensors:
+        tensors[bias] = torch.zeros(len(tensors["backbone.patch_embed.proj.weight"]))
         facts["added"] += ["a patch bias of zeros, as mmsegmentation has none from 1.2 on"]
 
     if facts["neck"] and "auxiliary_head.classifier.weight" not in tensors:
@@ -536,7 +541,7 @@ def fit_positions(tensors: Tensors, backbone: VisionTransformer, facts: dict) ->
         ]
 
     rows = pos_embed.shape[1]
-    side = math.isqrt(rows)
+    side = isqrt(rows)
     h, w = grid = facts["grid"] or (side, side)
     if rows == h * w and not facts["neck"]:  # DeiT-III, and DINOv2 with registers
         pos_embed = F.pad(pos_embed, (0, 0, 1, 0))  # (1, 1 + N, D)
@@ -552,8 +557,7 @@ def fit_positions(tensors: Tensors, backbone: VisionTransformer, facts: dict) ->
     if facts["neck"]:
         backbone.set_grid((h, w))
     else:
-        pos_embed = resize_pos_embed(pos_embed.float(), grid, backbone.grid)
-    tensors["backbone.pos_embed"] = pos_embed  # (1, 1 + h w, D)
+        tensors["backbone.pos_embed"] = resize_pos_embed(pos_embed.float(), grid, backbone.grid)
 
 
 def compare(tensors: Tensors, wanted: Tensors) -> None:
@@ -565,12 +569,12 @@ def compare(tensors: Tensors, wanted: Tensors) -> None:
 
     (load_state_dict lists such tensors too, but it has overwritten half of a model by then, and
     does not notice that BatchNorm's num_batches_tracked is missing.)"""
-    parts = {name.split(".")[0] for name in tensors}
+    parts = tuple({name.split(".")[0] for name in tensors})
     if "decode_head" in parts:
-        parts.add("neck")
+        parts += ("neck",)
 
     theirs, ours = [
-        {f"{name} {tuple(x.shape)}" for name, x in held.items() if name.split(".")[0] in parts}
+        {f"{name} {tuple(x.shape)}" for name, x in held.items() if name.startswith(parts)}
         for held in (tensors, wanted)
     ]
     if theirs != ours:
@@ -596,7 +600,7 @@ def load_into(
     - with new_classes, a whole model for another number of classes leaves both classifiers as they
       are."""
     left_out = ()  # how the names of tensors start that are left out here
-    if facts["neck"] is None and model.backbone.norm is None:
+    if not facts["neck"] and model.backbone.norm is None:
         left_out = ("backbone.norm.",)
     elif new_classes and facts["num_classes"] != model.decode_head.classifier.out_channels:
         left_out = ("decode_head.classifier.", "auxiliary_head.classifier.")
@@ -618,12 +622,11 @@ def load_into(
 def describe(facts: dict) -> str:
     """facts in one line."""
     keys = "kind arch neck num_classes zero_ignored resolution tensors dtype added left_out assumed"
-    words = [
-        f"{key} {listed(facts[key]) if isinstance(facts[key], list) else facts[key]}"
+    return "; ".join(
+        f"{key} {listed(value) if isinstance(value, list) else value}"
         for key in keys.split()
-        if facts.get(key)
-    ]
-    return "; ".join(words)
+        if (value := facts.get(key))
+    )
 
 
 # ---- Back to the names of others -----------------------------------------------------------------
@@ -661,11 +664,11 @@ def read_checkpoint(path: str) -> dict:
     """The dictionary in a file, or behind a URL, which is fetched to torch's cache first. Its first
     bytes name the container. WeightsError if unreadable."""
     path = local_path(path)
-    with about(path, WeightsError), open(path, "rb") as file:
-        first = file.read(16)
+    with about(f"{path}: cannot be read as a checkpoint", WeightsError):
+        with open(path, "rb") as file:
+            first = file.read(9)
 
-    with about(f"{path}: not a checkpoint, or a damaged one", WeightsError):
-        if first[8:9] == b"{":  # 8 bytes for a length, then JSON
+        if first.endswith(b"{"):  # behind the 8 bytes of a length: JSON
             return read_safetensors(path)
         if first.startswith(b"PK"):  # a zip
             return read_zip(path)
@@ -687,9 +690,8 @@ def read_zip(path: str) -> dict:
             if entry.CRC:
                 archive.read(entry)
 
-    # Compressed entries cannot be mapped.
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return read_torch(path, names, all(x.compress_type == zipfile.ZIP_STORED for x in entries))
+    compressed = any(entry.compress_type for entry in entries)  # cannot be mapped
+    return read_torch(path, get_unsafe_globals_in_checkpoint(path), mapped=not compressed)
 
 
 class Skipped:
@@ -718,7 +720,7 @@ def read_torch(path: str, names: Iterable = STAND_INS, mapped: bool = True) -> d
     stand_ins = [(STAND_INS.get(name, Skipped), name) for name in names]
 
     try:
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(stand_ins):
+        with warnings.catch_warnings(action="ignore"), safe_globals(stand_ins):
             return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
     except (pickle.UnpicklingError, TypeError) as error:  # torch's words advise to execute the file
         raise ValueError(
@@ -755,9 +757,9 @@ def read_safetensors(path: str) -> Tensors:
     header = json.loads(bytes(data[8:start]), object_pairs_hook=unique)
     header.pop("__metadata__", None)
 
-    data, tensors = data[start:], {}
+    tensors = {}
     for name, entry in header.items():
-        value = torch.from_numpy(data[slice(*entry["data_offsets"])])
+        value = torch.from_numpy(data[start:][slice(*entry["data_offsets"])])
         dtype = getattr(torch, SAFETENSORS_DTYPES[entry["dtype"]])
         tensors[name] = value.view(dtype).reshape(entry["shape"])
 
@@ -812,7 +814,9 @@ PRETRAINED = read_table("""
 def local_path(source: str) -> str:
     """A path stays as it is. A URL's file is fetched to torch's cache, if it is not there yet.
     -> the file's path. With several processes, one has to call this before the others do. Names
-    like x-0123abcd.pth end with the first digits of the file's sha256, which is checked.
+    like x-0123abcd.pth end with the first digits of the file's sha256, which is checked. Other
+    names do not tell files apart, as many are called model.safetensors: the cache calls such a file
+    by the sha256 of its address.
 
     torch's own download would not notice that a file is cut short. So the file is read once."""
     if "://" not in source:
@@ -823,17 +827,13 @@ def local_path(source: str) -> str:
         "take --pretrained none",
         WeightsError,
     ):
-        name = os.path.basename(urlparse(source).path)
-        sha = re.search(r"-([0-9a-f]{8,64})\.", name)
-        if sha is None:  # many files are called model.safetensors: the address tells them apart
-            name = hashlib.sha256(source.encode()).hexdigest()[:8] + "_" + name
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-        if os.path.exists(path):
-            return path
-
-        with whole_or_not_at_all(path) as part:
-            fetch_url(source, part, sha and sha[1])
-            read_checkpoint(part)  # so only a file that can be opened enters the cache
+        named = re.search(r"[^/]*-([0-9a-f]{8,64})\.[^/]*$", urlparse(source).path)
+        name = named[0] if named else hashlib.sha256(source.encode()).hexdigest()
+        path = join(torch.hub.get_dir(), "checkpoints", name)
+        if not exists(path):
+            with whole_or_not_at_all(path) as part:
+                fetch_url(source, part, named and named[1])
+                read_checkpoint(part)  # so only a file that can be opened enters the cache
         return path
 
 
@@ -845,7 +845,7 @@ def convert(src: str, dst: str, to: str) -> None:
     if dst.endswith(".safetensors"):
         raise WeightsError("safetensors are only read; torch's file is written, as x.pt")
     # (dst is written as dst.part first, so src may not be that either.)
-    if os.path.realpath(split_choice(src)[0]).removesuffix(".part") == os.path.realpath(dst):
+    if realpath(split_choice(src)[0]).removesuffix(".part") == realpath(dst):
         raise WeightsError(f"{dst} would overwrite the file that is read, give it another name")
 
     state_dict, facts = load_weights(src)
@@ -862,14 +862,14 @@ def convert(src: str, dst: str, to: str) -> None:
     elif to == "timm":
         content = to_timm(state_dict, arch)
     elif ARCHS[arch].get("layer_scale"):
-        raise WeightsError(f"{arch} has layer scale, mmsegmentation's ViT has none")
+        raise WeightsError("it has layer scale, mmsegmentation's ViT has none")
     else:
         weights = to_mmseg(state_dict)
         content |= {
             "state_dict": weights,
             "meta": {"CLASSES": facts["classes"][0], "PALETTE": facts["classes"][1]},
         }
-        if facts["neck"] is None:
+        if not facts["neck"]:
             content = backbone_of(weights)
         say(
             "mmsegmentation 1.2 and later need patch_bias=True in the backbone's config, or they "

@@ -489,7 +489,7 @@ def test_bombs_and_lies_are_refused_in_bounded_memory(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(lines) == len(names), done.stderr
     for name, line in zip(names, lines):
-        sentence = f"{name} refused: {name}: not a checkpoint, or a damaged one: "
+        sentence = f"{name} refused: {name}: cannot be read as a checkpoint: "
         assert line.startswith(sentence), line
 
 
@@ -547,7 +547,7 @@ def test_bits_flipped_inside_a_tensor_do_not_pass_a_zips_checksum(tmp_path):
     (tmp_path / "x.pt").write_bytes(content.replace(inside, turned))
 
     assert torch.load(tmp_path / "x.pt")  # torch itself sees nothing
-    with pytest.raises(WeightsError, match="x.pt: not a checkpoint, or a damaged one: Bad CRC-32"):
+    with pytest.raises(WeightsError, match="x.pt: cannot be read as a checkpoint: Bad CRC-32"):
         load_weights(str(tmp_path / "x.pt"))
 
 
@@ -687,7 +687,7 @@ def test_two_addresses_with_one_file_name_are_two_files(server, hub, tmp_path):
 
 def test_a_page_in_place_of_a_file_is_not_kept(server, hub):
     server.files["/x.pth"] = b"<!DOCTYPE html><html>sign in</html>"
-    with pytest.raises(WeightsError, match="not a checkpoint"):
+    with pytest.raises(WeightsError, match="cannot be read as a checkpoint"):
         load_weights(f"{server.url}/x.pth")
     assert os.listdir(hub) == []
 
@@ -834,7 +834,7 @@ def test_a_name_that_stands_twice_in_a_safetensors_header_is_refused(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"norm.biaz", b"norm.bias"))
 
-    with pytest.raises(WeightsError, match="x: not a checkpoint.*two of its entries are norm.bias"):
+    with pytest.raises(WeightsError, match="x: cannot be read .*two of its entries are norm.bias"):
         load_weights(str(path))
 
     write_safetensors(timm_weights(), path, **{"norm.bias": {"dtypo": "F32"}})
@@ -854,9 +854,19 @@ def test_a_backbone_among_the_heads_of_a_whole_model_is_not_read_without_them(
         name = name.replace("backbone.", before)
         weights[wrap.format(name)] = value
 
-    refused = "x.pt: .*decode_head.* is of a whole model, of which .* is only a part"
+    refused = "x.pt: the names of its backbone and of its decode_head begin differently"
     with pytest.raises(WeightsError, match=refused):
         load(weights, tmp_path / "x.pt")
+
+
+def test_a_whole_model_beside_an_optimizer_that_has_its_names_is_read(tmp_path):
+    """(FSDP writes such files.)"""
+    weights = ours()
+    state = {name: {"exp_avg": torch.ones(1)} for name in weights}
+    content = {"module": weights, "optimizer": {"state": state}}
+    state_dict, facts = load(content, tmp_path / "x.pt")
+    assert_same(state_dict, weights)
+    assert facts["left_out"] == ["the file's other entries (optimizer.state)"]
 
 
 def test_a_backbone_beside_the_heads_of_another_model_is_chosen(tmp_path):
@@ -1028,7 +1038,7 @@ def test_what_is_not_a_checkpoint_is_called_what_it_is(legacy, tmp_path):
     with pytest.raises(WeightsError, match=r"of a whole model save the state_dict\(\)"):
         load_weights(str(path))
     torch.save({"model": net}, path)
-    with pytest.raises(WeightsError, match=r"of a whole saved model take the state_dict\(\)"):
+    with pytest.raises(WeightsError, match=r"of a whole model save the state_dict\(\)"):
         load_weights(str(path))
 
     for content in (
