@@ -18,7 +18,6 @@ As a program:  python ade20k.py {download,toy,check} DIR
 """
 
 import argparse
-import colorsys
 import hashlib
 import os
 import re
@@ -31,7 +30,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from glob import glob
 from multiprocessing.pool import ThreadPool
-from os.path import dirname, exists, isdir, join, lexists, splitext
+from os.path import exists, isdir, join, lexists, splitext
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -39,7 +38,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 from numpy.random import Generator, default_rng
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageColor, ImageDraw, ImageOps, PngImagePlugin
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
@@ -120,10 +119,8 @@ class TrainSet(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> tuple:
         """-> image (3, S, S) uint8, label (S, S) uint8, their size (2,) before padding"""
-        try:
+        with about("`python ade20k.py check DIR` names all faults, this is one of them"):
             image, label = load(*self.paths(position), self.classes)
-        except DataError as fault:
-            raise DataError(f"{fault}; `python ade20k.py check DIR` names all faults")
 
         rng = default_rng([self.seed, position, 1])
         sample = train_transform(image, label, rng, self.crop, self.short)
@@ -132,9 +129,9 @@ class TrainSet(torch.utils.data.Dataset):
 
 def positions(
     start: int, iters: int, batch: int, rank: int = 0, world: int = 1
-) -> Iterator[list]:
+) -> Iterator:
     """Iteration i takes the positions i * batch to (i + 1) * batch - 1, each process an equal part.
-    Yield the part of process number `rank` of `world`, for each iteration from start on."""
+    From iteration start on, yield the list of those of process number `rank` of `world`."""
     count = batch // world
     for i in range(start, iters):
         first = i * batch + rank * count
@@ -152,10 +149,10 @@ def train_transform(image: ndarray, label: ndarray, rng: Generator, crop: int, s
     it must be 0 *after* normalisation. No uint8 becomes exactly that, so normalise(images, sizes)
     sets it. Random numbers are drawn in the reference's order, so that a test can replay the
     reference's stream."""
-    # Scale to a long side of at most 4 short and a short side of at most short, both * U(0.5, 2).
+    # Scale by U(0.5, 2).
     H, W = label.shape
     ratio = rng.random() * 1.5 + 0.5
-    h, w = scaled_size(H, W, int(4 * short * ratio), int(short * ratio))
+    h, w = scaled_size(H, W, short, ratio)
     label = label[nearest_indices(H, h)][:, nearest_indices(W, w)]  # (h, w)
 
     # A crop in which one class covers 75% or more of the labelled pixels teaches little: it is
@@ -185,10 +182,13 @@ def train_transform(image: ndarray, label: ndarray, rng: Generator, crop: int, s
     return image, label, (height, width)
 
 
-def scaled_size(height: int, width: int, long: int, short: int) -> tuple:
-    """The largest (h, w) with the same aspect ratio, long side <= long and short side <= short, as
-    mmcv.rescale_size has it. No side is less than 1."""
-    scale = min(long / max(height, width), short / min(height, width))
+def scaled_size(height: int, width: int, short: int, ratio: float) -> tuple:
+    """The largest (h, w) with the same aspect ratio whose long side is at most 4 short * ratio and
+    whose short side is at most short * ratio, as mmcv.rescale_size has it. No side is less than
+    1."""
+    scale = min(
+        int(4 * short * ratio) / max(height, width), int(short * ratio) / min(height, width)
+    )
     return tuple(max(1, int(side * scale + 0.5)) for side in (height, width))
 
 
@@ -336,7 +336,7 @@ def rgb_to_hsv(image: ndarray) -> tuple:
 # around 60, B around 120), 1 over the two opposite, a ramp between. It is rounded to float32 as in
 # cv2's vector code, so that the truncation at the end meets the same numbers.
 SECTOR = np.float32(np.arange(180)) * (6 / 180)  # (180,): each hue as a number of sectors, 0..6
-PLACE = (np.float64(SECTOR) + [[5], [3], [1]]) % 6  # (3, 180): of R, G, B
+PLACE = (SECTOR + [[5], [3], [1]]) % 6  # (3, 180) float64: of R, G, B
 FADE = np.float64(np.float32(np.minimum(PLACE, 4 - PLACE).clip(0, 1)))
 
 
@@ -364,10 +364,10 @@ def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
 # Pillow refuses a png with more than 1 MB of text. Accept up to 16 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 16_000_000
 
-# Formats of pictures, whatever a file is called: those that Pillow decodes itself. (For others it
-# starts programs: an EPS file, which is a program too, would run in Ghostscript.) And those of
-# labels, which lose nothing.
-PICTURES = ("JPEG", "PNG", "TIFF", "WEBP", "AVIF", "BMP", "GIF", "PPM", "JPEG2000")
+# Formats of pictures, whatever a file is called. Pillow decodes these by itself. (For others it
+# starts programs: Ghostscript for EPS files, which are programs too.) Formats of labels lose
+# nothing.
+PICTURES = "JPEG PNG TIFF WEBP AVIF BMP GIF PPM JPEG2000".split()
 LABELS = ("PNG", "TIFF", "BMP")
 
 
@@ -514,17 +514,17 @@ def read_classes(root: str) -> Classes:
                         ignored = []
                     case ["ignore", *_] if colour and ignored is not None:
                         ignored.append(colour)
-                    case ["ignore" | "colours" | "colors", *_]:
+                    case ["ignore" | "colours" | "colors" | "name,r,g,b", *_]:
                         raise ValueError(
-                            "`ignore 0`, `ignore 255` and `colours` must be the first lines, "
-                            "`ignore R G B` (or #RRGGBB) asks for `colours`"
+                            "`ignore 0`, `ignore 255` and `colours` must be the first lines, only "
+                            "`colours` has `ignore R G B`; a class is `name` or `name R G B`"
                         )
                     case _:
-                        # Without R G B, hues in steps of the golden section: far apart, however
-                        # many there are. Three brightnesses tell apart hues that come near.
+                        # Without a colour, hues in steps of the golden section: far apart,
+                        # however many there are. Three brightnesses tell apart hues that come near.
                         k = len(names)
-                        rgb = colorsys.hsv_to_rgb(k * 0.618 % 1, 0.9, 1 - k % 3 / 4)
-                        palette.append(colour or [round(255 * x) for x in rgb])
+                        hsv = f"hsv({k * 222.48 % 360}, 90%, {100 - k % 3 * 25}%)"
+                        palette.append(colour or list(ImageColor.getrgb(hsv)))
                         names.append(name)
 
         if not 0 < len(names) < 256:
@@ -540,37 +540,35 @@ def find_pairs(root: str, split: str, optional: bool = False) -> list:
     below them, sorted by name. (A name holds its folder. Hidden files and folders do not count.)
 
     DataError if there are no pictures, or if one of them has not exactly one label file of its
-    name, or the reverse. optional: [] if neither folder exists."""
+    name, or the reverse. optional: [] if there are neither pictures nor label files."""
     folders = [join(root, kind, split) for kind in ("images", "annotations")]
-    if optional and not any(map(isdir, folders)):
-        return []
-
-    found = defaultdict(list)  # name without suffix -> the paths of its files, pictures first
+    found = defaultdict(list)  # name without suffix -> (folder, name) of its files, pictures first
     for folder in folders:
-        if not isdir(folder):
-            raise DataError(
-                f"{folder}: no such folder; a data set holds its pictures in images/training and "
-                "images/validation, and label files of the same names in annotations/training and "
-                "annotations/validation; `python ade20k.py download data/ade` fetches ADE20K "
-                "(1 GB), --data DIR names another data set, --data toy draws a small one"
-            )
         for name in glob("**", root_dir=folder, recursive=True):
             stem, suffix = splitext(name)
             if Image.registered_extensions().get(suffix.lower()) in PICTURES:
-                found[stem].append(join(folder, name))
+                found[stem].append((folder, name))
+
+    if not found:
+        if optional:
+            return []
+        raise DataError(
+            f"{folders[0]}: no such folder, or no pictures in it (save HEIC as JPEG); a data set "
+            "holds its pictures in images/training and images/validation, and label files of the "
+            "same names in annotations/training and annotations/validation; `python ade20k.py "
+            "download data/ade` fetches ADE20K (1 GB), --data DIR names another data set, --data "
+            "toy draws a small one"
+        )
 
     # Right is one file of a name in each folder.
-    wrong = [
-        stem
-        for stem in sorted(found)
-        if [splitext(path)[0] for path in found[stem]] != [join(each, stem) for each in folders]
-    ]
-    if wrong or not found:
+    names = sorted(found)
+    wrong = [name for name in names if [folder for folder, _ in found[name]] != folders]
+    if wrong:
         raise DataError(
-            f"{root}: in {split} each picture needs one label file of its name, each label file "
-            f"one picture, not so: {listed(wrong) or 'there are none (save HEIC as JPEG)'}"
+            f"{root}: each picture in images/{split} needs one label file of its name in "
+            f"annotations/{split}, each label file one picture, not so: {listed(wrong)}"
         )
-    return [tuple(found[stem]) for stem in sorted(found)]
+    return [tuple(join(*file) for file in found[name]) for name in names]
 
 
 def data_warnings(split: str, pairs: list, classes: Classes) -> Iterator:
@@ -583,8 +581,8 @@ def data_warnings(split: str, pairs: list, classes: Classes) -> Iterator:
     # Some files of a large set may lack rare classes, but hardly a third of all classes.
     if missing and (some == pairs or len(missing) >= len(classes.names) / 3):
         yield (
-            f"{len(missing)} classes are in none of the {len(some)} {split} label files that were "
-            f"looked at: {listed(missing)}"
+            f"{split}: none of the {len(some)} label files that were looked at holds a pixel of "
+            f"{listed(missing)}"
         )
     odd = listed([*filter(None, odd)])
     if odd:
@@ -681,6 +679,7 @@ sea 9 7 230
 sand 160 150 20
 boat 173 255 0
 """
+TOY_VALUES = re.findall(r"(?m)^\w+", TOY_CLASSES)  # names: the value of a class is its index here
 
 # The things, one shape per line, from back to front. First the thing, then the colour of the shape
 # (?: one of BRIGHT, by chance; shadow: it darkens what is there), then the corners of a polygon:
@@ -905,7 +904,7 @@ def draw_scene(rng: Generator) -> tuple:
                 if colour != "shadow":
                     colour = sun * tint * numbers(rng.choice(BRIGHT) if colour == "?" else colour)
                     draw(canvas, corners, tuple(np.int_(in_haze(colour, z))))
-                    draw(labels, corners, label_value(name))
+                    draw(labels, corners, TOY_VALUES.index(name))
 
     # 2 x 2 pixels become one: their mean in the picture, the first of them in the label. Shadows
     # have soft edges, and a camera adds noise.
@@ -918,7 +917,7 @@ def draw_ground(strips: list, zenith: ndarray, bend: float, rng: Generator) -> t
     """Sky and ground: the picture (HEIGHT, WIDTH, 3), 0 to 255, the label (HEIGHT, WIDTH), and how
     many metres away each pixel is (HEIGHT, WIDTH, 1)."""
     names, colours, edges = zip(*strips)  # the edges: each x where a strip begins
-    values = np.uint8([*map(label_value, ("sky", *names))])
+    values = np.uint8([*map(TOY_VALUES.index, ("sky", *names))])
     colours = np.array([zenith, *map(numbers, colours)])
 
     # The projection inverted for y = 0: the place on the ground that each pixel shows. The sky is
@@ -951,11 +950,6 @@ def draw(canvas: Image.Image, corners: ndarray, fill) -> None:
     shape(points, fill)
 
 
-def label_value(name: str) -> int:
-    """What label files hold for a class: the number of its line in TOY_CLASSES, from 0."""
-    return [line[0] for line in rows(TOY_CLASSES)].index(name)
-
-
 def rows(table: str) -> list:
     """The words of each line."""
     return [line.split() for line in table.strip().splitlines()]
@@ -963,7 +957,7 @@ def rows(table: str) -> list:
 
 def numbers(text: str) -> ndarray:
     """ "1,2.5" -> array([1, 2.5]) """
-    return np.array(text.split(","), float)
+    return np.float64(text.split(","))
 
 
 def data_root(name: str) -> str:
@@ -983,8 +977,8 @@ def make_toy(root: str) -> str:
         split = "training" if i < 96 else "validation"
         image, label = draw_scene(default_rng([1831, i]))  # 1831: all scenes about equally often
         for kind, pixels, end in (("images", image, "jpg"), ("annotations", label, "png")):
-            path = f"{part}/{kind}/{split}/toy_{i % 96:03d}.{end}"
-            os.makedirs(dirname(path), exist_ok=True)
+            path = Path(part, kind, split, f"toy_{i % 96:03d}.{end}")
+            path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path, quality=95)
 
     Path(part, "classes.txt").write_text(TOY_CLASSES)
@@ -1030,12 +1024,11 @@ def download(folder: str) -> str:
 def fetch_url(url: str, path: str, sha256: str | None = None) -> None:
     """Fetch what lies behind a URL. sha256: its first digits, to compare. torch itself would wait
     for ever for a server that stalls."""
-    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(60)  # seconds without a byte
     try:
         torch.hub.download_url_to_file(url, path, sha256, sys.stderr.isatty())
     finally:
-        socket.setdefaulttimeout(timeout)
+        socket.setdefaulttimeout(None)  # Python's own default
 
 
 # ---- what the four programs share ----------------------------------------------------------------
@@ -1051,9 +1044,7 @@ def errors_in_one_sentence() -> Iterator:
     try:
         yield
     except (UserError, OSError) as error:
-        # An error in a loader's process comes with its traceback before the sentence: cut it off.
-        sentence = str(error).rpartition(f"{type(error).__name__}: ")[2].strip()
-        warn(f"error: {sentence}")
+        warn(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

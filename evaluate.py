@@ -34,17 +34,7 @@ from datetime import timedelta
 from functools import partial
 from glob import escape, glob
 from multiprocessing import active_children, parent_process
-from os.path import (
-    dirname,
-    exists,
-    getmtime,
-    isdir,
-    isfile,
-    join,
-    realpath,
-    relpath,
-    splitext,
-)
+from os.path import dirname, exists, getmtime, isdir, isfile, join, realpath
 from pathlib import Path
 
 import numpy as np
@@ -156,8 +146,7 @@ def at_scales(image: ndarray, scales: tuple, short: int) -> list:
     aspect kept, (3, h, w) uint8. The largest comes first, while memory holds no logits."""
     H, W, _ = image.shape
     scales = sorted(scales, reverse=True)
-    sizes = [scaled_size(H, W, int(4 * short * s), int(short * s)) for s in scales]
-    return [resize_bilinear(image, *size) for size in sizes]
+    return [resize_bilinear(image, *scaled_size(H, W, short, s)) for s in scales]
 
 
 def resized_rows(view: tuple, W: int, start: int, stop: int) -> Tensor:
@@ -258,9 +247,9 @@ def scores(matrix: ndarray) -> dict:
     }
 
 
-def table(result: dict, classes: tuple) -> str:
-    """The scores of each class that has an IoU, and the means, as text. nan stands for a score that
-    does not exist."""
+def table(result: dict, classes: tuple) -> list:
+    """Lines of text: the scores of each class that has an IoU, and the means. nan stands for a
+    score that does not exist."""
     lines = ["class                        IoU     Acc"]
     for row in zip(classes, *np.array([result["IoU"], result["Acc"]], float)):  # None becomes nan
         if row[1] >= 0:  # (nan is not)
@@ -269,32 +258,24 @@ def table(result: dict, classes: tuple) -> str:
     means = np.array([result["mIoU"], result["mAcc"], result["aAcc"]], float)
     words = "mIoU %8.2f  mAcc %8.2f  aAcc %8.2f  (%d of %d classes)"
     lines.append(words % (*means, len(lines) - 1, len(classes)))
-    return "\n".join(lines)
+    return lines
 
 
 # ---- Many pictures -------------------------------------------------------------------------------
 
 
 def evaluate(
-    model: nn.Module,
-    pairs: list[tuple],
-    classes: Classes,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 2,
-    look: Callable | None = None,
-    faults: list | None = None,
-    scales: tuple = (1.0,),
-    short: int = 512,
-    **how,
+    model: nn.Module, pairs: list, classes: Classes, rank: int = 0, world: int = 1,
+    workers: int = 2, look: Callable | None = None, faults: list | None = None,
+    scales: tuple = (1.0,), short: int = 512, **how,
 ) -> ndarray:
     """Predict labels and compare them with the true ones -> confusion matrix (C, C) int64, the sum
     over all processes. Each process takes every world-th picture.
 
-    look(i, image, label, prediction) is called for each picture of this process: i its index in
+    look(i, image, label, prediction) is called for each picture of this process: i is its index in
     pairs, image (H, W, 3), label (H, W) or None, prediction (H, W). A file that cannot be used ends
-    the loop with a DataError; if faults is a list, the error's sentence is added there instead.
-    scales and short: see at_scales. how: predict's flip, dtype and slide."""
+    the loop with a DataError. If there is a list `faults`, the error's sentence is added to it
+    instead. scales and short: see at_scales. how: predict's flip, dtype and slide."""
     loader = DataLoader(  # of paths; its processes read and resize, in place of collating batches
         list(enumerate(pairs))[rank::world],  # not padded to equal parts: no picture counts twice
         batch_size=None, collate_fn=partial(read, classes, scales, short),
@@ -461,28 +442,27 @@ def choose_checkpoint(path: str, rank: int = 0) -> str:
 
 def checkpoints(folder: str) -> list:
     """The paths of checkpoint_N.pt directly in a folder, by N, newest last."""
-    files = glob("checkpoint_*.pt", root_dir=folder)
-    names = [name for name in files if re.fullmatch(r"checkpoint_\d+\.pt", name)]
-    names.sort(key=lambda name: (len(name), name))  # of two numbers the longer one is larger
-    return [join(folder, name) for name in names]
+    files = glob("checkpoint_*", root_dir=folder)
+    names = filter(re.compile(r"checkpoint_\d+\.pt").fullmatch, files)
+    # A number with more digits is larger.
+    return [join(folder, name) for name in sorted(names, key=lambda name: (len(name), name))]
 
 
 def newest_run(folder: str) -> str:
     """The work directory whose log was written last, among those directly below a folder that hold
     checkpoints."""
-    everywhere = join(escape(folder), "*", "log.jsonl")
-    logs = [log for log in glob(everywhere) if checkpoints(dirname(log))]
+    logs = [log for log in Path(folder).glob("*/log.jsonl") if checkpoints(log.parent)]
     if not logs:
         raise UsageError(
             f"{folder}: no run with a checkpoint in it, train one with `python train.py --data toy`"
             " or name a file with --checkpoint"
         )
-    return dirname(max(logs, key=getmtime))
+    return str(max(logs, key=getmtime).parent)
 
 
 def find_data(args: Namespace, facts: dict) -> tuple:
     """-> (the pairs of picture and label that the command line means, the label None for --image;
-    their classes)"""
+    their classes; the folder in which, or below which, the pictures are)"""
     n = facts["num_classes"]
     known = Classes(*facts["classes"])  # to the model
     if n != len(known.names):  # the file names none: ADE20K's do if there are as many, or numbers
@@ -491,7 +471,7 @@ def find_data(args: Namespace, facts: dict) -> tuple:
     if args.image:
         in_folder = glob(join(escape(args.image), "*"))  # without hidden files; [] for a file
         files = sorted(filter(isfile, in_folder)) or [args.image]
-        return [(file, None) for file in files], known
+        return [(file, None) for file in files], known, dirname(files[0])
 
     args.data = data_root(args.data)
     classes = read_classes(args.data)
@@ -500,7 +480,7 @@ def find_data(args: Namespace, facts: dict) -> tuple:
             f"{args.checkpoint}: knows {n} classes {known.names[:3]}, not those of {args.data}: "
             "train on that data first"
         )
-    return find_pairs(args.data, args.split), classes
+    return find_pairs(args.data, args.split), classes, join(args.data, "images", args.split)
 
 
 # ---- python evaluate.py: label, write, report ----------------------------------------------------
@@ -508,7 +488,6 @@ def find_data(args: Namespace, facts: dict) -> tuple:
 PLAN = """{checkpoint}: {facts}
 {images} pictures of {source}, {dtype} on {device}
 scales {scales} of a short side of {short_side}, flip {flip}, slide {slide}, stride {stride}"""
-PROTOCOL = "checkpoint data split images scales flip short_side slide stride dtype".split()
 
 
 def run(args: Namespace) -> None:
@@ -526,16 +505,16 @@ def run(args: Namespace) -> None:
     args.short_side = args.short_side or trained.get("short_side", 512)
     dtype = choose_dtype(args.dtype, device)
     args.dtype = str(dtype).removeprefix("torch.")
-    pairs, classes = find_data(args, facts)
+    pairs, classes, top = find_data(args, facts)
     args.images = len(pairs)
 
-    # The files with results have the pictures' names, with their folders below the split's.
-    top = dirname(pairs[0][0]) if args.image else join(args.data, "images", args.split)
-    names = [splitext(relpath(path, top))[0] + ".png" for path, _ in pairs]
+    # Files with results have the pictures' names, with the folders that are below top.
+    names = [Path(path).relative_to(top).with_suffix(".png") for path, _ in pairs]
     open_outputs(args, pairs, names)
     if rank == 0:
-        source = args.image or args.data
-        plan = PLAN.format(**vars(args), facts=describe(facts), source=source, device=device)
+        plan = PLAN.format(
+            **vars(args), facts=describe(facts), source=args.image or args.data, device=device
+        )
         say(*plan.splitlines())
 
     faults = [] if args.image else None  # with --image unreadable ones are named at the end
@@ -549,11 +528,10 @@ def run(args: Namespace) -> None:
     if rank == 0 and not args.image:
         result = scores(matrix)
         if args.json:
-            protocol = {key: getattr(args, key) for key in PROTOCOL}
-            result |= dict(classes=classes.names, confusion=matrix.tolist(), protocol=protocol)
+            result |= dict(classes=classes.names, confusion=matrix.tolist(), protocol=vars(args))
             with whole_or_not_at_all(args.json) as part:
                 Path(part).write_text(json.dumps(result))
-        say(*table(result, classes.names).splitlines())
+        say(*table(result, classes.names))
 
     wait_for_all()
     if faults:
@@ -565,12 +543,12 @@ def run(args: Namespace) -> None:
 def open_outputs(args: Namespace, pairs: list, names: list) -> None:
     """Make the folders and try to write the scores, so that an error comes now and not after an
     hour. UsageError if a result would replace a file that is read, or another result."""
-    taken = {dirname(realpath(path)) for pair in pairs for path in pair if path}  # folders
+    taken = {realpath(dirname(path)) for pair in pairs for path in pair if path}  # folders
     if len(set(names)) < len(names):
         raise UsageError(f"{args.image}: two pictures have one name, their results too: rename one")
 
     for folder in filter(None, (args.show, args.save_labels)):
-        folders = {dirname(realpath(join(folder, name))) for name in names}
+        folders = {realpath(join(folder, name.parent)) for name in names}
         if folders & taken:
             raise UsageError(f"{folder}: holds pictures, labels or other results: name another")
         for each in folders:
@@ -648,8 +626,8 @@ def options() -> ArgumentParser:
     add("--stride", type=at_least(0), default=0,
         help="pixels from one window to the next, e.g. 341")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help="auto (default): bfloat16 where the hardware has it, otherwise float32; on V100 and T4 "
-        "float16 is several times as fast")
+        help="auto (default): bfloat16 where the hardware has it, otherwise float32; on V100 and "
+        "T4 float16 is several times as fast")
     add("--workers", type=at_least(0), default=min(8, CORES),
         help="processes that read and resize pictures (default: one a core, at most 8)")
     add("--compile", action="store_true",
@@ -667,12 +645,11 @@ def options() -> ArgumentParser:
 
 def list_of_scales(text: str) -> tuple:
     """ "0.5,0.75,1" -> (0.5, 0.75, 1.0); "0.5,...,1.75" means steps of 0.25."""
-    positive = at_least(0.01, float)
-    scales = [positive(scale) for scale in text.replace(",...", "").split(",")]
+    scales = tuple(map(at_least(0.01, float), text.replace(",...", "").split(",")))
     if ",..." in text:
         first, last = sorted(scales)
-        scales = np.arange(first, last + 1e-9, 0.25).tolist()
-    return tuple(scales)
+        return tuple(np.arange(first, last + 1e-9, 0.25).tolist())
+    return scales
 
 
 def at_least(low: float, kind: type = int) -> Callable:

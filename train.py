@@ -352,10 +352,10 @@ def fetch(batches: Iterator, last, signals: list) -> tuple:
     try:
         return next(batches)
     except Exception as error:
-        if not last:  # nothing is lost
-            raise
         # (A loader's error comes with its traceback before the sentence.)
         warn("error: the next batch cannot be read: " + str(error).rpartition("Error: ")[2].strip())
+        if not last:  # nothing is lost
+            sys.exit(2)
         signals += [1, monotonic()]
         return last[0] * math.nan, *last[1:]
 
@@ -589,7 +589,7 @@ def validate(
         with log.writing(f"sheet_{n}.png") as path:
             sheet(rows, classes).save(path)
         result = scores(matrix)
-        summary = table(result, classes.names).splitlines()[-1]
+        summary = table(result, classes.names)[-1]
         log.say(f"{n}/{log.args.iters}  validation: {summary}  {path}", iteration=n, **result)
 
         if log.saved and result["mIoU"] == max(entry.get("mIoU") or 0 for entry in log.entries):

@@ -240,7 +240,7 @@ def look_inside(
     """The sheet of a picture (H, W, 3) and its label (H, W), both uint8; the network sees it as at
     scale 1. at: the place (x, y) whose attention is shown, from 0, left and top, to below 1."""
     backbone = model.backbone
-    h, w = scaled_size(*image.shape[:2], 4 * short, short)
+    h, w = scaled_size(*image.shape[:2], short, 1)
     x = torch.tensor(resize_bilinear(image, h, w))
     x = x[None].to(backbone.pos_embed.device)  # (1, 3, h, w)
     seen = watch(model, normalise(x), dtype)
@@ -295,7 +295,7 @@ def draw(args: argparse.Namespace) -> None:
     model, facts = evaluate.load_model(checkpoint)
     model = evaluate.prepare(model, device, dtype, compiled=False)
     short = facts.get("args", {}).get("short_side", 512)
-    pairs, classes = evaluate.find_data(args, facts)
+    pairs, classes, _ = evaluate.find_data(args, facts)
 
     os.makedirs(args.out, exist_ok=True)
     for path, _ in pairs:

@@ -131,9 +131,7 @@ def test_test_resize_equals_cv2_within_one_level_on_real_pictures(sample, golden
 
         for ratio in (0.5, 1.0, 1.75):
             key = f"test_{name}_{ratio}"
-            longest = int(2048 * ratio)
-            shortest = int(512 * ratio)
-            h, w = ade20k.scaled_size(H, W, longest, shortest)
+            h, w = ade20k.scaled_size(H, W, 512, ratio)
             assert (h, w) == tuple(gold[key + "_size"])
 
             got = ade20k.resize_bilinear(image, h, w)
@@ -216,9 +214,7 @@ def test_crop_is_redrawn_while_one_class_fills_it():
     for seed in range(40):
         rng = ReplayedRng(seed)
         ratio = rng.random() * 1.5 + 0.5
-        longest = int(400 * ratio)
-        shortest = int(100 * ratio)
-        h, w = ade20k.scaled_size(100, 300, longest, shortest)
+        h, w = ade20k.scaled_size(100, 300, 100, ratio)
         rows = ade20k.nearest_indices(100, h)
         columns = ade20k.nearest_indices(300, w)
         scaled = label[rows][:, columns]
@@ -745,10 +741,11 @@ UNUSABLE = [
     ("sky 1 2 256", r"'sky 1 2 256': .*range\(0, 256\)"),
     ("ignore 7\nsky", "'ignore 7': .*" + FIRST),
     ("ignore\nsky", "'ignore': .*" + FIRST),
+    ("name,r,g,b\nsky,1,2,3", "'name,r,g,b': .*a class is `name` or `name R G B`"),
     ("ignore region", "'ignore region': .*" + FIRST),
     ("sky\nignore 0\nroad", "'ignore 0': .*" + FIRST),
     ("sky\ncolours\nroad", "'colours': .*" + FIRST),
-    ("ignore 1 2 3\nsky", "'ignore 1 2 3': .*asks for `colours`"),
+    ("ignore 1 2 3\nsky", "'ignore 1 2 3': .*only `colours` has `ignore R G B`"),
     ("colours\nignore 0\nsky 1 2 3", "'ignore 0': " + OWN),
     ("ignore 0\ncolours\nsky 1 2 3", "'colours': .*" + FIRST),
     ("colours\nignore 1 2 256\nsky 1 2 3", "'ignore 1 2 256': "),
@@ -822,7 +819,7 @@ def test_a_sample_that_cannot_be_used_is_named_with_what_to_do(small_set):
     pairs = ade20k.find_pairs(small_set, "training")
     write(pairs[0][0], b"no picture at all")
     data = ade20k.TrainSet(pairs, seed=0)
-    message = "p0.jpg: cannot be read as a picture: .*; `python ade20k.py check DIR` names all"
+    message = "`python ade20k.py check DIR` names all faults, .*p0.jpg: cannot be read as a picture"
 
     def read_all():
         return [data[position] for position in range(2)]
@@ -833,12 +830,12 @@ def test_a_sample_that_cannot_be_used_is_named_with_what_to_do(small_set):
 def test_folders_and_files_that_are_missing_are_named(small_set):
     os.remove(small_set + "/annotations/training/p1.png")
     find = ade20k.find_pairs
-    message = "set: in training each picture needs one label file of its name, .* not so: "
+    message = "set: each picture in images/training needs one label file of its name .* not so: "
     refused(message + "p1$", find, small_set, "training")
-    none = r"there are none \(save HEIC as JPEG\)$"
-    refused("set: in validation .*: " + none, find, small_set, "validation")
-    missing = "nowhere.*training: no such folder; a data set holds.* download data/ade.*--data toy"
-    refused(missing, find, small_set + "/nowhere", "training")
+    none = r": no such folder, or no pictures in it \(save HEIC as JPEG\); a data set holds"
+    refused("set/images/validation" + none, find, small_set, "validation")
+    advice = ".* download data/ade.*--data toy"
+    refused("nowhere/images/training" + none + advice, find, small_set + "/nowhere", "training")
 
     os.remove(small_set + "/images/training/p0.jpg")
     refused(message + "p0, p1$", find, small_set, "training")
@@ -882,7 +879,7 @@ def test_pictures_in_folders_are_found_by_their_whole_names_without_hidden_files
         assert label == f"{small_set}/annotations/training/{stem}.png"
 
     os.remove(f"{small_set}/annotations/training/ulm/Street_leftImg8bit.png")
-    message = "in training each .* not so: ulm/Street_leftImg8bit$"
+    message = "each picture in images/training .* not so: ulm/Street_leftImg8bit$"
     refused(message, ade20k.find_pairs, small_set, "training")
 
 
@@ -965,18 +962,21 @@ def test_two_files_of_one_name_are_a_fault_by_name(twin, other, partner, small_s
     name = name_of(twin)
     if partner == "gone":  # two files, but not one of each kind
         os.remove(f"{small_set}/{other}")
-    message = f"in training each picture needs one label file .*, not so: {name}$"
+    message = f"each picture in images/training needs one label file .*, not so: {name}$"
     refused(message, ade20k.find_pairs, small_set, "training")
     refused(message, ade20k.check, small_set)
 
 
 def test_a_set_without_validation_is_legal_where_that_is_asked_for(small_set, capsys):
     find = ade20k.find_pairs
-    refused("in validation .*: there are none", find, small_set, "validation", True)
+    assert find(small_set, "validation", optional=True) == []
+    label = small_set + "/annotations/validation/alone.png"
+    save_label(label, 1)
     os.rmdir(small_set + "/images/validation")
-    message = "images/validation: no such folder; a data set holds"
+    message = "each picture in images/validation needs .* in annotations/validation, .*: alone$"
     refused(message, find, small_set, "validation", True)
 
+    os.remove(label)
     os.rmdir(small_set + "/annotations/validation")
     assert find(small_set, "validation", optional=True) == []
     refused("images/validation: no such folder", find, small_set, "validation")
@@ -995,10 +995,10 @@ def test_labels_that_teach_nothing_are_warned_of(small_set):
 
     assert warnings(0, 1) == []
     assert warnings(0, 255) == [  # a mask, read as numbers: 255 is "not labelled"
-        "1 classes are in none of the 2 training label files that were looked at: front"
+        "training: none of the 2 label files that were looked at holds a pixel of front"
     ]
     assert warnings(255, 255) == [
-        "2 classes are in none of the 2 training label files that were looked at: back, front"
+        "training: none of the 2 label files that were looked at holds a pixel of back, front"
     ]
     refused("p0.png: holds 7, which", warnings, 7, 1)
 
@@ -1025,7 +1025,8 @@ def test_many_labels_are_looked_at_evenly_and_rare_classes_are_not_missed(monkey
     three = np.bincount(range(3), minlength=256)
     monkeypatch.setattr(ade20k, "look_at", lambda pair, classes: ((1, 3), three, ""))
     assert list(look("validation", pairs, classes)) == [
-        "5 classes are in none of the 250 validation label files that were looked at: d, e, f, g, h"
+        "validation: none of the 250 label files that were looked at holds a pixel of "
+        "d, e, f, g, h"
     ]
 
 
@@ -1034,8 +1035,8 @@ def test_a_warning_names_twenty_missing_classes_and_counts_the_others(small_set)
     (warning,) = ade20k.data_warnings("training", pairs, Classes())
 
     missing = ", ".join(ade20k.CLASSES[2:22])
-    assert warning.startswith("148 classes are in none of the 2 training label files")
-    assert warning.endswith(f": {missing}, and 128 more")
+    words = "training: none of the 2 label files that were looked at holds a pixel of"
+    assert warning == f"{words} {missing}, and 128 more"
 
 
 def test_check_reports_every_fault_by_file_in_one_pass(small_set):
@@ -1069,7 +1070,7 @@ def test_check_reports_every_fault_by_file_in_one_pass(small_set):
 def test_check_looks_for_partners_before_it_reads_anything(small_set, monkeypatch):
     monkeypatch.setattr(ade20k, "load", None)
     save_label(small_set + "/annotations/validation/alone.png", 1)
-    refused("set: in validation .* not so: alone$", ade20k.check, small_set)
+    refused("set: each picture in images/validation .* not so: alone$", ade20k.check, small_set)
 
 
 def test_check_prints_names_from_files_in_one_line_each(small_set, capsys):

@@ -157,19 +157,18 @@ def test_confusion_matrix_and_scores_equal_a_plain_loop():
     assert result["IoU"][3] == 0
     assert result["mIoU"] == pytest.approx(np.mean(ious))
 
-    text = evaluate.table(result, ("a", "b", "c", "d", "e"))
-    lines = text.splitlines()
+    lines = evaluate.table(result, ("a", "b", "c", "d", "e"))
     shown = [line[0] for line in lines[1:-1]]
     assert shown == ["a", "b", "c", "d"]
-    assert "(4 of 5 classes)" in text
-    assert f"{result['mIoU']:.2f}" in text
+    assert "(4 of 5 classes)" in lines[-1]
+    assert f"{result['mIoU']:.2f}" in lines[-1]
 
 
 def test_scores_of_nothing_are_none_not_zero():
     result = evaluate.scores(np.zeros((3, 3), np.int64))
     assert result["mIoU"] is result["aAcc"] is None
     assert result["IoU"] == [None] * 3
-    assert evaluate.table(result, ("a", "b", "c")).count("nan") == 3
+    assert evaluate.table(result, ("a", "b", "c"))[-1].count("nan") == 3
 
 
 def test_multi_scale_with_flip_is_the_mean_of_softmaxes_of_single_views():
@@ -180,7 +179,7 @@ def test_multi_scale_with_flip_is_the_mean_of_softmaxes_of_single_views():
 
     total = 0
     for scale in (0.5, 1.0, 1.5):
-        h, w = ade20k.scaled_size(70, 95, int(4 * 64 * scale), int(64 * scale))
+        h, w = ade20k.scaled_size(70, 95, 64, scale)
         for flip in (False, True):
             x = ade20k.resize_bilinear(image, h, w)
             if flip:
@@ -205,7 +204,7 @@ def test_a_picture_one_pixel_wide_is_labelled_and_trained_on():
     got = evaluate.predict(net, image, (0.05, 1), flip=True, short=64)
 
     assert got.shape == (3000, 1)
-    assert ade20k.scaled_size(3000, 1, 256, 64) == (256, 1)
+    assert ade20k.scaled_size(3000, 1, 64, 1) == (256, 1)
 
     rng = np.random.default_rng(0)
     x, y, size = ade20k.train_transform(image, label, rng, 32, 32)
@@ -293,7 +292,7 @@ def test_command_line_writes_table_json_labels_and_pictures(run):
         out = json.load(file)
 
     assert f"{out['mIoU']:8.2f}" in done.stdout
-    assert out["protocol"] == {
+    protocol = {
         "checkpoint": os.path.join("runs", "a", "checkpoint_5.pt"),
         "data": "set",
         "split": "validation",
@@ -303,8 +302,8 @@ def test_command_line_writes_table_json_labels_and_pictures(run):
         "short_side": 64,
         "slide": 0,
         "stride": 0,
-        "dtype": out["protocol"]["dtype"],
     }
+    assert {key: out["protocol"][key] for key in protocol} == protocol
     assert out["protocol"]["dtype"] in ("float32", "bfloat16")
     assert len(out["IoU"]) == 150
     assert None in out["IoU"]
@@ -693,6 +692,7 @@ def test_two_and_three_processes_give_the_same_result_as_one(run):
         assert done.returncode == 0, done.stderr
         with open(run.folder / f"{n}.json") as file:
             results.append(json.load(file))
+        del results[-1]["protocol"]["json"]
 
     assert results[0] == results[1] == results[2]
 

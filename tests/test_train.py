@@ -618,10 +618,10 @@ def test_labels_that_teach_nothing_are_said_before_training(folder):
     (root / "classes.txt").write_text("background\nthing\n")
 
     done = run(folder, *TINY, *TWO_STEPS, "--data", "mask", "--work-dir", "runs/mask")
-    warnings = [line for line in done.stdout.splitlines() if "classes are in none" in line]
+    warnings = [line for line in done.stdout.splitlines() if "holds a pixel of" in line]
     for split, warning in zip(("training", "validation"), warnings, strict=True):
-        assert f"{split} label files" in warning
-        assert warning.endswith(": thing")
+        assert f"{split}: none of the " in warning
+        assert warning.endswith(" thing")
 
 
 def test_a_warmup_that_ends_before_the_full_rate_is_said(straight, monkeypatch):
@@ -721,7 +721,8 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
     [
         (
             ("--data", "nowhere"),
-            "nowhere/images/training: no such folder; a data set holds its pictures in images/",
+            "nowhere/images/training: no such folder, or no pictures in it (save HEIC as JPEG); a data "
+            "set holds its pictures in images/",
         ),
         (("--data", "set", "--arch", "toy_p8"), "no file is known for: 'toy_p8'"),
         (("--data", "set", "--pretrained", "absent.pth"), "error: absent.pth: "),

@@ -1316,7 +1316,7 @@ def test_without_a_record_0_is_the_first_class_except_among_150(tmp_path):
 def test_names_that_are_not_the_files_number_of_classes_are_not_used(tmp_path):
     facts = load_with_meta(meta_of(0, names=NINE[:8]), tmp_path / "x.pth")
     args = argparse.Namespace(image="x.jpg", checkpoint="x.pth")
-    _, classes = evaluate.find_data(args, facts)
+    _, classes, _ = evaluate.find_data(args, facts)
     assert classes.names == tuple("012345678")
 
 
