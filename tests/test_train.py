@@ -721,8 +721,8 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
     [
         (
             ("--data", "nowhere"),
-            "nowhere/images/training: no such folder, or no pictures in it (save HEIC as JPEG); a data "
-            "set holds its pictures in images/",
+            "nowhere/images/training: no such folder, or no pictures in it (save HEIC as JPEG); a "
+            "data set holds its pictures in images/",
         ),
         (("--data", "set", "--arch", "toy_p8"), "no file is known for: 'toy_p8'"),
         (("--data", "set", "--pretrained", "absent.pth"), "error: absent.pth: "),
