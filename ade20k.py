@@ -516,8 +516,8 @@ def read_classes(root: str) -> Classes:
                         ignored.append(colour)
                     case ["ignore" | "colours" | "colors" | "name,r,g,b", *_]:
                         raise ValueError(
-                            "`ignore 0`, `ignore 255` and `colours` must be the first lines, only "
-                            "`colours` has `ignore R G B`; a class is `name` or `name R G B`"
+                            "`ignore 0`, `ignore 255` and `colours` must be the first lines, "
+                            "`ignore R G B` needs `colours`; a class is `name` or `name R G B`"
                         )
                     case _:
                         # Without a colour, hues in steps of the golden section: far apart,

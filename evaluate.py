@@ -34,7 +34,7 @@ from datetime import timedelta
 from functools import partial
 from glob import escape, glob
 from multiprocessing import active_children, parent_process
-from os.path import dirname, exists, getmtime, isdir, isfile, join, realpath
+from os.path import dirname, exists, getmtime, isdir, isfile, join, realpath, relpath, splitext
 from pathlib import Path
 
 import numpy as np
@@ -462,7 +462,7 @@ def newest_run(folder: str) -> str:
 
 def find_data(args: Namespace, facts: dict) -> tuple:
     """-> (the pairs of picture and label that the command line means, the label None for --image;
-    their classes; the folder in which, or below which, the pictures are)"""
+    their classes; the folder that holds all pictures, or folders with them)"""
     n = facts["num_classes"]
     known = Classes(*facts["classes"])  # to the model
     if n != len(known.names):  # the file names none: ADE20K's do if there are as many, or numbers
@@ -486,7 +486,7 @@ def find_data(args: Namespace, facts: dict) -> tuple:
 # ---- python evaluate.py: label, write, report ----------------------------------------------------
 
 PLAN = """{checkpoint}: {facts}
-{images} pictures of {source}, {dtype} on {device}
+{images} pictures of {data}, {dtype} on {device}
 scales {scales} of a short side of {short_side}, flip {flip}, slide {slide}, stride {stride}"""
 
 
@@ -501,7 +501,7 @@ def run(args: Namespace) -> None:
     # The checkpoint and the machine decide what the command line leaves open.
     model, facts = load_model(args.checkpoint)
     trained = facts.get("args", {})  # the arguments of the training, in our own checkpoints
-    args.data = args.data or trained.get("data", DEFAULT_ROOT)
+    args.data = args.image or args.data or trained.get("data", DEFAULT_ROOT)
     args.short_side = args.short_side or trained.get("short_side", 512)
     dtype = choose_dtype(args.dtype, device)
     args.dtype = str(dtype).removeprefix("torch.")
@@ -509,12 +509,10 @@ def run(args: Namespace) -> None:
     args.images = len(pairs)
 
     # Files with results have the pictures' names, with the folders that are below top.
-    names = [Path(path).relative_to(top).with_suffix(".png") for path, _ in pairs]
+    names = [splitext(relpath(path, top))[0] + ".png" for path, _ in pairs]
     open_outputs(args, pairs, names)
     if rank == 0:
-        plan = PLAN.format(
-            **vars(args), facts=describe(facts), source=args.image or args.data, device=device
-        )
+        plan = PLAN.format(**vars(args), facts=describe(facts), device=device)
         say(*plan.splitlines())
 
     faults = [] if args.image else None  # with --image unreadable ones are named at the end
@@ -543,12 +541,12 @@ def run(args: Namespace) -> None:
 def open_outputs(args: Namespace, pairs: list, names: list) -> None:
     """Make the folders and try to write the scores, so that an error comes now and not after an
     hour. UsageError if a result would replace a file that is read, or another result."""
-    taken = {realpath(dirname(path)) for pair in pairs for path in pair if path}  # folders
+    taken = {dirname(realpath(path)) for pair in pairs for path in pair if path}  # folders
     if len(set(names)) < len(names):
         raise UsageError(f"{args.image}: two pictures have one name, their results too: rename one")
 
     for folder in filter(None, (args.show, args.save_labels)):
-        folders = {realpath(join(folder, name.parent)) for name in names}
+        folders = {dirname(realpath(join(folder, name))) for name in names}
         if folders & taken:
             raise UsageError(f"{folder}: holds pictures, labels or other results: name another")
         for each in folders:

@@ -745,7 +745,7 @@ UNUSABLE = [
     ("ignore region", "'ignore region': .*" + FIRST),
     ("sky\nignore 0\nroad", "'ignore 0': .*" + FIRST),
     ("sky\ncolours\nroad", "'colours': .*" + FIRST),
-    ("ignore 1 2 3\nsky", "'ignore 1 2 3': .*only `colours` has `ignore R G B`"),
+    ("ignore 1 2 3\nsky", "'ignore 1 2 3': .*`ignore R G B` needs `colours`"),
     ("colours\nignore 0\nsky 1 2 3", "'ignore 0': " + OWN),
     ("ignore 0\ncolours\nsky 1 2 3", "'colours': .*" + FIRST),
     ("colours\nignore 1 2 256\nsky 1 2 3", "'ignore 1 2 256': "),

@@ -21,7 +21,7 @@ from conftest import ROOT, Watch, assert_equal, draw_set, write_mmseg
 
 import evaluate
 import train
-from ade20k import Classes
+from ade20k import Classes, DataError
 from convert_weights import MMSEG, rename
 from evaluate import UsageError
 from upernet import build_model
@@ -606,6 +606,17 @@ def relabelled(folder, name, change):
         changed = change(label).astype(np.uint8)
         Image.fromarray(changed).save(path)
     return root
+
+
+def test_a_first_batch_that_cannot_be_read_ends_the_run_with_the_sentence_alone(capsys):
+    def loader():
+        raise DataError("Caught DataError in a loader\n  ade20k.DataError: x.jpg: is cut\n")
+        yield
+
+    with pytest.raises(SystemExit) as end:
+        train.fetch(loader(), None, [])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: the next batch cannot be read: x.jpg: is cut\n"
 
 
 def test_labels_that_teach_nothing_are_said_before_training(folder):
