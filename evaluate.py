@@ -490,6 +490,9 @@ PLAN = """{checkpoint}: {facts}
 scales {scales} of a short side of {short_side}, flip {flip}, slide {slide}, stride {stride}"""
 
 
+PROTOCOL = "checkpoint data split images scales flip short_side slide stride dtype".split()
+
+
 def run(args: Namespace) -> None:
     """Do what the command line says, on every process."""
     rank, world, device = setup_processes()
@@ -526,7 +529,8 @@ def run(args: Namespace) -> None:
     if rank == 0 and not args.image:
         result = scores(matrix)
         if args.json:
-            result |= dict(classes=classes.names, confusion=matrix.tolist(), protocol=vars(args))
+            protocol = {key: getattr(args, key) for key in PROTOCOL}
+            result |= dict(classes=classes.names, confusion=matrix.tolist(), protocol=protocol)
             with whole_or_not_at_all(args.json) as part:
                 Path(part).write_text(json.dumps(result))
         say(*table(result, classes.names))
@@ -871,9 +875,8 @@ def end_alone() -> Iterator:
             raise
         if not isinstance(end, SystemExit):
             traceback.print_exc()
-            end = SystemExit(1)
         end_loaders()
-        os._exit(end.code)
+        os._exit(getattr(end, "code", 1))
     if dist.is_initialized():
         dist.destroy_process_group()
 

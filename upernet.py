@@ -444,7 +444,7 @@ def rows_at_once(device: torch.device, logits_per_row: int) -> int:
     return max(1, block // logits_per_row)
 
 
-def source_rows(start: int, stop: int, old: int, new: int) -> tuple[int, int]:
+def source_rows(start: int, stop: int, old: int, new: int) -> tuple:
     """Which of the old rows the new rows start..stop-1 are mixed from: first..end-1. So rows
     start..stop-1 of resize_matrix are zero outside columns first..end-1. -> (first, end)"""
     first = int((start + 0.5) * old / new - 0.5)  # above -1/2, so int never gives -1
