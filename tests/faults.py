@@ -821,15 +821,16 @@ def stress(count: int) -> None:
         folder, rng = pathlib.Path(name), random.Random(0)
         iters = 10 * count  # about as many as are left after so many kills
         options = ("--data", "toy", "--iters", iters, "--interval", 3)
-        finish(start(folder, *options, "--work-dir", "straight"), timeout=2000)
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        finish(start(folder, *options, "--work-dir", "straight", env=one_thread), timeout=2000)
 
         kills, done = 0, False
         while not done:
             # Once enough kills are survived, the run is left to end.
             again = ("--resume",) if glob(str(folder / "killed" / "checkpoint_*.pt")) else options
-            run = start(folder, *again, "--work-dir", "killed")
+            run = start(folder, *again, "--work-dir", "killed", env=one_thread)
             try:
-                run.communicate(timeout=rng.uniform(3, 9) if kills < count else 2000)
+                run.communicate(timeout=rng.uniform(4, 14) if kills < count else 2000)
                 done = True
             except subprocess.TimeoutExpired:
                 os.killpg(run.pid, signal.SIGKILL)
