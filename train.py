@@ -269,7 +269,6 @@ def train(args: Namespace, checkpoint: dict) -> None:
     batch, batches = None, iter(loader)
     signals = watch_signals()
     i, stop, skipped = start, False, 0  # iterations done; whether to stop; steps not taken in a row
-
     while True:
         due = i > 0 and (i % args.interval == 0 or i == args.iters)
         if i > start and (due or stop or skipped == PATIENCE):
@@ -278,6 +277,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
                 scaler=scaler.state_dict(), args=vars(args), classes=tuple(classes),
                 names=pictures, entries=log.entries, steps=log.steps, grid=model.backbone.grid,
             )
+            start = i  # saved until here, before its validation: --resume starts with that
         if skipped == PATIENCE:
             leave(f"error: {PATIENCE} losses in a row were not finite: continue with --resume and "
                   "a lower --lr, or without the pictures named above", 3)
