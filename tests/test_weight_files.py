@@ -997,7 +997,10 @@ def test_a_backbone_beside_foreign_heads_is_read_and_they_are_said(tmp_path):
 
 def test_dinov2s_own_training_files_hold_blocks_in_chunks(tmp_path):
     base = tensors(timm_weights())
-    chunk = lambda match: f"blocks.{int(match[1]) // 2}.{match[1]}."
+
+    def chunk(match):
+        return f"blocks.{int(match[1]) // 2}.{match[1]}."
+
     chunked = {re.sub(r"blocks\.(\d+)\.", chunk, name): v for name, v in base.items()}
     assert "blocks.1.3.norm1.bias" in chunked
     teacher = prefixed("backbone.", chunked) | {"dino_head.mlp.0.weight": torch.ones(3)}
