@@ -180,8 +180,7 @@ class UPerHead(nn.Module):
         # Top-down: each level is told what the coarser one has understood.
         for i in (2, 1, 0):
             size = levels[i].shape[2:]
-            coarser = resize(levels[i + 1], size)  # (B, E, h_i, w_i)
-            levels[i] = levels[i] + coarser
+            levels[i] = levels[i] + resize(levels[i + 1], size)  # (B, E, h_i, w_i)
 
         # Smoothing: a 3x3 convolution for each level except the top, to which nothing was added.
         for i, conv in enumerate(self.fpn_convs):
@@ -332,28 +331,24 @@ def conv3x3_of_resized(
     one without resizing it first, and the results added. Each map is taken out of the list when its
     turn comes, so that its memory is free for the next.
 
-    The plain form is as good where all maps have one size. On a GPU it is also faster for small
-    outputs: there it costs 14 launches instead of 200, which take longer than what they compute."""
-    first = maps[0]
-    size = first.shape[2:]
-    places = first[:, 0].numel()  # B h_1 w_1
-    few = first.is_cuda and places <= 2048
-    one_size = all(same_size(x.shape[2:], size) for x in maps)
-    if few or one_size:
-        resized = [resize(x, size) for x in maps]
-        maps.clear()
-        side_by_side = torch.cat(resized, dim=1)  # (B, D, h_1, w_1)
-        return F.conv2d(side_by_side, weight, padding=1)
-
-    layout = layout_of(first)
+    A map that has this size already is convolved as it is. On a GPU, so are small ones for small
+    outputs: the fast form costs 40 launches a map, which take longer than what they compute."""
+    size = maps[0].shape[2:]
+    places = maps[0][:, 0].numel()  # B h_1 w_1
+    few = maps[0].is_cuda and places <= 2048
+    layout = layout_of(maps[0])
     widths = [x.shape[1] for x in maps]
     first_weight, *other_weights = weight.split(widths, dim=1)  # (E, D_i, 3, 3)
+
     total = F.conv2d(maps.pop(0), first_weight, padding=1)  # (B, E, h_1, w_1)
-    # add_upsampled_conv3x3 adds to maps in this layout. Converting here frees the old copy.
-    total = total.contiguous(memory_format=torch.channels_last)
     for map_weight in other_weights:
         x = maps.pop(0)
-        total = add_upsampled_conv3x3(total, x, map_weight)
+        if few or same_size(x.shape[2:], size):
+            total = total + F.conv2d(resize(x, size), map_weight, padding=1)
+        else:
+            # Converting here frees the copy in the other layout.
+            total = total.contiguous(memory_format=torch.channels_last)
+            total = add_upsampled_conv3x3(total, x, map_weight)
     return total.contiguous(memory_format=layout)
 
 
@@ -405,6 +400,7 @@ def add_upsampled_conv3x3(
     # The channels come last from here on, so that each product reads and writes whole rows.
     x = x.movedim(1, 3)  # (B, h, w, D)
     x = x.flatten(1, 2)  # (B, h w, D)
+    x = x.contiguous()  # one copy, not one for each of the three products below
     total = total.movedim(1, 3)  # (B, H, W, E)
     total = total.flatten(2)  # (B, H, W E)
 
