@@ -628,7 +628,9 @@ def newest_whole(found: list[str]) -> dict:
     """The content of the newest of these checkpoints that can be read, and its path as "path"."""
     for path in reversed(found):
         try:
-            return read_checkpoint(path) | {"path": path}
+            content = read_checkpoint(path)
+            with about(f"{path}: is not a run's, it lacks"):
+                return content | {"path": path, "args": content["args"]}
         except Exception as error:  # whatever is wrong with it, the one before may be whole
             warn(f"warning: {first_line(error)}; it is passed over")
 

@@ -437,7 +437,7 @@ def test_of_checkpoints_the_last_iteration_is_the_newest_whatever_their_files_ti
     assert resumed_from(work) == 12
 
 
-@pytest.mark.parametrize("damage", ["empty", "folder", "link to nothing", "text"])
+@pytest.mark.parametrize("damage", ["empty", "folder", "link to nothing", "text", "foreign"])
 def test_whatever_is_wrong_with_a_checkpoint_the_one_before_it_is_used(
     damage, brief, folder, capsys
 ):
@@ -450,6 +450,8 @@ def test_whatever_is_wrong_with_a_checkpoint_the_one_before_it_is_used(
             newest.mkdir()
         case "link to nothing":
             newest.symlink_to("nothing.pt")
+        case "foreign":
+            torch.save({"backbone": torch.zeros(3)}, newest)
         case _:
             newest.write_text("PK or not" if damage == "text" else "")
 
