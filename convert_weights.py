@@ -28,7 +28,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import isqrt
-from os.path import exists, join, realpath
+from os.path import exists, join
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -569,12 +569,12 @@ def compare(tensors: Tensors, wanted: Tensors) -> None:
 
     (load_state_dict lists such tensors too, but it has overwritten half of a model by then, and
     does not notice that BatchNorm's num_batches_tracked is missing.)"""
-    parts = tuple({name.split(".")[0] for name in tensors})
+    parts = {name.split(".")[0] for name in tensors}
     if "decode_head" in parts:
-        parts += ("neck",)
+        parts.add("neck")
 
     theirs, ours = [
-        {f"{name} {tuple(x.shape)}" for name, x in held.items() if name.startswith(parts)}
+        {f"{name} {tuple(x.shape)}" for name, x in held.items() if name.split(".")[0] in parts}
         for held in (tensors, wanted)
     ]
     if theirs != ours:
@@ -779,8 +779,6 @@ def write_checkpoint(content: dict, path: str) -> None:
 def whole_or_not_at_all(path: str) -> Iterator:
     """Gives a name to write to, path.part, and then moves the file to path. After an error path
     stays as it was."""
-    if Path(path).is_char_device():  # /dev/null must stay what it is
-        raise OSError(f"{path}: is a device, name a file")
     part = Path(path + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -844,9 +842,9 @@ def convert(src: str, dst: str, to: str) -> None:
     """Read src, write dst in the names of `to` (ours, mmseg or timm), say what was done."""
     if dst.endswith(".safetensors"):
         raise WeightsError("safetensors are only read; torch's file is written, as x.pt")
-    # (dst is written as dst.part first, so src may not be that either.)
-    if realpath(split_choice(src)[0]).removesuffix(".part") == realpath(dst):
-        raise WeightsError(f"{dst} would overwrite the file that is read, give it another name")
+    # (dst is written as dst.part first.)
+    if exists(dst) or exists(dst + ".part"):
+        raise WeightsError(f"{dst} or {dst}.part exists: remove it or give it another name")
 
     state_dict, facts = load_weights(src)
     arch = facts["arch"]

@@ -544,8 +544,10 @@ def run(args: Namespace) -> None:
 
 def open_outputs(args: Namespace, pairs: list, names: list) -> None:
     """Make the folders and try to write the scores, so that an error comes now and not after an
-    hour. UsageError if a result would replace a file that is read, or another result."""
+    hour. UsageError if a result would replace a file that is read, another result or, with --image,
+    a label file of these pictures, which is not read."""
     taken = {dirname(realpath(path)) for pair in pairs for path in pair if path}  # folders
+    taken |= {"annotations".join(folder.rsplit("images", 1)) for folder in taken}
     if len(set(names)) < len(names):
         raise UsageError(f"{args.image}: two pictures have one name, their results too: rename one")
 
@@ -647,20 +649,20 @@ def options() -> ArgumentParser:
 
 def list_of_scales(text: str) -> tuple:
     """ "0.5,0.75,1" -> (0.5, 0.75, 1.0); "0.5,...,1.75" means steps of 0.25."""
-    scales = tuple(map(at_least(0.01, float), text.replace(",...", "").split(",")))
+    scales = tuple(map(at_least(0.01, float, 100), text.replace(",...", "").split(",")))
     if ",..." in text:
         first, last = sorted(scales)
         return tuple(np.arange(first, last + 1e-9, 0.25).tolist())
     return scales
 
 
-def at_least(low: float, kind: type = int) -> Callable:
-    """-> an argparse type: an int or float, low or more."""
+def at_least(low: float, kind: type = int, high: float = 1e18) -> Callable:
+    """-> an argparse type: an int or float, low or more, and not absurdly large."""
 
     def number(text):
         value = kind(text)
-        if not value >= low:  # nan is neither above nor below
-            raise ArgumentTypeError(f"{text} is not a number of {low} or more")
+        if not low <= value <= high:  # nan is neither above nor below
+            raise ArgumentTypeError(f"{text} is not a number of {low} or more, or it is too large")
         return value
 
     return number

@@ -208,7 +208,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
     train_pairs = find_pairs(root, "training", optional=args.dry_run)
     val_pairs = find_pairs(root, "validation", optional=True)
     classes = read_classes(root)
-    pictures = check_files(args, checkpoint, train_pairs, classes)
+    pictures = check_files(args, checkpoint, train_pairs + val_pairs, classes)
     samples = TrainSet(train_pairs, args.seed, args.crop_size, args.short_side, classes)
     start = checkpoint.get("iteration", 0)
     loader = DataLoader(
@@ -273,14 +273,14 @@ def train(args: Namespace, checkpoint: dict) -> None:
         due = i > 0 and (i % args.interval == 0 or i == args.iters)
         if i > start and (due or stop or skipped == PATIENCE):
             save(
-                log, model=model.state_dict(), optimizer=optimizer.state_dict(), iteration=i,
-                scaler=scaler.state_dict(), args=vars(args), classes=tuple(classes),
+                log, model=model.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped,
+                iteration=i, scaler=scaler.state_dict(), args=vars(args), classes=tuple(classes),
                 names=pictures, entries=log.entries, steps=log.steps, grid=model.backbone.grid,
             )
             start = i  # saved until here, before its validation: --resume starts with that
         if skipped == PATIENCE:
             leave(f"error: {PATIENCE} losses in a row were not finite: continue with --resume and "
-                  "a lower --lr, or without the pictures named above", 3)
+                  "a lower --lr, or without the newest checkpoints or the pictures named above", 3)
         if stop:  # the reason may be another process's
             leave(f"stopped after iteration {i}: continue with --resume", (signals or [1])[0])
         if due and val_pairs:  # on --resume too: a checkpoint is written before its validation
@@ -337,7 +337,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
         log.step(i, [*losses, monotonic() - began, waited], rate)
 
     wait_for_all()
-    if rank == 0 and not log.saved:
+    if not log.saved:
         leave("error: the last checkpoint is not saved, make room and continue with --resume", 1)
     log.say(f"{log.saved}: evaluate it with `python evaluate.py`")
     if args.data == "toy":
@@ -398,8 +398,12 @@ def check_files(args: Namespace, checkpoint: dict, pairs: list, classes: Classes
         )
 
     names = os.fsencode("\n".join(basename(image) for image, _ in pairs))
-    pictures = f"{len(pairs)} training pictures, crc {zlib.crc32(names):08x} of names"
-    facts = vars(args) | {"checkpoint": checkpoint.get("path"), "data": pictures}
+    pictures = f"{len(pairs)} pictures, crc {zlib.crc32(names):08x} of names"
+    facts = vars(args) | {
+        "data": pictures,
+        "checkpoint": checkpoint.get("path"),
+        "iteration": checkpoint.get("iteration"),
+    }
     first = [facts]
     if dist.is_initialized():
         dist.broadcast_object_list(first)
@@ -480,10 +484,6 @@ class Log:
         self.rank = rank
         self.saved = checkpoint.get("path")  # the last checkpoint, None if it could not be written
         self.entries = checkpoint.get("entries", [])  # the lines of log.jsonl
-        if checkpoint and not self.entries:  # one of an earlier version: they are only in the file
-            with suppress(FileNotFoundError), open(join(args.work_dir, "log.jsonl")) as file:
-                lines = map(json.loads, file)
-                self.entries = [e for e in lines if e["iteration"] <= checkpoint["iteration"]]
 
         # Of each step that was taken since the last line with a loss: loss, decode, aux, seconds,
         # and how many of the seconds it waited for data.
@@ -604,17 +604,18 @@ def validate(
 
 def save(log: Log, **content) -> None:
     """Write checkpoint_N.pt on rank 0, then remove those before the last --keep; the other
-    processes wait. Weights that are not finite end the run: the last good checkpoint stays."""
+    processes wait. Weights that are not finite end the run: the last good checkpoint stays. Finite
+    ones may be useless too: where the last step was not taken, nothing is removed."""
     if not all(x.isfinite().all() for x in content["model"].values()):
         leave("error: the weights are not finite, they are not saved: continue with --resume and a "
-              f"lower --lr from {log.saved}", 3)
+              f"lower --lr from {log.saved or 'the beginning'}", 3)
 
     log.saved = None
-    if log.rank == 0:
-        with log.writing(f"checkpoint_{content['iteration']}.pt") as path:
+    with log.writing(f"checkpoint_{content['iteration']}.pt") as path:
+        if log.rank == 0:
             write_checkpoint(content, path)
-            log.saved = path
-
+        log.saved = path
+        if log.rank == 0 and not content["skipped"]:
             # Newer ones are damaged, as --resume has passed over them: they do not count.
             found = checkpoints(log.args.work_dir)
             for old in found[: found.index(path) + 1][: -log.args.keep]:
@@ -627,7 +628,9 @@ def newest_whole(found: list[str]) -> dict:
     """The content of the newest of these checkpoints that can be read, and its path as "path"."""
     for path in reversed(found):
         try:
-            return read_checkpoint(path) | {"path": path}
+            content = read_checkpoint(path)
+            with about(f"{path}: is not a run's, it lacks"):
+                return content | {"path": path, "args": content["args"]}
         except Exception as error:  # whatever is wrong with it, the one before may be whole
             warn(f"warning: {first_line(error)}; it is passed over")
 

@@ -312,19 +312,19 @@ def test_a_data_set_that_changed_before_resume_is_said(straight, folder):
 
     resume = ("--resume", "--work-dir", work, "--iters")
     out, err = finish(start(folder, *resume, 2))
-    assert "training pictures, crc" not in out
+    assert "pictures, crc" not in out
 
     for kind, suffix in (("images", "jpg"), ("annotations", "png")):
         root = folder / "changing" / kind / "training"
         os.rename(root / f"s0.{suffix}", root / f"t.{suffix}")
     out, err = finish(start(folder, *resume, 3))
     other = "from here on other pictures: "
-    assert "8 training pictures, crc" in out and f"{other}8 training pictures, crc" in out
+    assert "11 pictures, crc" in out and f"{other}11 pictures, crc" in out
 
     for kind, suffix in (("images", "jpg"), ("annotations", "png")):
         os.remove(folder / "changing" / kind / "training" / f"t.{suffix}")
     out, err = finish(start(folder, *resume, 4))
-    assert f"{other}7 training pictures, crc" in out
+    assert f"{other}10 pictures, crc" in out
 
 
 def test_a_picture_that_cannot_be_drawn_ends_no_training(folder):
@@ -437,7 +437,7 @@ def test_of_checkpoints_the_last_iteration_is_the_newest_whatever_their_files_ti
     assert resumed_from(work) == 12
 
 
-@pytest.mark.parametrize("damage", ["empty", "folder", "link to nothing", "text"])
+@pytest.mark.parametrize("damage", ["empty", "folder", "link to nothing", "text", "foreign"])
 def test_whatever_is_wrong_with_a_checkpoint_the_one_before_it_is_used(
     damage, brief, folder, capsys
 ):
@@ -450,6 +450,8 @@ def test_whatever_is_wrong_with_a_checkpoint_the_one_before_it_is_used(
             newest.mkdir()
         case "link to nothing":
             newest.symlink_to("nothing.pt")
+        case "foreign":
+            torch.save({"backbone": torch.zeros(3)}, newest)
         case _:
             newest.write_text("PK or not" if damage == "text" else "")
 
@@ -457,9 +459,7 @@ def test_whatever_is_wrong_with_a_checkpoint_the_one_before_it_is_used(
     assert f"warning: {newest}: " in capsys.readouterr().err
 
 
-def test_weights_that_are_not_finite_are_not_saved_and_cost_no_checkpoint(folder):
-    """Infinite statistics, of which training sees nothing: its losses stay finite."""
-    code = """
+DIVERGE = """
 build = train.build_model
 def kept(*arguments):
     train.model = build(*arguments)
@@ -469,12 +469,44 @@ def diverge():
     train.model.decode_head.bottleneck.bn.running_var.fill_(float("inf"))
 at(6, diverge)
 """
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_cost_no_checkpoint(folder):
+    """Infinite statistics, of which training sees nothing: its losses stay finite."""
     options = (*BRIEF, "--keep", 1, "--work-dir", "diverged")
-    out, err = finish(start_changed(folder, code, *options), 3)
+    out, err = finish(start_changed(folder, DIVERGE, *options), 3)
     assert "the weights are not finite" in err and "diverged/checkpoint_4.pt" in err
     assert "not taken" not in out, "the losses are finite"
     left = [os.path.basename(path) for path in glob(str(folder / "diverged" / "checkpoint*"))]
     assert left == ["checkpoint_4.pt"]
+
+
+def test_weights_that_are_finite_and_useless_push_out_no_checkpoint_however_often_resumed(folder):
+    """A rate of 1e30 from iteration 6 on: the steps after it are not taken. Scripts resume again
+    and again."""
+    code = """
+true_rate = rate
+def rate(i, *more):
+    return 1e30 if i >= 6 else true_rate(i, *more)
+at(-1, None)
+"""
+    work = folder / "useless"
+    options = (*BRIEF, "--iters", 100, "--keep", 1, "--work-dir", work)
+    for resume in ((), ("--resume",), ("--resume",)):
+        out, err = finish(start_changed(folder, code, *options, *resume), 3)
+        assert "5 losses in a row were not finite" in err
+        content = torch.load(work / "checkpoint_4.pt", weights_only=True)
+        assert all(value.abs().max() < 1e6 for value in content["model"].values())
+
+
+def test_weights_that_are_not_finite_name_one_checkpoint_in_all_processes_or_the_beginning(folder):
+    for last, words in ((6, "from two_diverged/checkpoint_4.pt"), (2, "from the beginning")):
+        code = DIVERGE.replace("6", str(last))
+        launch = (*TWO, "--standalone")
+        options = (*BRIEF, "--work-dir", "two_diverged")
+        out, err = finish(start_changed(folder, code, *options, launch=launch), 1)
+        assert err.count(words) == 2 and "None" not in err
+        shutil.rmtree(folder / "two_diverged")
 
 
 # The last process cannot read its pictures any more; a loader dies; a loader hangs.
@@ -666,16 +698,19 @@ def test_two_and_four_processes_give_the_weights_and_statistics_of_one(folder):
         torch.testing.assert_close(got[2][k], v, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("other", ["arguments", "data", "checkpoint", "work directory"])
+@pytest.mark.parametrize(
+    "other",
+    ["arguments", "data", "validation", "checkpoint", "iteration", "work directory"],
+)
 def test_a_process_that_would_train_something_else_is_refused_and_all_end(other, brief, folder):
     """Two nodes with files of their own, started without torchrun, which would end the second."""
     nodes = [folder / f"{other} {rank}" for rank in range(2)]
     for node in nodes:
         shutil.copytree(folder / "set", node / "set")
-        if other == "checkpoint":
+        if other in ("checkpoint", "iteration"):
             shutil.copytree(brief, node / "work")
 
-    more = ("--resume",) if other == "checkpoint" else ()
+    more = ("--resume",) if other in ("checkpoint", "iteration") else ()
     different = [(), ()]
     match other:
         case "arguments":
@@ -684,9 +719,12 @@ def test_a_process_that_would_train_something_else_is_refused_and_all_end(other,
             different = [("--work-dir", "work"), ("--work-dir", "play")]
         case "checkpoint":
             os.truncate(nodes[1] / "work" / "checkpoint_12.pt", 1000)
-        case "data":
+        case "iteration":  # another run's checkpoint of that name
+            os.replace(*[nodes[1] / "work" / f"checkpoint_{n}.pt" for n in (8, 12)])
+        case "data" | "validation":
+            split = "training" if other == "data" else "validation"
             for kind, suffix in (("images", "jpg"), ("annotations", "png")):
-                os.remove(nodes[1] / "set" / kind / "training" / f"s0.{suffix}")
+                os.remove(nodes[1] / "set" / kind / split / f"s0.{suffix}")
 
     port = random.randrange(20000, 40000)
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
@@ -699,7 +737,13 @@ def test_a_process_that_would_train_something_else_is_refused_and_all_end(other,
     (out, first), (_, second) = [finish(run, 2) for run in runs]
     assert "error: another process has died" in first
     assert "error: a process has {" in second and "unlike process 0" in second
-    said = dict(arguments="'seed': 2", data="7 training pictures", checkpoint="checkpoint_8.pt")
+    said = dict(
+        arguments="'seed': 2",
+        data="10 pictures",
+        validation="10 pictures",
+        checkpoint="checkpoint_8.pt",
+        iteration="'iteration': 8",
+    )
     assert said.get(other, "'work_dir': 'play'") in second
     assert "loss" not in out
 

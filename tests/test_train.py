@@ -465,10 +465,9 @@ def test_resumed_run_ends_with_the_same_weights_and_log(straight, folder, worker
 def test_a_checkpoint_with_fewer_and_with_more_arguments_continues_to_the_last_bit(
     straight, folder
 ):
-    """As earlier versions wrote it: without its part of the log, which stands in the work directory
-    and is kept, and without the names of the data set's pictures."""
+    """As earlier versions wrote it: without names of pictures and classes."""
     content = content_of(straight[0] / "checkpoint_3.pt")
-    for key in ("names", "entries", "steps", "classes"):
+    for key in ("names", "classes", "skipped"):
         del content[key]
     for key in ("freeze", "layer_decay", "drop_path", "deterministic", "power", "floor"):
         del content["args"][key]
@@ -479,14 +478,9 @@ def test_a_checkpoint_with_fewer_and_with_more_arguments_continues_to_the_last_b
     work = folder / "runs" / "before"
     os.makedirs(work)
     torch.save(content, work / "checkpoint_3.pt")
-    before = [{"iteration": 2, "mIoU": 1.5}, {"iteration": 4, "mIoU": 2.5}]
-    (work / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in before))
 
     done = run(folder, "--resume", "--work-dir", work)
     assert "until here" not in done.stderr
-    log = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
-    assert log[0] == before[0]
-    assert before[1] not in log, "what came after the checkpoint comes again"
     assert_ends_alike(work, straight[0])
     assert not (folder / "elsewhere").exists()
 
@@ -741,6 +735,8 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
         (("--data", "set", "--crop-size", "0"), "argument --crop-size: "),
         (("--data", "set", "--lr", "-1"), "argument --lr: "),
         (("--data", "set", "--lr", "nan"), "argument --lr: "),
+        (("--data", "set", "--lr", "inf"), "argument --lr: inf is not a number of 0 or more, or it"),
+        (("--data", "set", "--seed", 2**64), "argument --seed: 18446744073709551616 is not a number"),
         (("--data", "set", "--workers", "-1"), "argument --workers: "),
         (("--data", "set", "--short-side", "-5"), "argument --short-side: "),
         (("--data", "set", "--seed", "-1"), "argument --seed: "),

@@ -433,7 +433,7 @@ def test_safetensors_are_not_written_which_is_said_before_anything_is_read(
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("same", ["itself", "symbolic link", "part"])
+@pytest.mark.parametrize("same", ["itself", "symbolic link", "hard link", "part"])
 def test_a_file_is_not_written_over_itself(net, same, tmp_path, main, capsys):
     src = tmp_path / "a.pt"
     dst = tmp_path / "b.pt"
@@ -445,6 +445,8 @@ def test_a_file_is_not_written_over_itself(net, same, tmp_path, main, capsys):
     before = src.read_bytes()
     if same == "symbolic link":
         dst.symlink_to(src)
+    if same == "hard link":
+        dst.hardlink_to(src)
 
     for source in (src, f"{src}:model"):
         with pytest.raises(SystemExit) as end:
@@ -452,6 +454,23 @@ def test_a_file_is_not_written_over_itself(net, same, tmp_path, main, capsys):
         assert end.value.code == 2
         assert "give it another name" in capsys.readouterr().err
     assert src.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "classes.txt", "best.pt", "device"])
+def test_a_conversion_replaces_no_file(name, net, tmp_path, main, capsys):
+    """A link stands for /dev/null here: whoever may write to /dev would lose it."""
+    write({"model": net.state_dict()}, tmp_path / "a.pt")
+    there = tmp_path / name
+    if name == "device":
+        there.symlink_to("/dev/null")
+    else:
+        there.write_text("somebody's")
+
+    with pytest.raises(SystemExit) as end:
+        main(convert_weights, tmp_path / "a.pt", there)
+    assert end.value.code == 2 and f"{there} or {there}.part exists" in capsys.readouterr().err
+    assert there.is_symlink() if name == "device" else there.read_text() == "somebody's"
+    assert sorted(os.listdir(tmp_path)) == sorted(["a.pt", name])
 
 
 def test_conversions_keep_classes_and_architecture(tmp_path, main):
