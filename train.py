@@ -629,8 +629,8 @@ def newest_whole(found: list[str]) -> dict:
     for path in reversed(found):
         try:
             content = read_checkpoint(path)
-            with about(f"{path}: is not a run's, it lacks"):
-                return content | {"path": path, "args": content["args"]}
+            with about(f"{path}: is no checkpoint of this version, it lacks"):
+                return content | {"path": path, "entries": content["entries"]}
         except Exception as error:  # whatever is wrong with it, the one before may be whole
             warn(f"warning: {first_line(error)}; it is passed over")
 
