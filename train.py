@@ -210,7 +210,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
     classes = read_classes(root)
     pictures = check_files(args, checkpoint, train_pairs + val_pairs, classes)
     samples = TrainSet(train_pairs, args.seed, args.crop_size, args.short_side, classes)
-    start = checkpoint.get("iteration", 0)
+    start = saved = checkpoint.get("iteration", 0)  # saved: where --resume would start
     loader = DataLoader(
         samples, batch_sampler=positions(start, args.iters, args.batch_size, rank, world),
         num_workers=args.workers, prefetch_factor=4 if args.workers else None,
@@ -271,13 +271,13 @@ def train(args: Namespace, checkpoint: dict) -> None:
     i, stop, skipped = start, False, 0  # iterations done; whether to stop; steps not taken in a row
     while True:
         due = i > 0 and (i % args.interval == 0 or i == args.iters)
-        if i > start and (due or stop or skipped == PATIENCE):
+        if i > saved and (due or stop or skipped == PATIENCE):
             save(
                 log, model=model.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped,
                 iteration=i, scaler=scaler.state_dict(), args=vars(args), classes=tuple(classes),
                 names=pictures, entries=log.entries, steps=log.steps, grid=model.backbone.grid,
             )
-            start = i  # saved until here, before its validation: --resume starts with that
+            saved = i  # before its validation: --resume starts with that
         if skipped == PATIENCE:
             leave(f"error: {PATIENCE} losses in a row were not finite: continue with --resume and "
                   "a lower --lr, or without the newest checkpoints or the pictures named above", 3)

@@ -505,6 +505,17 @@ def test_resume_without_a_folder_continues_the_newest_run(straight, folder, monk
     assert content["iteration"] == 3
 
 
+def test_paths_are_taken_as_they_are(folder):
+    """With a no-break space and an escape code, which are printed in another form."""
+    data, work = "my\xa0set", "my\xa0run\x1b[31m"
+    shutil.copytree(folder / "set", folder / data)
+    same = (*TINY, *TWO_STEPS, "--data", data, "--work-dir", work)
+    done = run(folder, *same)
+    assert "\x1b" not in done.stdout and "my\\xa0run\\x1b[31m" in done.stdout
+    assert "iterations 2 to 4" in run(folder, *same, "--iters", 4, "--resume").stdout
+    assert (folder / work / "checkpoint_4.pt").exists()
+
+
 def test_the_same_command_again_and_again_starts_goes_on_and_is_done(straight, folder, capsys):
     """As a cluster repeats it. The second time it finds what the first one left half way."""
     work = folder / "runs" / "again"
