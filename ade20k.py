@@ -414,7 +414,8 @@ def load(image_path: str, label_path: str | None, classes: Classes = Classes()) 
 
 
 def load_image(path: str) -> ndarray:
-    """Any picture Pillow can read -> (H, W, 3) uint8 RGB, upright. DataError if it cannot be read.
+    """A picture in one of the formats PICTURES -> (H, W, 3) uint8 RGB, upright. DataError if it
+    cannot be read.
 
     As in cv2.imread, grey is repeated, alpha is dropped, 16 bits are cut to the upper 8, and EXIF
     rotation is applied."""
@@ -424,8 +425,8 @@ def load_image(path: str) -> ndarray:
         except Image.DecompressionBombError as error:
             raise ValueError("has more than 178 million pixels, cut it into tiles") from error
 
-        # A truncated file raises its error here. A broken EXIF block must not: exif_transpose turns
-        # the pixels before it raises.
+        # A truncated file raises its error here. An error of a broken EXIF block is ignored: by
+        # then, exif_transpose has turned the pixels.
         picture.load()
         with suppress(Exception):
             ImageOps.exif_transpose(picture, in_place=True)
@@ -1040,7 +1041,7 @@ def errors_in_one_sentence() -> Iterator:
     traceback. All four programs run inside it."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the shell has closed it
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="backslashreplace")  # \\u4e2d for a letter that a terminal lacks
+    sys.stdout.reconfigure(errors="backslashreplace")  # \u4e2d for a letter that a terminal lacks
     try:
         yield
     except (UserError, OSError) as error:

@@ -247,10 +247,10 @@ def load_weights(path_or_url: str) -> tuple:
         left_out     what is not used or not there, tensors and other entries, each with its reason
         grid         (h, w) of the returned position table
         resolution   height x width of the training's pictures, from the positions in the file
-        assumed      what only a config could tell, where there is none
+        assumed      what only a config could tell. Missing where one, or our arguments, tell it
         classes      the fields of ade20k.Classes for a whole model; names () if none are known
-        zero_ignored "True" if 0 in label files means "not labelled", otherwise "False"
-        args         the command line of the training, in our own checkpoints
+        zero_ignored "True" if 0 in label files means "not labelled", else "False"; None: unknown
+        args         the arguments of the training. Missing except in our own checkpoints
 
     A whole model keeps its pos_embed to the bit. A backbone starts a new model, so its pos_embed is
     resized to the architecture's grid, with resize_pos_embed. A tensor may be a view of the file:
@@ -338,7 +338,7 @@ def unwrap(content: dict, choice: str, left_out: list) -> Tensors:
         if not name.startswith(("args.", "classes", "grid", "meta."))  # see recall
     }
     if others:
-        left_out += [f"the file's other entries ({listed(sorted(others))})"]
+        left_out.append(f"the file's other entries ({listed(sorted(others))})")
     return {name.removeprefix(prefix): entries[name] for name in used}
 
 
@@ -543,7 +543,7 @@ def fit_positions(tensors: Tensors, backbone: VisionTransformer, facts: dict) ->
     rows = pos_embed.shape[1]
     side = isqrt(rows)
     h, w = grid = facts["grid"] or (side, side)
-    if rows == h * w and not facts["neck"]:  # DeiT-III, and DINOv2 with registers
+    if rows == h * w and not facts["neck"]:  # timm's DeiT-III, its DINOv2 with registers
         pos_embed = F.pad(pos_embed, (0, 0, 1, 0))  # (1, 1 + N, D)
         facts["added"] += ["a position of zeros for the class token, which has none"]
     elif rows != 1 + h * w:
@@ -860,7 +860,7 @@ def convert(src: str, dst: str, to: str) -> None:
     elif to == "timm":
         content = to_timm(state_dict, arch)
     elif ARCHS[arch].get("layer_scale"):
-        raise WeightsError("it has layer scale, mmsegmentation's ViT has none")
+        raise WeightsError(f"{src}: has layer scale, mmsegmentation's ViT has none: take --to timm")
     else:
         weights = to_mmseg(state_dict)
         content |= {
@@ -885,7 +885,7 @@ def main() -> None:
     )
     add = parser.add_argument
     add("src", help="file or URL; SRC:path.to.it means one of several models in it")
-    add("dst", help="the file to write, as torch.save does")
+    add("dst", help="the file to write, as torch.save does; it must not exist")
     add("--to", choices=("ours", "mmseg", "timm"), default="ours",
         help="whose names. mmseg: mmsegmentation's, a whole model in {'state_dict': ...}; timm: "
         "only the backbone (default: ours)")

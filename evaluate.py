@@ -155,7 +155,7 @@ def resized_rows(view: tuple, W: int, start: int, stop: int) -> Tensor:
 
         resize(resize(logits, (h, w)), (H, W))[0].permute(1, 2, 0)[start:stop]
 
-    Along y both steps are one matrix (see the end of upernet.py). Each row of it is zero except
+    Along y both steps are one matrix (see "Faster" in upernet.py). Each row of it is zero except
     near the place that a row of the picture is mixed from, so only a few rows of logits are needed.
     Along x these are resized in two steps, which is faster than a dense (W, w') matrix."""
     logits, (h, w), along_y = view
@@ -547,6 +547,7 @@ def open_outputs(args: Namespace, pairs: list, names: list) -> None:
     hour. UsageError if a result would replace a file that is read, another result or, with --image,
     a label file of these pictures, which is not read."""
     taken = {dirname(realpath(path)) for pair in pairs for path in pair if path}  # folders
+    # .../images/validation -> .../annotations/validation: the labels of these pictures
     taken |= {"annotations".join(folder.rsplit("images", 1)) for folder in taken}
     if len(set(names)) < len(names):
         raise UsageError(f"{args.image}: two pictures have one name, their results too: rename one")
@@ -642,7 +643,7 @@ def options() -> ArgumentParser:
         help="write one png a picture, with the values of the data set's own label files")
     add("--show", metavar="DIR",
         help="write one sheet a picture: picture, truth where it is known, prediction, legend")
-    add("--opacity", type=at_least(0, float), default=0.6,
+    add("--opacity", type=at_least(0, float, 1), default=0.6,
         help="opacity of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
     return parser
 
@@ -802,7 +803,8 @@ WAYS_OUT = {
     "DataLoader": "a process that reads pictures has died or hangs, take fewer --workers, or 0",
     "[Tt]imed out|onnection (closed|reset)|Broken pipe": "another process has died or hangs, "
     "continue a training with --resume",  # (gloo's words)
-    r"C(\+\+)? compiler": "--compile needs a C++ compiler, install g++ or leave out --compile",
+    r"C(\+\+)? compiler": "--compile needs a C++ compiler, install g++ or leave it out "
+    "(train.py --resume: --no-compile)",
     "MemoryError|out of memory|(not enough|allocate) memory": "the memory is too small, take "
     "smaller pictures, fewer pictures at a time or fewer --workers",
 }

@@ -57,10 +57,12 @@ def resize_pos_embed(pos_embed: Tensor, old: Size, new: Size) -> Tensor:
 
     ViT does this once, before it is trained at another size (section 3.2, "2D interpolation"). Here
     it happens in every forward pass, as pictures vary in size. As in the reference, the resizing is
-    torch's bicubic (a = -0.75) with align_corners=False and without antialiasing. (timm and DINOv2
-    with registers antialias, DINOv2 without resizes by (new + 0.1) / old. That changes a smooth
-    table by 2 to 6%.) But the reference resizes only if the *number* of patches differs: there, a
-    picture of 16x64 patches reads the positions of a 32x32 table as they are."""
+    torch's bicubic (a = -0.75) with align_corners=False and without antialiasing. (timm
+    antialiases, and so do DINOv2's models with registers, which VisionTransformer explains.
+    DINOv2's others scale by (new + 0.1) / old. Either changes a smooth table by 2 to 6%.)
+
+    One departure: the reference resizes only if the *number* of patches differs. There, a picture
+    of 16x64 patches reads the positions of a 32x32 table as they are; here it gets its own."""
     if same_size(old, new):  # old == new, in a form that torch.export can trace: the last part
         return pos_embed
 
@@ -134,20 +136,21 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
         self.ls2 = LayerScale(width) if layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D). keep: from drop_path, (2, B, 1, 1), or None"""
+    def forward(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D). factors: what the two branches are multiplied by, (2, B, 1, 1),
+        see drop_path_factors; None: by nothing"""
         branch = self.ls1(self.attn(self.norm1(x)))
-        if keep is not None:
-            branch = branch * keep[0]
+        if factors is not None:
+            branch = branch * factors[0]
         x = x + branch
 
         branch = self.ls2(self.mlp(self.norm2(x)))
-        if keep is not None:
-            branch = branch * keep[1]
+        if factors is not None:
+            branch = branch * factors[1]
         return x + branch
 
 
-def drop_path(rate: float, depth: int, B: int, device: torch.device) -> Tensor:
+def drop_path_factors(rate: float, depth: int, B: int, device: torch.device) -> Tensor:
     """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): in training, leave branches out for
     some of the pictures. -> (depth, 2, B, 1, 1): what each layer multiplies its two branches by, 0
     where they are left out.
@@ -228,30 +231,27 @@ class VisionTransformer(nn.Module):
         """(B, 3, H, W) -> four (B, D, h, w)"""
         x = self.patch_embed(images)  # (B, D, h, w)
         B, D, h, w = x.shape
+        layout = layout_of(x)  # tokens have none: the maps get it back, for the head's convolutions
         x = x.flatten(2).mT  # (B, h w, D)
-        x = torch.cat([self.cls_token.expand(B, -1, -1), x], dim=1)  # (B, 1 + h w, D)
+        cls = self.cls_token.expand(B, -1, -1)
+        x = torch.cat([cls, x], dim=1)  # (B, 1 + h w, D)
         x = x + resize_pos_embed(self.pos_embed, self.grid, (h, w))  # learned, and added (eq. 1)
         if self.reg_token is not None:
             # Registers have no positions, so they come after the sum. x: (B, extra + h w, D)
             x = torch.cat([x[:, :1], self.reg_token.expand(B, -1, -1), x[:, 1:]], dim=1)
 
-        # Turning patches into tokens loses the images' memory format. Restore it on the maps, so
-        # that the head's convolutions run in it too.
-        layout = torch.contiguous_format
-        if images.is_contiguous(memory_format=torch.channels_last):
-            layout = torch.channels_last
-
         depth = len(self.blocks)
-        keep = [None] * depth
+        factors = [None] * depth
         if self.training and self.drop_path > 0:
-            keep = drop_path(self.drop_path, depth, B, x.device)
+            factors = drop_path_factors(self.drop_path, depth, B, x.device)
 
         maps = []
-        for i, block in enumerate(self.blocks, start=1):
-            x = block(x, keep[i - 1])  # (B, extra + h w, D)
-            if i == depth and self.norm is not None:
+        for i, block in enumerate(self.blocks):
+            x = block(x, factors[i])  # (B, extra + h w, D)
+            done = i + 1  # layers
+            if done == depth and self.norm is not None:
                 x = self.norm(x)
-            if i % self.layers_per_map == 0:
+            if done % self.layers_per_map == 0:
                 patches = x[:, self.extra :].mT  # (B, D, h w)
                 patches = patches.reshape(B, D, h, w)
                 maps.append(patches.contiguous(memory_format=layout))
@@ -262,8 +262,8 @@ class VisionTransformer(nn.Module):
 #
 # The arguments of VisionTransformer, and three more: channels, the width of the UPerNet head;
 # drop_path_ln, the rate of drop path in recipes with a final norm, if it differs from drop_path;
-# cls_position=False, if the released files have no position for the class token (convert_weights.py
-# gives it one of zeros, which adds nothing). A grid of 32 patches of 16 is a picture of 512.
+# cls_position=False, if timm's model has no position for the class token (convert_weights.py gives
+# it one of zeros, which adds nothing). A grid of 32 patches of 16 is a picture of 512.
 #
 # vit_b16, deit_b16 and deit_s16 have published recipes, the others do not. ViT-B and DeiT-B are one
 # network; they differ in their pretrained weights and in drop path (ViT-B was released without it,
@@ -321,7 +321,14 @@ def build_backbone(arch: str, neck: str) -> VisionTransformer:
     return VisionTransformer(**arguments, final_norm=final_norm)
 
 
-# ---- Tracing for pictures of any size ------------------------------------------------------------
+# ---- Layouts and sizes ---------------------------------------------------------------------------
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The layout in memory of a map that a convolution gave. What is computed from it in another
+    one goes back to it: in channels last, some gradients take three times as long, others are wrong
+    (evaluate.memory_format)."""
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
 def same_size(one: Size, other: Size) -> bool:

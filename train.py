@@ -22,11 +22,12 @@ import re
 import signal
 import sys
 import zlib
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import takewhile
 from os.path import basename, exists, join, normpath
 from time import monotonic
 from typing import NoReturn
@@ -208,14 +209,14 @@ def train(args: Namespace, checkpoint: dict) -> None:
     train_pairs = find_pairs(root, "training", optional=args.dry_run)
     val_pairs = find_pairs(root, "validation", optional=True)
     classes = read_classes(root)
-    pictures = check_files(args, checkpoint, train_pairs + val_pairs, classes)
+    fingerprint = check_files(args, checkpoint, train_pairs + val_pairs, classes)
     samples = TrainSet(train_pairs, args.seed, args.crop_size, args.short_side, classes)
-    start = saved = checkpoint.get("iteration", 0)  # saved: where --resume would start
+    start = saved_at = checkpoint.get("iteration", 0)  # saved_at: where --resume would start
     loader = DataLoader(
         samples, batch_sampler=positions(start, args.iters, args.batch_size, rank, world),
         num_workers=args.workers, prefetch_factor=4 if args.workers else None,
         worker_init_fn=start_worker, pin_memory=device.type == "cuda",
-        timeout=args.workers and args.timeout / 6,  # (the other processes wait for --timeout)
+        timeout=args.workers and args.timeout / 6,  # before the others give up; without workers 0
     )
 
     # Model: random, pretrained or the checkpoint's. --dry-run only needs shapes, as meta has them.
@@ -260,7 +261,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
     if rank == 0:
         os.makedirs(args.work_dir, exist_ok=True)
         log.say(plan, iteration=start, args=vars(args))
-        for words in doubts(args, train_pairs, val_pairs, classes, pictures, checkpoint):
+        for words in doubts(args, train_pairs, val_pairs, classes, fingerprint, checkpoint):
             log.say(f"warning: {words}")
 
     # BatchNorm's mean and variance, and room for those before a step. (Its counter is not read.)
@@ -271,13 +272,13 @@ def train(args: Namespace, checkpoint: dict) -> None:
     i, stop, skipped = start, False, 0  # iterations done; whether to stop; steps not taken in a row
     while True:
         due = i > 0 and (i % args.interval == 0 or i == args.iters)
-        if i > saved and (due or stop or skipped == PATIENCE):
+        if i > saved_at and (due or stop or skipped == PATIENCE):
             save(
                 log, model=model.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped,
                 iteration=i, scaler=scaler.state_dict(), args=vars(args), classes=tuple(classes),
-                names=pictures, entries=log.entries, steps=log.steps, grid=model.backbone.grid,
+                names=fingerprint, entries=log.entries, steps=log.steps, grid=model.backbone.grid,
             )
-            saved = i  # before its validation: --resume starts with that
+            saved_at = i  # before its validation: --resume starts with that
         if skipped == PATIENCE:
             leave(f"error: {PATIENCE} losses in a row were not finite: continue with --resume and "
                   "a lower --lr, or without the newest checkpoints or the pictures named above", 3)
@@ -285,10 +286,10 @@ def train(args: Namespace, checkpoint: dict) -> None:
             leave(f"stopped after iteration {i}: continue with --resume", (signals or [1])[0])
         if due and val_pairs:  # on --resume too: a checkpoint is written before its validation
             validate(log, i, signals, model, val_pairs, classes, dtype, world)
-        if i == args.iters:
+        if i >= args.iters:  # (more, where --resume has a smaller --iters)
             break
 
-        # The learning rate, and the seed of dropout and drop path (samples' end with 0 or 1).
+        # The learning rate; the seed of dropout and drop path (it ends with 2, samples' with 0, 1).
         rate = learning_rate(i, args.iters, args.lr, args.power, args.floor, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -339,7 +340,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
     wait_for_all()
     if not log.saved:
         leave("error: the last checkpoint is not saved, make room and continue with --resume", 1)
-    log.say(f"{log.saved}: evaluate it with `python evaluate.py`")
+    log.say(f"evaluate it: python evaluate.py --checkpoint {args.work_dir}")
     if args.data == "toy":
         log.say(AFTER_TOY)
 
@@ -375,10 +376,9 @@ def agree(losses: Tensor, signals: list, world: int) -> tuple:
 
 
 def fix_order_of_sums() -> None:
-    """--deterministic: take kernels that add in the same order every time. The fused kernels of
-    attention do so only in torch's strict mode, which refuses the gradient of resized positions. So
-    attention takes its plain kernel. Of operations that have no kernel with a fixed order torch
-    warns."""
+    """--deterministic: take kernels that add in the same order every time; torch warns of
+    operations that have none. Attention takes its plain kernel. (Its fused ones have a fixed order
+    only in torch's strict mode, which refuses the gradient of resized positions.)"""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
 
@@ -388,9 +388,9 @@ def fix_order_of_sums() -> None:
 
 
 def check_files(args: Namespace, checkpoint: dict, pairs: list, classes: Classes) -> str:
-    """UsageError if the classes are not the checkpoint's; or if this process has other files or
-    arguments than process 0, as may be where each node has its own: it would train something else.
-    -> words about the pictures, by which --resume finds that they are others"""
+    """Compare what must be equal. UsageError if the classes are not the checkpoint's, or if this
+    process has other arguments, checkpoint or pictures than process 0 (each node may have a disk of
+    its own). -> a fingerprint of the pictures, by which --resume notices others"""
     if Classes(*checkpoint.get("classes", classes)) != classes:
         raise UsageError(
             f"{args.data}: its classes are not those of the checkpoint, give it back its "
@@ -398,9 +398,9 @@ def check_files(args: Namespace, checkpoint: dict, pairs: list, classes: Classes
         )
 
     names = os.fsencode("\n".join(basename(image) for image, _ in pairs))
-    pictures = f"{len(pairs)} pictures, crc {zlib.crc32(names):08x} of names"
+    fingerprint = f"{len(pairs)} pictures, crc {zlib.crc32(names):08x} of names"
     facts = vars(args) | {
-        "data": pictures,
+        "data": fingerprint,
         "checkpoint": checkpoint.get("path"),
         "iteration": checkpoint.get("iteration"),
     }
@@ -413,7 +413,7 @@ def check_files(args: Namespace, checkpoint: dict, pairs: list, classes: Classes
             f"a process has {differ}, unlike process 0: give all of them one command, work "
             "directory and data"
         )
-    return pictures
+    return fingerprint
 
 
 def load_start(model: Segmenter, log: "Log", checkpoint: dict) -> None:
@@ -450,7 +450,7 @@ def adapt(model: Segmenter, drop_path: float | None, freeze: bool) -> None:
 
 
 def doubts(
-    args: Namespace, train_pairs: list, val_pairs: list, classes: Classes, pictures: str,
+    args: Namespace, train_pairs: list, val_pairs: list, classes: Classes, fingerprint: str,
     checkpoint: dict,
 ) -> Iterator[str]:
     """A sentence about each thing that may make a run worth less than its time, before the run
@@ -466,9 +466,9 @@ def doubts(
             f"--warmup {args.warmup} is more than half of --iters: the learning rate stays below "
             "about half of --lr"
         )
-    before = checkpoint.get("names", pictures)
-    if pictures != before:
-        yield f"{before} until here, from here on other pictures: {pictures}"
+    before = checkpoint.get("names", fingerprint)
+    if fingerprint != before:
+        yield f"{before} until here, from here on other pictures: {fingerprint}"
 
 
 # ---- log and validation --------------------------------------------------------------------------
@@ -593,7 +593,7 @@ def validate(
         log.say(f"{n}/{log.args.iters}  validation: {summary}  {path}", iteration=n, **result)
 
         if log.saved and result["mIoU"] == max(entry.get("mIoU") or 0 for entry in log.entries):
-            with log.writing("best.pt") as path:  # reading compares the copy with its checksums
+            with log.writing("best.pt") as path:  # (reading compares checksums, a copy would not)
                 write_checkpoint(read_checkpoint(log.saved), path)
         with log.writing("curves.png") as path:
             curves(log.entries).save(path)
@@ -608,15 +608,16 @@ def save(log: Log, **content) -> None:
     ones may be useless too: where the last step was not taken, nothing is removed."""
     if not all(x.isfinite().all() for x in content["model"].values()):
         leave("error: the weights are not finite, they are not saved: continue with --resume and a "
-              f"lower --lr from {log.saved or 'the beginning'}", 3)
+              f"lower --lr from {log.saved or log.args.work_dir}", 3)
 
     log.saved = None
     with log.writing(f"checkpoint_{content['iteration']}.pt") as path:
         if log.rank == 0:
             write_checkpoint(content, path)
-        log.saved = path
+        log.saved = path  # on the other ranks too, though only rank 0 knows that it is there
+
+        # Newer ones are damaged, as --resume has passed over them: they do not count.
         if log.rank == 0 and not content["skipped"]:
-            # Newer ones are damaged, as --resume has passed over them: they do not count.
             found = checkpoints(log.args.work_dir)
             for old in found[: found.index(path) + 1][: -log.args.keep]:
                 with suppress(OSError):  # Windows refuses while a file is mapped: next time
@@ -629,8 +630,9 @@ def newest_whole(found: list[str]) -> dict:
     for path in reversed(found):
         try:
             content = read_checkpoint(path)
-            with about(f"{path}: is no checkpoint of this version, it lacks"):
-                return content | {"path": path, "entries": content["entries"]}
+            if "entries" not in content:
+                raise UsageError(f"{path}: is no checkpoint of this version")
+            return content | {"path": path}
         except Exception as error:  # whatever is wrong with it, the one before may be whole
             warn(f"warning: {first_line(error)}; it is passed over")
 
@@ -696,7 +698,8 @@ it lies curves.png.
 NO_EFFECT = ("work_dir", "resume", "workers", "keep", "timeout", "dry_run")
 # Those that weights and the optimizer's state depend on: --resume takes them from the checkpoint.
 FIXED = ("arch", "neck", "optimizer", "weight_decay", "layer_decay", "freeze")
-POSITIVE, COUNT, REAL = at_least(1), at_least(0), at_least(0, float)
+POSITIVE, COUNT = at_least(1), at_least(0)
+REAL, SHARE = at_least(0, float), at_least(0, float, 1)
 
 
 def options() -> ArgumentParser:
@@ -718,9 +721,9 @@ def options() -> ArgumentParser:
     add("--warmup", type=COUNT, help="iterations of linear warmup (adamw 1500, sgd 0)")
     add("--weight-decay", type=REAL,
         help="(adamw 0.01, but 0 for cls_token, reg_token and pos_embed; sgd 0.0005)")
-    add("--layer-decay", type=REAL, default=1.0,
+    add("--layer-decay", type=SHARE, default=1.0,
         help="multiplies the learning rate of layer k by this ** (depth + 1 - k) (%(default)s)")
-    add("--drop-path", type=REAL,
+    add("--drop-path", type=SHARE,
         help="drop path rate of the last layer, below 1 (as in the recipe of --arch and --neck)")
     add("--freeze", action="store_true", help="only train neck and heads")
 
@@ -770,9 +773,10 @@ def more_options(parser: ArgumentParser) -> None:
         "is several times as fast (%(default)s)")
     add("--workers", type=COUNT, default=2,
         help="processes that read and augment, for each training process (%(default)s)")
-    add("--compile", action="store_true",
+    switch = BooleanOptionalAction  # --no-compile, where --resume would keep it
+    add("--compile", action=switch, default=False,
         help="torch.compile the model: minutes at the start, then faster")
-    add("--deterministic", action="store_true",
+    add("--deterministic", action=switch, default=False,
         help="the same result every time on one machine, where torch has such operations (it warns "
         "of the others); slower. CPUs do not need it")
 
@@ -835,10 +839,10 @@ def default_work_dir(args: Namespace) -> str:
 
     base = f"runs/{args.arch}_{args.neck}_{basename(normpath(args.data))}_{args.iters}"
     names = [base] + [f"{base}-{k}" for k in range(2, 10000)]
-    free = [exists(name) for name in names].index(False)
-    if RESTARTED and free:
-        free -= 1
-    return names[free]
+    taken = len([*takewhile(exists, names)])
+    if RESTARTED and taken:
+        taken -= 1
+    return names[taken]
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ arXiv:1612.03144) on top of the pyramid pooling of PSPNet (PPM, Zhao et al. 2017
 Departures from the paper, all of them the reference's: dropout before the classifier, an auxiliary
 head on level 4, and only one task, scene parsing.
 
-Some steps have a fast form, which stands in the last part, "Faster". Its docstring gives the plain
-form, a line or two of code, and that is all one needs to read the model.
+Some steps have a fast form, which stands further down, in the part "Faster". Its docstring gives
+the plain form, a line or two of code, and that is all one needs to read the model.
 
 Names of dimensions: B batch, C classes, D channels before a convolution (at first the width of the
 backbone), E channels after it (in the head of the recipes 512), h w the size of a map, H W the size
@@ -37,7 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import ARCHS, NECKS, Size, build_backbone, same_size
+from model import ARCHS, NECKS, Size, build_backbone, layout_of, same_size
 
 IGNORE_INDEX = 255  # marks pixels without a label: no loss, no metric
 AUX_WEIGHT = 0.4  # of the auxiliary head's loss (PSPNet, section 5.2)
@@ -73,7 +73,7 @@ class MultiLevelNeck(nn.Module):
     Each level gets a 1x1 convolution, a bilinear resize by 4, 2, 1 or 1/2, and a 3x3 convolution,
     without norm or activation. The neck adds no information, but it lets the head draw borders on a
     grid of 4 pixels instead of 16. Published for DeiT-S: one point of mIoU more, with 4.5 times the
-    operations of the model without neck (here 3 times, because of conv3x3_of_upsampled)."""
+    operations of the model without neck (here 3 times: see "Faster")."""
 
     scales = (4, 2, 1, 0.5)
 
@@ -198,7 +198,7 @@ class FCNHead(nn.Module):
     gradient reaches the backbone without passing through UPerHead (PSPNet, section 4: deep
     supervision).
 
-    The same four maps, but only the last, (B, D, h_4, w_4), is read -> logits (B, C, h_4, w_4)"""
+    Four maps, of which it reads the last, (B, D, h_4, w_4) -> logits (B, C, h_4, w_4)"""
 
     def __init__(self, width: int, channels: int, num_classes: int):
         super().__init__()
@@ -215,7 +215,7 @@ class FCNHead(nn.Module):
 # ---- The loss and the whole model ----------------------------------------------------------------
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, block: Callable | None = None) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, block_loss: Callable | None = None) -> Tensor:
     """Mean cross entropy of logits (B, C, h, w) against labels (B, H, W) int64. The plain form:
 
         losses = F.cross_entropy(resize(logits, labels.shape[1:]), labels, ignore_index=255,
@@ -226,10 +226,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, block: Callable | None = None)
     reference. So a labelled pixel weighs the same, 1 / (B H W), however much of the batch is
     labelled. Also as in the reference, the loss is computed in float32 under autocast. (Float64
     stays float64.) The logits at the large size never exist all at once: see
-    UpsampledCrossEntropy. block: a compiled summed_cross_entropy."""
+    UpsampledCrossEntropy. block_loss: summed_cross_entropy, compiled, or None for itself."""
     with torch.autocast(logits.device.type, enabled=False):
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        return UpsampledCrossEntropy.apply(logits.to(dtype), labels, block or summed_cross_entropy)
+        block_loss = block_loss or summed_cross_entropy
+        return UpsampledCrossEntropy.apply(logits.to(dtype), labels, block_loss)
 
 
 class Segmenter(nn.Module):
@@ -331,8 +332,8 @@ def conv3x3_of_resized(
     one without resizing it first, and the results added. Each map is taken out of the list when its
     turn comes, so that its memory is free for the next.
 
-    A map that has this size already is convolved as it is. On a GPU, so are small ones for small
-    outputs: the fast form costs 40 launches a map, which take longer than what they compute."""
+    A map that has this size already is only convolved. On a GPU, small outputs take the plain form
+    too: the fast one costs 40 launches a map, which take longer than what they compute."""
     size = maps[0].shape[2:]
     places = maps[0][:, 0].numel()  # B h_1 w_1
     few = maps[0].is_cuda and places <= 2048
@@ -346,7 +347,7 @@ def conv3x3_of_resized(
         if few or same_size(x.shape[2:], size):
             total = total + F.conv2d(resize(x, size), map_weight, padding=1)
         else:
-            # Converting here frees the copy in the other layout.
+            # It adds in channels last. Assigning to the same name frees the other copy.
             total = total.contiguous(memory_format=torch.channels_last)
             total = add_upsampled_conv3x3(total, x, map_weight)
     return total.contiguous(memory_format=layout)
@@ -364,12 +365,6 @@ def conv3x3_of_upsampled(x: Tensor, scale: int, conv: nn.Conv2d) -> Tensor:
     total = bias.contiguous().movedim(3, 1)  # (B, E, scale h, scale w), channels last in memory
     total = add_upsampled_conv3x3(total, x, conv.weight)
     return total.contiguous(memory_format=layout_of(x))
-
-
-def layout_of(x: Tensor) -> torch.memory_format:
-    """The layout of a map in memory. What is computed in another one goes back to it: in channels
-    last, some gradients take three times as long, others are wrong (evaluate.memory_format)."""
-    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
 def add_upsampled_conv3x3(
@@ -434,10 +429,10 @@ def rows_at_once(device: torch.device, logits_per_row: int) -> int:
     """How many rows of logits the loss and the prediction take at a time. On a CPU: as many as fit
     into its cache (4 MB; four times as fast as all at once). On a GPU: far more, because a few
     large launches are faster than many small ones."""
-    block = 2**26
+    room = 2**26  # logits
     if device.type == "cpu":
-        block = 2**20
-    return max(1, block // logits_per_row)
+        room = 2**20
+    return max(1, room // logits_per_row)
 
 
 def source_rows(start: int, stop: int, old: int, new: int) -> tuple:
@@ -458,7 +453,7 @@ class UpsampledCrossEntropy(torch.autograd.Function):
     map. That happens in forward already, while the rows exist; backward only scales the result."""
 
     @staticmethod
-    def forward(ctx, logits, labels, block):
+    def forward(ctx, logits, labels, block_loss):
         B, C, h, w = logits.shape
         _, H, W = labels.shape
         my = resize_matrix(h, H, logits)  # (H, h)
@@ -479,7 +474,7 @@ class UpsampledCrossEntropy(torch.autograd.Function):
             large = large.unflatten(2, (W, C))  # (B, stop - start, W, C)
 
             large_labels = labels[:, start:stop]  # (B, stop - start, W)
-            loss, large_grad = block(large, large_labels)
+            loss, large_grad = block_loss(large, large_labels)
             total += loss
             large_grad = large_grad.flatten(2)  # (B, stop - start, W C)
             wide_grad[:, first:end] += rows.mT @ large_grad  # (B, end - first, W C)

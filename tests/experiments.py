@@ -70,7 +70,7 @@ NO_PYRAMID = Edit(
 )
 NO_TOP_DOWN = Edit(
     "upernet.py",
-    "levels[i] + coarser",
+    "levels[i] + resize(levels[i + 1], size)",
     "levels[i] + 0 * coarser",
 )
 NO_SCALING = Edit(

@@ -196,7 +196,7 @@ def test_pos_embed_is_resized_whenever_the_grid_differs_not_the_number_of_tokens
 
 def test_drop_path_leaves_out_more_pictures_from_layer_to_layer_and_keeps_the_mean():
     torch.manual_seed(0)
-    keep = model.drop_path(0.3, 4, 20000, "cpu")
+    keep = model.drop_path_factors(0.3, 4, 20000, "cpu")
     assert keep.shape == (4, 2, 20000, 1, 1)
 
     for layer, rate in zip(keep, [0, 0.1, 0.2, 0.3], strict=True):
@@ -220,7 +220,7 @@ def test_drop_path_skips_the_branches_of_a_picture_in_training_only(monkeypatch)
         assert (rate, depth, B) == (0.5, 4, 2)
         return torch.tensor([0.0, 1.0]).expand(depth, 2, B)[..., None, None]
 
-    monkeypatch.setattr(model, "drop_path", second_picture_stays)
+    monkeypatch.setattr(model, "drop_path_factors", second_picture_stays)
     maps = net.train()(images)
     for got, want in zip(maps, plain):
         assert_exact(got[1], want[1])

@@ -431,7 +431,7 @@ def test_run_leaves_checkpoints_log_and_picture(straight):
     *_, validation, last = done.stdout.splitlines()
     assert validation.startswith("6/6  validation: mIoU")
     assert validation.endswith("runs/straight/sheet_6.png")
-    assert last.startswith("runs/straight/checkpoint_6.pt: evaluate it")
+    assert last == "evaluate it: python evaluate.py --checkpoint runs/straight"
     assert "batch 4 = 1 processes x 4" in done.stdout
 
     log = read_log(work)
@@ -525,6 +525,9 @@ def test_the_same_command_again_and_again_starts_goes_on_and_is_done(straight, f
     done = run(folder, *same)
     assert "iterations 6 to 6" in done.stdout
     assert validations(work) == validations(straight[0])
+
+    done = run(folder, *same, "--iters", 4)  # fewer than are done
+    assert "iterations 6 to 4" in done.stdout and "evaluate it" in done.stdout
 
     os.remove(work / "checkpoint_6.pt")
     done = run(folder, *same)
@@ -749,6 +752,8 @@ def test_a_pretrained_file_that_one_process_cannot_use_ends_all(folder):
         (("--data", "set", "--lr", "inf"), "argument --lr: inf is not a number of 0 or more, or it"),
         (("--data", "set", "--seed", 2**64), "argument --seed: 18446744073709551616 is not a number"),
         (("--data", "set", "--workers", "-1"), "argument --workers: "),
+        (("--data", "set", "--drop-path", "10"), "argument --drop-path: "),
+        (("--data", "set", "--layer-decay", "65"), "argument --layer-decay: "),
         (("--data", "set", "--short-side", "-5"), "argument --short-side: "),
         (("--data", "set", "--seed", "-1"), "argument --seed: "),
         (("--data", "set", "--batch-size", "1"), "single value to normalise"),
@@ -1045,8 +1050,8 @@ def test_a_toy_run_ends_with_what_to_try_next(folder, tmp_path, monkeypatch, cap
     options = ("--data", "toy", "--iters", 1, "--crop-size", 32, "--short-side", 32)
     train.train(*parse(*options, "--workers", 0, "--work-dir", tmp_path))
     out = capsys.readouterr().out
-    assert out.endswith(f"{tmp_path}/sheet_1.png\n{tmp_path}/checkpoint_1.pt: evaluate it with "
-                        f"`python evaluate.py`\n{train.AFTER_TOY}\n")
+    assert out.endswith(f"{tmp_path}/sheet_1.png\nevaluate it: python evaluate.py --checkpoint "
+                        f"{tmp_path}\n{train.AFTER_TOY}\n")
 
     commands = [line.split() for line in train.AFTER_TOY.splitlines() if "python " in line]
     assert len(commands) == 2
