@@ -71,7 +71,7 @@ NO_PYRAMID = Edit(
 NO_TOP_DOWN = Edit(
     "upernet.py",
     "levels[i] + resize(levels[i + 1], size)",
-    "levels[i] + 0 * coarser",
+    "levels[i] + 0 * resize(levels[i + 1], size)",
 )
 NO_SCALING = Edit(
     "ade20k.py",
