@@ -28,7 +28,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import isqrt
-from os.path import exists, join
+from os.path import exists, isdir, join
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -664,6 +664,8 @@ def read_checkpoint(path: str) -> dict:
     """The dictionary in a file, or behind a URL, which is fetched to torch's cache first. Its first
     bytes name the container. WeightsError if unreadable."""
     path = local_path(path)
+    if isdir(path):  # Hugging Face's save_pretrained makes a folder
+        path = join(path, "model.safetensors")
     with about(f"{path}: cannot be read as a checkpoint", WeightsError):
         with open(path, "rb") as file:
             first = file.read(9)

@@ -34,7 +34,18 @@ from datetime import timedelta
 from functools import partial
 from glob import escape, glob
 from multiprocessing import active_children, parent_process
-from os.path import dirname, exists, getmtime, isdir, isfile, join, realpath, relpath, splitext
+from os.path import (
+    commonpath,
+    dirname,
+    exists,
+    getmtime,
+    isdir,
+    isfile,
+    join,
+    realpath,
+    relpath,
+    splitext,
+)
 from pathlib import Path
 
 import numpy as np
@@ -469,9 +480,10 @@ def find_data(args: Namespace, facts: dict) -> tuple:
         known = known._replace(names=CLASSES if n == len(CLASSES) else tuple(map(str, range(n))))
 
     if args.image:
-        in_folder = glob(join(escape(args.image), "*"))  # without hidden files; [] for a file
+        # All below a folder, without hidden files; [] for a file.
+        in_folder = glob(join(escape(args.image), "**"), recursive=True)
         files = sorted(filter(isfile, in_folder)) or [args.image]
-        return [(file, None) for file in files], known, dirname(files[0])
+        return [(file, None) for file in files], known, commonpath(map(dirname, files))
 
     args.data = data_root(args.data)
     classes = read_classes(args.data)
@@ -618,7 +630,7 @@ def options() -> ArgumentParser:
     add("--split", default="validation",
         help="images/SPLIT and annotations/SPLIT (default: validation)")
     add("--image", metavar="FILE_OR_DIR",
-        help="label this picture, or all in this folder, instead of a data set; needs --show or "
+        help="label this picture, or all below this folder, instead of a data set; needs --show or "
         "--save-labels")
     add("--scales", type=list_of_scales, default=(1.0,),
         help="picture sizes relative to --short-side, e.g. 0.5,1; 0.5,...,1.75 means steps of "

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import formulas
 import numpy as np
@@ -918,6 +919,18 @@ def test_of_a_folder_only_files_are_labelled(run, main, monkeypatch):
         picture.save(f"own/{name}")
     main(evaluate, "--image", "own", "--save-labels", "labels", "--workers", 0)
     assert os.listdir("labels") == ["good.png"]
+
+
+def test_pictures_in_folders_below_are_labelled_and_their_results_keep_the_folders(
+    run, main, monkeypatch
+):
+    monkeypatch.chdir(run.folder)
+    for name in ("cities/a/x.jpg", "cities/b/c/x.jpg", "cities/.hidden/x.jpg"):
+        Path(name).parent.mkdir(parents=True)
+        Image.fromarray(formulas.picture(40, 60)).save(name)
+    main(evaluate, "--image", "cities", "--save-labels", "labels", "--workers", 0)
+    found = sorted(path.as_posix() for path in Path("labels").rglob("*.png"))
+    assert found == ["labels/a/x.png", "labels/b/c/x.png"]
 
 
 def test_a_file_without_auxiliary_head_gets_one_that_can_be_trained(tmp_path):

@@ -56,7 +56,7 @@ def test_what_is_exported_takes_pictures_of_any_size(tiny, neck, more):
     assert taps == (4 * 3 if neck in ("none", "ln") else (4 + 3 + 2) * 3)
 
 
-@pytest.mark.parametrize("neck", ["none", "ln_mln"])
+@pytest.mark.parametrize("neck", ["none", "ln", "mln", "ln_mln"])
 def test_the_readmes_onnx_file_labels_pictures_of_any_size(neck, tiny, tmp_path, monkeypatch):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

@@ -1054,6 +1054,17 @@ def test_what_is_not_a_checkpoint_is_called_what_it_is(legacy, tmp_path):
             load_weights(str(path))
 
 
+def test_the_folder_of_save_pretrained_stands_for_its_file(tmp_path):
+    write_safetensors(timm_weights(), tmp_path / "model.safetensors")
+    state_dict, facts = load_weights(str(tmp_path))
+    assert facts["kind"] == "timm"
+    assert len(state_dict) == facts["tensors"]
+
+    os.rename(tmp_path / "model.safetensors", tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(WeightsError, match="model.safetensors: cannot be read .*No such file"):
+        load_weights(str(tmp_path))
+
+
 def test_kernels_with_time_are_listed_with_their_shape(tmp_path):
     weights = timm_weights()
     weights["patch_embed.proj.weight"] = np.zeros((128, 3, 2, 8, 8), np.float32)
