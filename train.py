@@ -614,14 +614,13 @@ def save(log: Log, **content) -> None:
     with log.writing(f"checkpoint_{content['iteration']}.pt") as path:
         if log.rank == 0:
             write_checkpoint(content, path)
+            if not content["skipped"]:
+                # Newer ones are damaged, as --resume has passed over them: they do not count.
+                found = checkpoints(log.args.work_dir)
+                for old in found[: found.index(path) + 1][: -log.args.keep]:
+                    with suppress(OSError):  # Windows refuses while a file is mapped: next time
+                        os.remove(old)
         log.saved = path  # on the other ranks too, though only rank 0 knows that it is there
-
-        # Newer ones are damaged, as --resume has passed over them: they do not count.
-        if log.rank == 0 and not content["skipped"]:
-            found = checkpoints(log.args.work_dir)
-            for old in found[: found.index(path) + 1][: -log.args.keep]:
-                with suppress(OSError):  # Windows refuses while a file is mapped: next time
-                    os.remove(old)
     wait_for_all()
 
 
@@ -773,10 +772,9 @@ def more_options(parser: ArgumentParser) -> None:
         "is several times as fast (%(default)s)")
     add("--workers", type=COUNT, default=2,
         help="processes that read and augment, for each training process (%(default)s)")
-    switch = BooleanOptionalAction  # --no-compile, where --resume would keep it
-    add("--compile", action=switch, default=False,
+    add("--compile", action=BooleanOptionalAction,  # --no-compile where --resume would keep it
         help="torch.compile the model: minutes at the start, then faster")
-    add("--deterministic", action=switch, default=False,
+    add("--deterministic", action=BooleanOptionalAction,
         help="the same result every time on one machine, where torch has such operations (it warns "
         "of the others); slower. CPUs do not need it")
 

@@ -229,8 +229,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, block_loss: Callable | None = 
     UpsampledCrossEntropy. block_loss: summed_cross_entropy, compiled, or None for itself."""
     with torch.autocast(logits.device.type, enabled=False):
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        block_loss = block_loss or summed_cross_entropy
-        return UpsampledCrossEntropy.apply(logits.to(dtype), labels, block_loss)
+        return UpsampledCrossEntropy.apply(
+            logits.to(dtype), labels, block_loss or summed_cross_entropy
+        )
 
 
 class Segmenter(nn.Module):
