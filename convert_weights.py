@@ -621,11 +621,10 @@ def load_into(
 
 def describe(facts: dict) -> str:
     """facts in one line."""
+    keys = "kind arch neck num_classes zero_ignored resolution tensors dtype added left_out assumed"
     return "; ".join(
         f"{key} {listed(value) if isinstance(value, list) else value}"
-        for key in (
-            "kind arch neck num_classes zero_ignored resolution tensors dtype added left_out assumed"
-        ).split()
+        for key in keys.split()
         if (value := facts.get(key))
     )
 
@@ -720,10 +719,10 @@ def read_torch(path: str, names: Iterable = STAND_INS, mapped: bool = True) -> d
     A pickle names the classes and functions that build its objects. torch knows those of tensors
     and plain containers. For the others, `names`, we give it stand-ins that do nothing. torch calls
     the stand-ins and never imports what the pickle names."""
+    stand_ins = [(STAND_INS.get(name, Skipped), name) for name in names]
+
     try:
-        with warnings.catch_warnings(action="ignore"), safe_globals(
-            [(STAND_INS.get(name, Skipped), name) for name in names]
-        ):
+        with warnings.catch_warnings(action="ignore"), safe_globals(stand_ins):
             return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
     except (pickle.UnpicklingError, TypeError) as error:  # torch's words advise to execute the file
         raise ValueError(

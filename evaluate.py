@@ -596,10 +596,9 @@ def write(
         picture.save(join(args.save_labels, names[i]))
 
     if args.show:
+        drawn = sheet([(image, label, prediction)], classes, args.opacity)
         # (Compression level 1 makes larger files in a third of the time.)
-        sheet([(image, label, prediction)], classes, args.opacity).save(
-            join(args.show, names[i]), compress_level=1
-        )
+        drawn.save(join(args.show, names[i]), compress_level=1)
 
 
 # ---- python evaluate.py: the command line --------------------------------------------------------
