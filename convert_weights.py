@@ -256,6 +256,8 @@ def load_weights(path_or_url: str) -> tuple:
     resized to the architecture's grid, with resize_pos_embed. A tensor may be a view of the file:
     copy it before the file is overwritten."""
     path, choice = split_choice(path_or_url)
+    if isdir(path):  # Hugging Face's save_pretrained makes a folder
+        path = join(path, "model.safetensors")
     content = read_checkpoint(path)
     facts = {"added": [], "left_out": [], "grid": content.get("grid")}
 
@@ -664,8 +666,6 @@ def read_checkpoint(path: str) -> dict:
     """The dictionary in a file, or behind a URL, which is fetched to torch's cache first. Its first
     bytes name the container. WeightsError if unreadable."""
     path = local_path(path)
-    if isdir(path):  # Hugging Face's save_pretrained makes a folder
-        path = join(path, "model.safetensors")
     with about(f"{path}: cannot be read as a checkpoint", WeightsError):
         with open(path, "rb") as file:
             first = file.read(9)

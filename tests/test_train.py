@@ -582,7 +582,7 @@ def test_files_that_are_not_a_runs_own_disturb_nothing(straight, folder):
 
     done = run(folder, "--resume", "--work-dir", work, "--keep", 1)
     for n in (8, 9):
-        assert f"checkpoint_{n}.pt" in done.stderr
+        assert f"checkpoint_{n}.pt: " in done.stderr
     assert "iterations 3 to 6" in done.stdout
     assert os.listdir(work / "backup") == ["checkpoint_7.pt"]
     left = {"checkpoint_6.pt", "checkpoint_8.pt", "checkpoint_9.pt", "checkpoint_best.pt"}
