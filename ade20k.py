@@ -47,7 +47,7 @@ from upernet import IGNORE_INDEX
 DEFAULT_ROOT = "data/ade/ADEChallengeData2016"
 
 
-# ---- classes -------------------------------------------------------------------------------------
+# ---- Classes -------------------------------------------------------------------------------------
 
 # Names and colours of the challenge (objectInfo150, color150). The names are spelled as in the
 # reference.
@@ -95,7 +95,7 @@ class Classes(NamedTuple):
     ignored_colours: list | None = None
 
 
-# ---- samples -------------------------------------------------------------------------------------
+# ---- Samples -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -118,8 +118,8 @@ class TrainSet(torch.utils.data.Dataset):
         return self.pairs[rng.permutation(len(self.pairs))[i]]
 
     def __getitem__(self, position: int) -> tuple:
-        """-> image (3, S, S) uint8, label (S, S) uint8, their size (2,) before padding"""
-        with about("`python ade20k.py check DIR` names all faults, this is one of them"):
+        """-> image (3, S, S) uint8, label (S, S) uint8, their (h, w) before padding, (2,) int64"""
+        with about("a fault in the data (`python ade20k.py check DIR` names all)"):
             image, label = load(*self.paths(position), self.classes)
 
         rng = default_rng([self.seed, position, 1])
@@ -127,18 +127,18 @@ class TrainSet(torch.utils.data.Dataset):
         return tuple(map(torch.as_tensor, sample))
 
 
-def positions(
+def sample_positions(
     start: int, iters: int, batch: int, rank: int = 0, world: int = 1
 ) -> Iterator:
     """Iteration i takes the positions i * batch to (i + 1) * batch - 1, each process an equal part.
-    From iteration start on, yield the list of those of process number `rank` of `world`."""
+    From iteration start on, yield the list of those that process `rank` of `world` takes."""
     count = batch // world
     for i in range(start, iters):
         first = i * batch + rank * count
         yield list(range(first, first + count))
 
 
-# ---- transforms ----------------------------------------------------------------------------------
+# ---- Transforms ----------------------------------------------------------------------------------
 
 
 def train_transform(image: ndarray, label: ndarray, rng: Generator, crop: int, short: int) -> tuple:
@@ -359,7 +359,7 @@ def hsv_to_rgb(hue: ndarray, saturation: ndarray, value: ndarray) -> ndarray:
     return np.stack(channels)
 
 
-# ---- reading -------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------------------
 
 # Pillow refuses a png with more than 1 MB of text. Accept up to 16 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 16_000_000
@@ -406,9 +406,10 @@ def load(image_path: str, label_path: str | None, classes: Classes = Classes()) 
     label = load_label(label_path, classes)
     size = image.shape[:2]
     if label.shape != size:
+        stored = Image.open(image_path).size[::-1]
         raise DataError(
-            f"{image_path}: the picture, turned if its EXIF block says so, has height and width "
-            f"{size}, its label file {label.shape}, they must be equal"
+            f"{image_path}: has height and width {size} ({stored} before EXIF turned it), its "
+            f"label file {label.shape}, they must be equal"
         )
     return image, label
 
@@ -528,17 +529,18 @@ def read_classes(root: str) -> Classes:
                         palette.append(colour or list(ImageColor.getrgb(hsv)))
                         names.append(name)
 
-        if not 0 < len(names) < 256:
-            raise ValueError("must name 1 to 255 classes")
+        if not 0 < len(names) < 256 - zero_ignored:  # 255 is never a class
+            raise ValueError("must name 1 to 255 classes, with `ignore 0` 1 to 254")
     return Classes(tuple(names), palette, zero_ignored, ignored)
 
 
-# ---- finding the files, and checking them --------------------------------------------------------
+# ---- Finding the files, and checking them --------------------------------------------------------
 
 
 def find_pairs(root: str, split: str, optional: bool = False) -> list:
     """The (image, label) paths of ROOT/images/SPLIT and ROOT/annotations/SPLIT, and of the folders
-    below them, sorted by name. (A name holds its folder. Hidden files and folders do not count.)
+    below them, sorted by name. (A name includes the folders below SPLIT. What is hidden does not
+    count.)
 
     DataError if there are no pictures, or if one of them has not exactly one label file of its
     name, or the reverse. optional: [] if there are neither pictures nor label files."""
@@ -573,8 +575,8 @@ def find_pairs(root: str, split: str, optional: bool = False) -> list:
 
 
 def data_warnings(split: str, pairs: list, classes: Classes) -> Iterator:
-    """Yield a sentence about the classes that no label holds, if there are any, and one about odd
-    pictures. At most 300 pairs are read, evenly spread."""
+    """Yield a sentence about the classes that no label holds, if all labels were read or many
+    classes are missing, and one about odd pictures. At most 300 pairs are read, evenly spread."""
     some = pairs[:: (len(pairs) - 1) // 300 + 1]  # all, if there are 300 or fewer
     _, counts, odd = zip(*[look_at(pair, classes) for pair in some])
     missing = [name for name, count in zip(classes.names, sum(counts)) if not count]
@@ -651,7 +653,7 @@ def check(root: str) -> list:
     return faults
 
 
-# ---- the toy data set ----------------------------------------------------------------------------
+# ---- The toy data set ----------------------------------------------------------------------------
 
 # Outdoor scenes drawn by code, to try everything before the real download. A scene is a small world
 # in metres: x to the right, y up, z ahead, the ground at y = 0, the eye at (0, EYE, 0), looking
@@ -876,7 +878,7 @@ def draw_scene(rng: Generator) -> tuple:
     that label files hold."""
     ground, crowds = rng.choice(SCENES).split("\n\n")
     sun, zenith, haze, air, shadow = map(numbers, rng.choice(rows(LIGHTS)))
-    bend = rng.uniform(-0.006, 0.006)  # x = 0 of the tables lies at bend * z^2, up to z = 60
+    bend = rng.uniform(-0.006, 0.006)  # x = 0 of the tables lies at bend * min(z, 60)^2
 
     def in_haze(colour, z):  # what is left of a colour behind z metres of air
         return haze + (colour - haze) * np.exp(-z / air)
@@ -992,7 +994,7 @@ def make_toy(root: str) -> str:
     return root
 
 
-# ---- downloading ---------------------------------------------------------------------------------
+# ---- Downloading ---------------------------------------------------------------------------------
 
 URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"  # of the 922 MB, as public scripts have it
@@ -1032,7 +1034,7 @@ def fetch_url(url: str, path: str, sha256: str | None = None) -> None:
         socket.setdefaulttimeout(None)  # Python's own default
 
 
-# ---- what the four programs share ----------------------------------------------------------------
+# ---- What the four programs share ----------------------------------------------------------------
 
 
 @contextmanager

@@ -14,7 +14,7 @@ Then come load_into, the way back to the names of others, the files themselves a
 file's content tells what it is, whatever it is called: the first bytes tell the container (torch's
 zip or old pickle, safetensors, numpy's npz), the name of the patch embedding tells the kind. No
 pickle is executed: torch.load runs with weights_only=True, which builds only tensors and plain
-containers."""
+containers; for all else we give it stand-ins that do nothing."""
 
 import argparse
 import ast
@@ -35,7 +35,7 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ade20k import (
@@ -200,6 +200,7 @@ LEFT_OUT = read_table("""
 
 # What mmsegmentation's config says about a backbone and the tensors do not. DEFAULTS: what holds
 # there if the config does not say it. SETTINGS: what holds here, for the sizes of an architecture.
+# HUGGING_FACE_CONFIG: what its config.json says, in mmsegmentation's words.
 DEFAULTS = read_table("""
     img_size            224
     num_heads           12
@@ -215,6 +216,10 @@ SETTINGS = """
     act_cfg             dict(type='GELU')
     norm_cfg            dict(type='LN', eps=1e-06)
 """
+HUGGING_FACE_CONFIG = (
+    "dict(backbone=dict(num_heads={num_attention_heads}, img_size={image_size}, "
+    "norm_cfg=dict(type='LN', eps=1e-06)))"
+)
 
 
 def rename(name: str, table: dict) -> str:
@@ -266,7 +271,13 @@ def load_weights(path_or_url: str) -> tuple:
         tensors = translate(weights, facts)
 
         model = identify(tensors, facts)
-        check_settings(recall(content, facts), facts)
+        config = recall(content, facts)
+        if facts["kind"] == "Hugging Face":
+            with suppress(Exception):  # if there is none beside the file, or another program's
+                config = HUGGING_FACE_CONFIG.format(
+                    **json.loads(Path(path).with_name("config.json").read_text())
+                )
+        check_settings(config, facts)
         add_known_missing(tensors, facts)
         fit_positions(tensors, model.backbone, facts)
         compare(tensors, model.state_dict())
@@ -438,7 +449,7 @@ def identify(tensors: Tensors, facts: dict) -> Segmenter:
     }
 
     # What an architecture does not name, it does not have: 0 registers, no layer scale.
-    fits = [a for a, sizes in ARCHS.items() if all(sizes.get(k, 0) == found[k] for k in found)]
+    fits = [a for a, own in ARCHS.items() if all(own.get(k, 0) == found[k] for k in found)]
     if not fits:
         raise WeightsError(f"no architecture has its sizes, {found}")
 
@@ -490,28 +501,29 @@ def recall(content: dict, facts: dict) -> str:
 
 
 def check_settings(config: str, facts: dict) -> None:
-    """WeightsError if mmsegmentation's config names what does not hold here: the tensors would
-    load, but the network would compute something else. The config's size of pictures gives the
-    grid. The config is Python code, which is read and never executed. If there is no config,
+    """WeightsError if the config, in mmsegmentation's words, names what does not hold here: the
+    tensors would load, but the network would compute something else. Its size of pictures gives the
+    grid. It is Python code, which is read and never executed. If there is no config,
     facts["assumed"] says what is taken for granted."""
-    sizes = ARCHS[facts["arch"]]
-    layers = tuple(range(-1, sizes["depth"], sizes["depth"] // 4)[1:])  # the quarters' last ones
-    ours = read_table(SETTINGS.format(layers=layers, **sizes))
+    arguments = ARCHS[facts["arch"]]
+    layers = tuple(arguments["depth"] * k // 4 - 1 for k in range(1, 5))  # the quarters' last
+    ours = read_table(SETTINGS.format(layers=layers, **arguments))
     theirs = {}
 
     with suppress(Exception):
-        nodes = ast.walk(ast.parse(config.replace("[", "(").replace("]", ")")))  # for out_indices
+        # (Some configs have a list as out_indices, and it is a tuple in SETTINGS.)
+        nodes = ast.walk(ast.parse(config.replace("[", "(").replace("]", ")")))
         backbone = next(node.value for node in nodes if getattr(node, "arg", 0) == "backbone")
         theirs = DEFAULTS | {each.arg: ast.unparse(each.value) for each in backbone.keywords}
         size = ast.literal_eval(theirs["img_size"])  # s, (s,) or (h, w)
-        facts["grid"] = (np.broadcast_to(size, 2) // sizes["patch"]).tolist()
+        facts["grid"] = (np.broadcast_to(size, 2) // arguments["patch"]).tolist()
 
-    wrong = ours.items() - (ours | theirs).items()
+    wrong = dict(theirs.items() - (theirs | ours).items())
     if wrong:
-        raise WeightsError(f"here there is only {sorted(wrong)}, but its config says {theirs}")
+        raise WeightsError(f"its config says {wrong}, this network has only {ours}")
     if not theirs and "args" not in facts:
         facts["assumed"] = (
-            f"{sizes['heads']} heads, a square of learned positions, GELU, maps after layers "
+            f"{arguments['heads']} heads, a square of learned positions, GELU, maps after layers "
             f"{layers} counted from 0: check that the model is so"
         )
 
@@ -545,7 +557,7 @@ def fit_positions(tensors: Tensors, backbone: VisionTransformer, facts: dict) ->
     rows = pos_embed.shape[1]
     side = isqrt(rows)
     h, w = grid = facts["grid"] or (side, side)
-    if rows == h * w and not facts["neck"]:  # timm's DeiT-III, its DINOv2 with registers
+    if rows == h * w and not facts["neck"]:  # DeiT-III, and timm's DINOv2 with registers
         pos_embed = F.pad(pos_embed, (0, 0, 1, 0))  # (1, 1 + N, D)
         facts["added"] += ["a position of zeros for the class token, which has none"]
     elif rows != 1 + h * w:
@@ -590,7 +602,7 @@ def compare(tensors: Tensors, wanted: Tensors) -> None:
 
 
 def load_into(
-    model: nn.Module, state_dict: Tensors, facts: dict, new_classes: bool = False
+    model: Segmenter, state_dict: Tensors, facts: dict, new_classes: bool = False
 ) -> None:
     """Copy what load_weights gave into a model, whose grid of positions becomes facts["grid"].
     Every tensor of the file is used and every tensor of the model is set, or WeightsError and the
@@ -615,7 +627,7 @@ def load_into(
     compare(used, ours)
 
     facts["left_out"] += [
-        f"{name} (the model has none of its shape)" for name in state_dict if name not in used
+        f"{name} (the model has none, or another shape)" for name in state_dict if name not in used
     ]
     model.backbone.set_grid(facts["grid"])
     model.load_state_dict(used, strict=False)  # compare() was the strict part
@@ -727,7 +739,8 @@ def read_torch(path: str, names: Iterable = STAND_INS, mapped: bool = True) -> d
     except (pickle.UnpicklingError, TypeError) as error:  # torch's words advise to execute the file
         raise ValueError(
             "it holds no tensors by name: of a whole model save the state_dict(), of a web page or "
-            "a pointer of Git LFS fetch the file itself, of an index in JSON join the shards"
+            "a pointer of Git LFS fetch the file itself, of an index in JSON join the "
+            "shards, by save_pretrained(DIR, max_shard_size='9GB')"
         ) from error
 
 
@@ -876,7 +889,8 @@ def convert(src: str, dst: str, to: str) -> None:
             "drop the bias of the patch embedding without a word"
         )
 
-    write_checkpoint(content, dst)
+    with about(dst, WeightsError):
+        write_checkpoint(content, dst)
     say(f"written: {dst}")
 
 

@@ -14,8 +14,8 @@ own, and the mean is that of the softmax outputs rather than of the logits.
 Names of dimensions: B pictures, C classes, H W the picture, h w a view of it (the picture at one
 scale), h' w' the logits of that view.
 
-Inference, the metric and the pictures come first, then the program. The last two parts, devices
-with their number formats and processes, serve train.py too.
+Inference, the metric and the pictures come first, then the program. The last two parts,
+"Devices and number formats" and "Processes", serve train.py too.
 """
 
 import atexit
@@ -53,7 +53,7 @@ import torch
 import torch.distributed as dist
 from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ade20k import (
@@ -214,7 +214,7 @@ def slide_logits(
     return total / seen
 
 
-def windows(length: int, window: int, stride: int) -> list[slice]:
+def windows(length: int, window: int, stride: int) -> list:
     """Windows along an axis: one begins every stride pixels, the last one ends with the axis. Where
     the axis is shorter than a window, one window holds all of it."""
     last = max(length - window, 0)
@@ -276,7 +276,7 @@ def table(result: dict, classes: tuple) -> list:
 
 
 def evaluate(
-    model: nn.Module, pairs: list, classes: Classes, rank: int = 0, world: int = 1,
+    model: Segmenter, pairs: list, classes: Classes, rank: int = 0, world: int = 1,
     workers: int = 2, look: Callable | None = None, faults: list | None = None,
     scales: tuple = (1.0,), short: int = 512, **how,
 ) -> ndarray:
@@ -321,9 +321,9 @@ def evaluate(
 
 
 def read(classes: Classes, scales: tuple, short: int, numbered: tuple) -> tuple:
-    """Runs in the loader's processes: (i, (path of the picture, of its label)) -> i, image, label,
-    at_scales of the image. Where a file cannot be used, a DataError takes the place of the
-    image."""
+    """(i, (path of the picture, of its label)) -> i, image, label, at_scales of the image. Where a
+    file cannot be used, a DataError takes the place of the image. Runs in the loader's
+    processes."""
     i, pair = numbered
     try:
         image, label = load(*pair, classes)
@@ -435,20 +435,16 @@ def load_model(path: str) -> tuple:
     return model.eval(), facts
 
 
-def choose_checkpoint(path: str, rank: int = 0) -> str:
+def choose_checkpoint(path: str) -> str:
     """The file that --checkpoint means: a file is itself, a folder of runs means its newest run, a
-    run means its best.pt. A run that never validated has no best.pt: then its newest checkpoint is
-    taken, and rank 0 says so."""
+    run means its best.pt. A run that never validated has none: then it means its newest
+    checkpoint."""
     if not isdir(path) and path != "runs":  # (where there is no runs/, newest_run says what to do)
         return path
 
     run = path if checkpoints(path) else newest_run(path)
     best = join(run, "best.pt")
-    if exists(best):
-        return best
-    if rank == 0:
-        say(f"{run}: has no best.pt, its newest checkpoint is taken")
-    return checkpoints(run)[-1]
+    return best if exists(best) else checkpoints(run)[-1]
 
 
 def checkpoints(folder: str) -> list:
@@ -476,7 +472,8 @@ def find_data(args: Namespace, facts: dict) -> tuple:
     their classes; the folder that holds all pictures, or folders with them)"""
     n = facts["num_classes"]
     known = Classes(*facts["classes"])  # to the model
-    if n != len(known.names):  # the file names none: ADE20K's do if there are as many, or numbers
+    # Where the file names no classes: ADE20K's names if it has as many, otherwise numbers.
+    if n != len(known.names):
         known = known._replace(names=CLASSES if n == len(CLASSES) else tuple(map(str, range(n))))
 
     if args.image:
@@ -500,15 +497,13 @@ def find_data(args: Namespace, facts: dict) -> tuple:
 PLAN = """{checkpoint}: {facts}
 {images} pictures of {data}, {dtype} on {device}
 scales {scales} of a short side of {short_side}, flip {flip}, slide {slide}, stride {stride}"""
-
-
 PROTOCOL = "checkpoint data split images scales flip short_side slide stride dtype".split()
 
 
 def run(args: Namespace) -> None:
     """Do what the command line says, on every process."""
     rank, world, device = setup_processes()
-    args.checkpoint = choose_checkpoint(args.checkpoint, rank)
+    args.checkpoint = choose_checkpoint(args.checkpoint)
     if rank == 0:
         local_path(split_choice(args.checkpoint)[0])  # one process fetches what is behind a URL
     wait_for_all()
@@ -636,16 +631,16 @@ def options() -> ArgumentParser:
         help="picture sizes relative to --short-side, e.g. 0.5,1; 0.5,...,1.75 means steps of "
         "0.25 (default: 1)")
     add("--flip", action="store_true", help="add the mirrored picture at every scale")
-    add("--short-side", type=at_least(1),
+    add("--short-side", type=POSITIVE,
         help="short side of pictures at scale 1, in pixels (default: as trained, otherwise 512)")
-    add("--slide", type=at_least(0), default=0,
+    add("--slide", type=COUNT, default=0,
         help="label square windows with this side, in pixels, instead of whole pictures, e.g. 512")
-    add("--stride", type=at_least(0), default=0,
+    add("--stride", type=COUNT, default=0,
         help="pixels from one window to the next, e.g. 341")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="auto (default): bfloat16 where the hardware has it, otherwise float32; on V100 and "
         "T4 float16 is several times as fast")
-    add("--workers", type=at_least(0), default=min(8, CORES),
+    add("--workers", type=COUNT, default=min(8, CORES),
         help="processes that read and resize pictures (default: one a core, at most 8)")
     add("--compile", action="store_true",
         help="torch.compile the model: a minute for each new picture size, then faster")
@@ -655,7 +650,7 @@ def options() -> ArgumentParser:
         help="write one png a picture, with the values of the data set's own label files")
     add("--show", metavar="DIR",
         help="write one sheet a picture: picture, truth where it is known, prediction, legend")
-    add("--opacity", type=at_least(0, float, 1), default=0.6,
+    add("--opacity", type=SHARE, default=0.6,
         help="opacity of the classes' colours over the pictures, 0 to 1 (default: 0.6)")
     return parser
 
@@ -670,15 +665,19 @@ def list_of_scales(text: str) -> tuple:
 
 
 def at_least(low: float, kind: type = int, high: float = 1e18) -> Callable:
-    """-> an argparse type: an int or float, low or more, and not absurdly large."""
+    """-> an argparse type: an int or float from low to high, which keeps out absurd numbers."""
 
     def number(text):
         value = kind(text)
         if not low <= value <= high:  # nan is neither above nor below
-            raise ArgumentTypeError(f"{text} is not a number of {low} or more, or it is too large")
+            raise ArgumentTypeError(f"{text} is not a number from {low} to {high:g}")
         return value
 
     return number
+
+
+POSITIVE, COUNT = at_least(1), at_least(0)
+REAL, SHARE = at_least(0, float), at_least(0, float, 1)
 
 
 class UsageError(UserError):
@@ -688,6 +687,10 @@ class UsageError(UserError):
 # ---- Devices and number formats ------------------------------------------------------------------
 
 DTYPES = ("float32", "bfloat16", "float16")
+NO_GPU = (
+    "torch from PyPI needs driver 580 and a GPU of 2018 or later, for others install it from "
+    "PyTorch's cu126 index, see README.md"
+)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -712,10 +715,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
-    """How maps lie in memory: channels last, except where that is slow or wrong. For float32 on
-    CPUs it would make gradients of weights take three times as long, and GPUs before 2020 are
-    faster without it. On Apple's GPUs the gradient of BatchNorm is wrong in channels last (pytorch
-    issue 175189)."""
+    """How maps lie in memory: channels last, except where that is slow or wrong. In float32 it
+    makes gradients of weights take three times as long on CPUs, and GPUs before 2020 are faster
+    without it. On Apple's GPUs the gradient of BatchNorm is wrong in channels last (pytorch issue
+    175189)."""
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     if device.type == "mps" or (dtype == torch.float32 and (old or device.type == "cpu")):
         return torch.contiguous_format
@@ -723,10 +726,10 @@ def memory_format(device: torch.device, dtype: torch.dtype) -> torch.memory_form
 
 
 def prepare(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, compiled: bool
-) -> nn.Module:
+    model: Segmenter, device: torch.device, dtype: torch.dtype, compiled: bool
+) -> Segmenter:
     """Move the model to the device, in the memory format of its maps. compiled: torch.compile its
-    parts, again for each size of input.
+    parts; each new size of input is compiled again.
 
     With a 16-bit dtype, CUDA may round what stays float32, the products of loss and prediction, to
     TF32's 10 bits for its tensor cores. With float32 neither products nor convolutions do so."""
@@ -787,12 +790,8 @@ def setup_processes(timeout: float = 1800) -> tuple:
     return rank, world, device
 
 
-# How many this process may use.
+# How many cores of the CPU this process may use.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-NO_GPU = (
-    "torch from PyPI needs driver 580 and a GPU of 2018 or later, for others install it from "
-    "PyTorch's cu126 index, see README.md"
-)
 
 
 def choose_device(world: int) -> torch.device:
@@ -817,6 +816,7 @@ WAYS_OUT = {
     "continue a training with --resume",  # (gloo's words)
     r"C(\+\+)? compiler": "--compile needs a C++ compiler, install g++ or leave it out "
     "(train.py --resume: --no-compile)",
+    "invalid device ordinal": "start no more processes on a node than it has GPUs",
     "MemoryError|out of memory|(not enough|allocate) memory": "the memory is too small, take "
     "smaller pictures, fewer pictures at a time or fewer --workers",
 }
@@ -864,8 +864,8 @@ def end_with_parent() -> None:
 
 
 def ignore_deaths() -> None:
-    """Remove torch's handler: when a loader dies, it raises an error wherever this process is just
-    then. The code that waits for the loader gets an error without it."""
+    """Remove torch's handler of SIGCHLD: when a loader dies, it raises an error wherever this
+    process is just then. The code that waits for the loader gets an error of its own."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 

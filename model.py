@@ -3,7 +3,7 @@
 In:  images (B, 3, H, W), float, normalised with ade20k.normalise.
 Out: four maps (B, D, h, w), one after each quarter of the layers; h = ceil(H / patch), w likewise.
 
-    images -> patches -> tokens + positions -> 12 x [attention, MLP] -> maps -> (neck) -> upernet.py
+    images -> patches -> tokens + positions -> 12 x [attention, MLP] -> four maps -> upernet.py
 
 Papers: ViT (Dosovitskiy et al. 2021, arXiv:2010.11929), DeiT (Touvron et al. 2021,
 arXiv:2012.12877). "The reference" in all six files is mmsegmentation 0.17.0, the code that produced
@@ -58,8 +58,8 @@ def resize_pos_embed(pos_embed: Tensor, old: Size, new: Size) -> Tensor:
     ViT does this once, before it is trained at another size (section 3.2, "2D interpolation"). Here
     it happens in every forward pass, as pictures vary in size. As in the reference, the resizing is
     torch's bicubic (a = -0.75) with align_corners=False and without antialiasing. (timm
-    antialiases, and so do DINOv2's models with registers, which VisionTransformer explains.
-    DINOv2's others scale by (new + 0.1) / old. Either changes a smooth table by 2 to 6%.)
+    antialiases, and so do DINOv2's models with registers, for which see VisionTransformer. Its
+    models without registers scale by (new + 0.1) / old. Either changes a smooth table by 2 to 6%.)
 
     One departure: the reference resizes only if the *number* of patches differs. There, a picture
     of 16x64 patches reads the positions of a 32x32 table as they are; here it gets its own."""
@@ -108,8 +108,8 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """One learned factor for each channel of a branch, near 0 at first, so that deep networks start
-    as shallow ones (Touvron et al. 2021, arXiv:2103.17239). Only DeiT-III and DINOv2 have it.
+    """One learned factor for each channel of a branch, near 0 at first: a new block changes x very
+    little (Touvron et al. 2021, arXiv:2103.17239). Only DeiT-III and DINOv2 have it.
     (B, N, D) -> (B, N, D)"""
 
     def __init__(self, width: int):
@@ -158,8 +158,8 @@ def drop_path_factors(rate: float, depth: int, B: int, device: torch.device) -> 
     The probability grows in equal steps from 0 in the first layer to `rate` in the last: early
     layers are left out least, because all later ones build on them. A branch that stays is divided
     by its probability of staying, so that its expected value does not change. One draw for all
-    layers is one launch. (Later mmsegmentation, 1.2, drops only the MLP branch. The published runs
-    dropped both.)"""
+    layers is one kernel to start, not 24. (Later mmsegmentation, 1.2, drops only the MLP branch. The
+    published runs dropped both.)"""
     stays = 1 - torch.linspace(0, rate, depth, device=device)  # (depth,)
     stays = stays.view(depth, 1, 1, 1, 1)
     draws = torch.rand(depth, 2, B, 1, 1, device=device)  # one per picture, not one per token
@@ -260,10 +260,11 @@ class VisionTransformer(nn.Module):
 
 # ---- The architectures ---------------------------------------------------------------------------
 #
-# The arguments of VisionTransformer, and three more: channels, the width of the UPerNet head;
-# drop_path_ln, the rate of drop path in recipes with a final norm, if it differs from drop_path;
-# cls_position=False, if timm's model has no position for the class token (convert_weights.py gives
-# it one of zeros, which adds nothing). A grid of 32 patches of 16 is a picture of 512.
+# The arguments of VisionTransformer except final_norm, and three more: channels, the width of the
+# UPerNet head; drop_path_ln, the rate of drop path in recipes with a final norm, if it differs from
+# drop_path; cls_position=False, if timm's model has no position for the class token
+# (convert_weights.py gives it one of zeros, which adds nothing). A grid of 32 patches of 16 is a
+# picture of 512.
 #
 # vit_b16, deit_b16 and deit_s16 have published recipes, the others do not. ViT-B and DeiT-B are one
 # network; they differ in their pretrained weights and in drop path (ViT-B was released without it,
@@ -325,9 +326,9 @@ def build_backbone(arch: str, neck: str) -> VisionTransformer:
 
 
 def layout_of(x: Tensor) -> torch.memory_format:
-    """The layout in memory of a map that a convolution gave. What is computed from it in another
-    one goes back to it: in channels last, some gradients take three times as long, others are wrong
-    (evaluate.memory_format)."""
+    """The layout in memory of a map that a convolution gave. A step that computes in another layout
+    brings its result back to this one. (In channels last some devices' gradients are slow or wrong:
+    see evaluate.memory_format.)"""
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import takewhile
-from os.path import basename, exists, join, normpath
+from os.path import basename, exists, isfile, join, normpath
 from time import monotonic
 from typing import NoReturn
 from warnings import filterwarnings
@@ -52,9 +52,9 @@ from ade20k import (
     find_pairs,
     first_line,
     normalise,
-    positions,
     progress,
     read_classes,
+    sample_positions,
     say,
     warn,
 )
@@ -70,10 +70,13 @@ from convert_weights import (
     write_checkpoint,
 )
 from evaluate import (
+    COUNT,
     DTYPES,
+    POSITIVE,
+    REAL,
+    SHARE,
     SIGNALS,
     UsageError,
-    at_least,
     autocast,
     checkpoints,
     choose_dtype,
@@ -190,12 +193,12 @@ def split_batch(batch: int, world: int, micro: int | None) -> tuple:
     return micro, pictures // micro
 
 
-# ---- the loop ------------------------------------------------------------------------------------
+# ---- The loop ------------------------------------------------------------------------------------
 
 
 def train(args: Namespace, checkpoint: dict) -> None:
-    """A run from its first iteration, or the checkpoint's, to its last. Everything random is set by
-    (seed, iteration, process), so a resumed run is the run that was never stopped."""
+    """A run from its first iteration, or the checkpoint's, to its last. (seed, position) decide a
+    sample, (seed, iteration, process) dropout: a resumed run is the run that was never stopped."""
     # Processes: each takes an equal part of every batch, `micro` pictures at a time.
     rank, world, device = setup_processes(args.timeout)
     dtype = choose_dtype(args.dtype, device)
@@ -213,13 +216,13 @@ def train(args: Namespace, checkpoint: dict) -> None:
     samples = TrainSet(train_pairs, args.seed, args.crop_size, args.short_side, classes)
     start = saved_at = checkpoint.get("iteration", 0)  # saved_at: where --resume would start
     loader = DataLoader(
-        samples, batch_sampler=positions(start, args.iters, args.batch_size, rank, world),
+        samples, batch_sampler=sample_positions(start, args.iters, args.batch_size, rank, world),
         num_workers=args.workers, prefetch_factor=4 if args.workers else None,
         worker_init_fn=start_worker, pin_memory=device.type == "cuda",
         timeout=args.workers and args.timeout / 6,  # before the others give up; without workers 0
     )
 
-    # Model: random, pretrained or the checkpoint's. --dry-run only needs shapes, as meta has them.
+    # Model: random, pretrained or the checkpoint's. --dry-run needs only shapes: meta.
     torch.manual_seed(args.seed)
     with torch.device("meta" if args.dry_run else "cpu"):
         model = build_model(args.arch, args.neck, len(classes.names))
@@ -264,17 +267,17 @@ def train(args: Namespace, checkpoint: dict) -> None:
         for words in doubts(args, train_pairs, val_pairs, classes, fingerprint, checkpoint):
             log.say(f"warning: {words}")
 
-    # BatchNorm's mean and variance, and room for those before a step. (Its counter is not read.)
+    # BatchNorm's mean and variance, and a copy from before the step. (Its counter is not read.)
     statistics = [b for b in model.buffers() if b.is_floating_point()]
-    before = [b.clone() for b in statistics]
+    old_statistics = [b.clone() for b in statistics]
     batch, batches = None, iter(loader)
     signals = watch_signals()
-    i, stop, skipped = start, False, 0  # iterations done; whether to stop; steps not taken in a row
+    i, stop, skipped = start, False, 0  # iterations done; whether to stop; steps in a row not taken
     while True:
         due = i > 0 and (i % args.interval == 0 or i == args.iters)
         if i > saved_at and (due or stop or skipped == PATIENCE):
             save(
-                log, model=model.state_dict(), optimizer=optimizer.state_dict(), skipped=skipped,
+                log, skipped, model=model.state_dict(), optimizer=optimizer.state_dict(),
                 iteration=i, scaler=scaler.state_dict(), args=vars(args), classes=tuple(classes),
                 names=fingerprint, entries=log.entries, steps=log.steps, grid=model.backbone.grid,
             )
@@ -289,7 +292,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
         if i >= args.iters:  # (more, where --resume has a smaller --iters)
             break
 
-        # The learning rate; the seed of dropout and drop path (it ends with 2, samples' with 0, 1).
+        # The learning rate; the seed of dropout and drop path (its last number is 2, samples' 0, 1).
         rate = learning_rate(i, args.iters, args.lr, args.power, args.floor, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -299,7 +302,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
         batch = fetch(batches, batch, signals)
         waited = monotonic() - began
         images, labels, sizes = (t.to(device, non_blocking=True) for t in batch)
-        torch._foreach_copy_(before, statistics)
+        torch._foreach_copy_(old_statistics, statistics)
 
         # Forward and backward, `micro` pictures at a time: their gradients add up. The loss is a
         # mean over all pixels, labelled or not, so the mean over equal parts is that of the batch.
@@ -328,7 +331,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
             scaler.update()
             skipped = 0
         else:  # put statistics back: infinite ones would stay infinite
-            torch._foreach_copy_(statistics, before)
+            torch._foreach_copy_(statistics, old_statistics)
             if stop:  # on --resume this iteration comes again
                 continue
             skipped += 1
@@ -346,10 +349,10 @@ def train(args: Namespace, checkpoint: dict) -> None:
 
 
 def fetch(batches: Iterator, last, signals: list) -> tuple:
-    """-> the next batch. Where it cannot be fetched (a damaged picture, a loader that died), say
-    why, and ask all processes to stop and to save. They need this one in what they exchange before:
-    it takes the last batch with pictures of nan. So the loss is nan, and no process takes the
-    step."""
+    """-> the next batch. If it cannot be fetched (a damaged picture, a loader that died), say why,
+    and ask all processes to stop and to save. Until they stop they exchange statistics and
+    gradients with this process. So it goes through the iteration with the last batch, whose
+    pictures become nan: the loss is nan, and no process takes the step."""
     try:
         return next(batches)
     except Exception as error:
@@ -362,8 +365,8 @@ def fetch(batches: Iterator, last, signals: list) -> tuple:
 
 
 def agree(losses: Tensor, signals: list, world: int) -> tuple:
-    """losses (3,) of this process -> their means over all processes, and whether a signal asks any
-    process to stop. If the loss of one process is not finite, the mean is not finite in all."""
+    """losses (3,) of this process -> their means over all processes, and whether any process has to
+    stop. If the loss of one process is not finite, the mean is not finite in all."""
     total = torch.tensor([*losses.tolist(), len(signals)], dtype=torch.float64)
     if world > 1:
         dist.all_reduce(total)  # on the CPU, so by gloo, not NCCL
@@ -372,7 +375,7 @@ def agree(losses: Tensor, signals: list, world: int) -> tuple:
     return means, stop > 0
 
 
-# ---- the start of a run --------------------------------------------------------------------------
+# ---- The start of a run --------------------------------------------------------------------------
 
 
 def fix_order_of_sums() -> None:
@@ -452,7 +455,7 @@ def adapt(model: Segmenter, drop_path: float | None, freeze: bool) -> None:
 def doubts(
     args: Namespace, train_pairs: list, val_pairs: list, classes: Classes, fingerprint: str,
     checkpoint: dict,
-) -> Iterator[str]:
+) -> Iterator:
     """A sentence about each thing that may make a run worth less than its time, before the run
     takes any."""
     yield from data_warnings("training", train_pairs, classes)
@@ -471,7 +474,7 @@ def doubts(
         yield f"{before} until here, from here on other pictures: {fingerprint}"
 
 
-# ---- log and validation --------------------------------------------------------------------------
+# ---- Log and validation --------------------------------------------------------------------------
 
 
 class Log:
@@ -490,7 +493,7 @@ class Log:
         self.steps = checkpoint.get("steps", [])
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[str]:
+    def writing(self, name: str) -> Iterator:
         """Gives the path of a file in the work directory. If writing it fails (a full disk, a
         picture that cannot be drawn), print a warning and continue: days of training must not be
         lost for one file. The next file tries again."""
@@ -504,7 +507,7 @@ class Log:
             )
 
     def say(self, words: str, **entry) -> None:
-        """Print words on rank 0. If there are facts, the entry, they become a line of the log."""
+        """Print words on rank 0. The facts (entry), if there are any, become a line of the log."""
         if self.rank > 0:
             return
 
@@ -519,7 +522,7 @@ class Log:
 
     def skip(self, n: int, samples: TrainSet) -> None:
         """Name the pictures of iteration n, whose loss is not finite."""
-        batches = positions(n - 1, n, self.args.batch_size)
+        batches = sample_positions(n - 1, n, self.args.batch_size)
         files = ", ".join(samples.paths(position)[0] for position in next(batches))
         self.say(
             f"warning: iteration {n}: the loss is not finite, the step is not taken; its pictures: "
@@ -528,9 +531,9 @@ class Log:
             skipped=files,
         )
 
-    def step(self, n: int, row: list[float], rate: float) -> None:
-        """Take the row of iteration n, see self.steps. Every 50 iterations, say the means over the
-        steps that were taken."""
+    def step(self, n: int, row: list, rate: float) -> None:
+        """Take the row of iteration n, see self.steps. Every LOG_EVERY iterations, and after the
+        last, say the means over the steps that were taken."""
         if math.isfinite(row[0]):
             self.steps.append(row)
         if (n % LOG_EVERY and n != self.args.iters) or not self.steps:
@@ -599,10 +602,10 @@ def validate(
             curves(log.entries).save(path)
 
 
-# ---- saving and resuming -------------------------------------------------------------------------
+# ---- Saving and resuming -------------------------------------------------------------------------
 
 
-def save(log: Log, **content) -> None:
+def save(log: Log, skipped: int, **content) -> None:
     """Write checkpoint_N.pt on rank 0, then remove those before the last --keep; the other
     processes wait. Weights that are not finite end the run: the last good checkpoint stays. Finite
     ones may be useless too: where the last step was not taken, nothing is removed."""
@@ -614,7 +617,7 @@ def save(log: Log, **content) -> None:
     with log.writing(f"checkpoint_{content['iteration']}.pt") as path:
         if log.rank == 0:
             write_checkpoint(content, path)
-            if not content["skipped"]:
+            if not skipped:
                 # Newer ones are damaged, as --resume has passed over them: they do not count.
                 found = checkpoints(log.args.work_dir)
                 for old in found[: found.index(path) + 1][: -log.args.keep]:
@@ -624,7 +627,7 @@ def save(log: Log, **content) -> None:
     wait_for_all()
 
 
-def newest_whole(found: list[str]) -> dict:
+def newest_whole(found: list) -> dict:
     """The content of the newest of these checkpoints that can be read, and its path as "path"."""
     for path in reversed(found):
         try:
@@ -638,12 +641,12 @@ def newest_whole(found: list[str]) -> dict:
     raise UsageError("no checkpoint can be used: start a new run in another --work-dir")
 
 
-# ---- signals and other ends ----------------------------------------------------------------------
+# ---- Signals and other ends ----------------------------------------------------------------------
 
 
 def watch_signals() -> list:
-    """-> a list, empty until a signal asks this process to stop: then [exit code, when]. Another
-    signal, two seconds later, ends the process at once."""
+    """-> a list, empty until this process has to stop: then [exit code, when]. fetch() adds to it
+    too. A signal that comes more than two seconds later ends the process at once."""
     signals = []
 
     def note(number, frame):
@@ -656,7 +659,7 @@ def watch_signals() -> list:
 
     for number in SIGNALS:
         # nohup has SIGHUP ignored. (SIGINT is ignored in each shell script's background.)
-        if (number.name, signal.getsignal(number)) != ("SIGHUP", signal.SIG_IGN):
+        if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, note)
 
     ignore_deaths()  # of loaders: fetch() is told
@@ -697,8 +700,6 @@ it lies curves.png.
 NO_EFFECT = ("work_dir", "resume", "workers", "keep", "timeout", "dry_run")
 # Those that weights and the optimizer's state depend on: --resume takes them from the checkpoint.
 FIXED = ("arch", "neck", "optimizer", "weight_decay", "layer_decay", "freeze")
-POSITIVE, COUNT = at_least(1), at_least(0)
-REAL, SHARE = at_least(0, float), at_least(0, float, 1)
 
 
 def options() -> ArgumentParser:
@@ -779,7 +780,7 @@ def more_options(parser: ArgumentParser) -> None:
         "of the others); slower. CPUs do not need it")
 
 
-def parse(argv: list[str] | None = None) -> tuple:
+def parse(argv: list | None = None) -> tuple:
     """-> the arguments, and the content of the checkpoint to continue from or {}.
 
     What the command line does not say, the checkpoint says, otherwise the toy recipe (with --data
@@ -800,9 +801,10 @@ def parse(argv: list[str] | None = None) -> tuple:
     folder = args.work_dir or default_work_dir(args)
     found = checkpoints(folder)
     checkpoint = {}
-    if found and not resume:
+    if isfile(folder) or (found and not resume):
         raise UsageError(
-            f"{folder}: holds the checkpoints of a run, continue it with --resume or name another"
+            f"{folder}: is a file, or holds the checkpoints of a run: continue the run with "
+            "--resume, or name another --work-dir"
         )
     if found:
         checkpoint = newest_whole(found)
@@ -813,10 +815,12 @@ def parse(argv: list[str] | None = None) -> tuple:
         for key, old in saved.items():
             new = getattr(args, key)
             option = "--" + key.replace("_", "-")
-            if new != old and key in FIXED:
+            if new == old or key in NO_EFFECT:
+                continue
+            if key in FIXED:
                 setattr(args, key, old)
                 warn(f"{option} {new} is ignored: the checkpoint has {old}")
-            elif new != old and key not in NO_EFFECT:
+            else:
                 warn(f"{option} was {old} until here, from here on {new}")
     elif resume:
         warn(f"{folder}: holds no checkpoint yet, a new run starts")

@@ -118,8 +118,8 @@ class ConvBNReLU(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor | list[Tensor]) -> Tensor:
-        """(B, D, h, w) -> (B, E, h, w). If x is a list, its maps are resized to the size of the
-        first one and concatenated along the channels. The list is empty afterwards."""
+        """(B, D, h, w) -> (B, E, h, w). If x is a list (for a 3x3 kernel), its maps are resized
+        to the size of the first one and laid side by side. The list is empty afterwards."""
         if isinstance(x, list):
             x = conv3x3_of_resized(x, self.conv.weight)
         else:
@@ -172,9 +172,7 @@ class UPerHead(nn.Module):
         scene = self.bottleneck(pyramid)  # (B, E, h_4, w_4)
 
         # Laterals: levels 1 to 3 get the number of channels that level 4 has now.
-        levels = []
-        for conv, x in zip(self.lateral_convs, maps):  # three convolutions, so three levels
-            levels.append(conv(x))  # (B, E, h_i, w_i)
+        levels = [conv(x) for conv, x in zip(self.lateral_convs, maps)]  # three (B, E, h_i, w_i)
         levels.append(scene)
 
         # Top-down: each level is told what the coarser one has understood.
@@ -215,7 +213,7 @@ class FCNHead(nn.Module):
 # ---- The loss and the whole model ----------------------------------------------------------------
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, block_loss: Callable | None = None) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, block_loss: Callable) -> Tensor:
     """Mean cross entropy of logits (B, C, h, w) against labels (B, H, W) int64. The plain form:
 
         losses = F.cross_entropy(resize(logits, labels.shape[1:]), labels, ignore_index=255,
@@ -226,12 +224,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, block_loss: Callable | None = 
     reference. So a labelled pixel weighs the same, 1 / (B H W), however much of the batch is
     labelled. Also as in the reference, the loss is computed in float32 under autocast. (Float64
     stays float64.) The logits at the large size never exist all at once: see
-    UpsampledCrossEntropy. block_loss: summed_cross_entropy, compiled, or None for itself."""
+    UpsampledCrossEntropy. block_loss: summed_cross_entropy, or the same compiled."""
     with torch.autocast(logits.device.type, enabled=False):
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        return UpsampledCrossEntropy.apply(
-            logits.to(dtype), labels, block_loss or summed_cross_entropy
-        )
+        return UpsampledCrossEntropy.apply(logits.to(dtype), labels, block_loss)
 
 
 class Segmenter(nn.Module):
@@ -240,14 +236,14 @@ class Segmenter(nn.Module):
     def __init__(self, arch: str, neck: str, num_classes: int):
         super().__init__()
         self.backbone = build_backbone(arch, neck)  # ValueError if a name is unknown
-        sizes = ARCHS[arch]
-        width = sizes["width"]
-        channels = sizes["channels"]
+        arguments = ARCHS[arch]
+        width = arguments["width"]
+        channels = arguments["channels"]
         _, multi_level = NECKS[neck]
         self.neck = MultiLevelNeck(width) if multi_level else None
         self.decode_head = UPerHead(width, channels, num_classes)
         self.auxiliary_head = FCNHead(width, channels // 2, num_classes)
-        self.block_loss = None  # with --compile the compiled summed_cross_entropy
+        self.block_loss = summed_cross_entropy  # with --compile a compiled one
 
     def features(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> the four maps (B, D, h_i, w_i) that both heads read."""
@@ -313,8 +309,7 @@ def resize_matrix(old: int, new: int, like: Tensor) -> Tensor:
     old pixels on either side, the nearer one more. Beyond the outermost centres there is only the
     edge pixel. Resizing a unit vector gives one column of the matrix, so resizing all of them gives
     the matrix. It has the device and the dtype of `like`."""
-    unit = torch.eye(old, dtype=like.dtype, device=like.device)
-    unit = unit[None]  # (1, old, old)
+    unit = torch.eye(old, dtype=like.dtype, device=like.device)[None]  # (1, old, old)
     resized = F.interpolate(unit, size=new, mode="linear", align_corners=False)  # (1, old, new)
     return resized[0].T  # (new, old)
 
@@ -324,7 +319,7 @@ def conv3x3_of_resized(
     weight: Tensor,  # (E, D, 3, 3): D is the sum of the D_i
 ) -> Tensor:
     """A 3x3 convolution over maps that are resized to the first one's size and laid side by side.
-    -> (B, E, h_1, w_1). The plain form:
+    -> (B, E, h, w), which is the first one's size. The plain form:
 
         size = maps[0].shape[2:]
         F.conv2d(torch.cat([resize(x, size) for x in maps], dim=1), weight, padding=1)
@@ -336,19 +331,19 @@ def conv3x3_of_resized(
     A map that has this size already is only convolved. On a GPU, small outputs take the plain form
     too: the fast one costs 40 launches a map, which take longer than what they compute."""
     size = maps[0].shape[2:]
-    places = maps[0][:, 0].numel()  # B h_1 w_1
+    places = maps[0][:, 0].numel()  # B h w
     few = maps[0].is_cuda and places <= 2048
     layout = layout_of(maps[0])
     widths = [x.shape[1] for x in maps]
     first_weight, *other_weights = weight.split(widths, dim=1)  # (E, D_i, 3, 3)
 
-    total = F.conv2d(maps.pop(0), first_weight, padding=1)  # (B, E, h_1, w_1)
+    total = F.conv2d(maps.pop(0), first_weight, padding=1)  # (B, E, h, w)
     for map_weight in other_weights:
         x = maps.pop(0)
         if few or same_size(x.shape[2:], size):
             total = total + F.conv2d(resize(x, size), map_weight, padding=1)
         else:
-            # It adds in channels last. Assigning to the same name frees the other copy.
+            # The sum has to be channels last. The same name, so that the other copy is freed.
             total = total.contiguous(memory_format=torch.channels_last)
             total = add_upsampled_conv3x3(total, x, map_weight)
     return total.contiguous(memory_format=layout)
@@ -493,7 +488,7 @@ class UpsampledCrossEntropy(torch.autograd.Function):
         return logits_grad * grad, None, None
 
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> tuple:
     """logits (B, n, W, C) and labels (B, n, W) -> the sum of -log softmax(logits)[label] over the
     labelled pixels, and its gradient, softmax(logits) - one_hot(label), (B, n, W, C).
 
@@ -514,9 +509,11 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
 
 
 def average_pool(x: Tensor, n: int) -> Tensor:
-    """(B, D, h, w) -> (B, D, n, n): F.adaptive_avg_pool2d, or the same by two matrices. ONNX has no
-    such operation for maps of any size. On CUDA matrices cost 130 launches instead of 4, but the
-    operation's gradient adds up in no fixed order."""
+    """(B, D, h, w) -> (B, D, n, n): F.adaptive_avg_pool2d, or the same by two matrices.
+
+    CPUs, where models are exported, take the matrices: ONNX has no such operation for maps of any
+    size. On CUDA matrices cost 130 launches instead of 4, so they are taken only where sums need a
+    fixed order (--deterministic): the gradient of the operation has none."""
     if x.is_cuda and not torch.are_deterministic_algorithms_enabled():
         return F.adaptive_avg_pool2d(x, n)
 
@@ -548,9 +545,9 @@ def pool_matrix(old: int, new: int, like: Tensor) -> Tensor:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d, which in training takes mean and variance over the pictures of all processes:
-    16 as published. Over two, where each of eight GPUs has two, they would be noise. All processes
-    have equally many pixels.
+    """nn.BatchNorm2d, which in training takes mean and variance over the pictures of all processes.
+    The published runs had 16 pictures on eight GPUs: mean and variance of one GPU's two would be
+    noise. All processes have equally many pixels.
 
     (torch's SyncBatchNorm exists only for GPUs. It lets processes have different numbers of pixels,
     and waits for the device three times in each layer to find out.)"""

@@ -422,35 +422,35 @@ def data(args):
 
 
 def peers(args):
-    """Beside mmsegmentation 1.2.2."""
+    """Beside mmsegmentation 1.2.2: in float32, and in --dtype where that is another one here."""
     items = [("inference", *pair, 512, 1) for pair in PEER_PAIRS]
     items += [("training", *pair, 512, 2) for pair in PEER_PAIRS]
     items.append(("multi-scale", "deit_s16", "mln", 512, 1))
     items.append(("data", "deit_s16", "none", 512, 1))
-    header("seconds", "mmsegmentation 1.2.2", "float32", "times", args.dtype, "times", "peak MB")
+
+    dtypes = ["float32"]
+    if evaluate.choose_dtype(args.dtype, evaluate.choose_device(world=1)) != torch.float32:
+        dtypes.append(args.dtype)
+    names = [name for dtype in dtypes for name in (dtype, "times")]
+    header("seconds", "mmsegmentation 1.2.2", *names, "peak MB")
 
     for item in items:
-        best = fastest_of_two(args, item)
-        there, exact, fast = (f["seconds"] / f["pictures"] for f in best)
-        memory = " / ".join(f"{f['peak']:.0f}" for f in best)
-        cells = [
-            f"{there:.4g}",
-            f"{exact:.4g}",
-            f"{there / exact:.2f}",
-            f"{fast:.4g}",
-            f"{there / fast:.2f}",
-            memory,
-        ]
+        there, *here = fastest_of_two(args, item, dtypes)
+        cells = [f"{there['seconds'] / there['pictures']:.4g}"]
+        for f in here:
+            cells.append(f"{f['seconds'] / f['pictures']:.4g}")
+            cells.append(f"{there['seconds'] / there['pictures'] * f['pictures'] / f['seconds']:.2f}")
+        cells.append(" / ".join(f"{f['peak']:.0f}" for f in (there, *here)))
         row(" ".join(item[:3]), *cells)
 
     threads = torch.get_num_threads()
-    print(f"\nseconds a picture; {best[-1]['device']}, {threads} threads (data: one)")
+    print(f"\nseconds a picture; {here[-1]['device']}, {threads} threads (data: one)")
 
 
-def fastest_of_two(args, item):
-    """-> the figures of mmsegmentation, of ours in float32 and of ours in --dtype, the better ones
-    of two rounds, in which all three take turns."""
-    sides = [("theirs", "float32"), ("ours", "float32"), ("ours", args.dtype)]
+def fastest_of_two(args, item, dtypes):
+    """-> the figures of mmsegmentation, and of ours in each dtype, the better ones of two rounds,
+    in which all take turns."""
+    sides = [("theirs", "float32")] + [("ours", dtype) for dtype in dtypes]
 
     def one_round():
         return [figure(args, *item, side=side, dtype=dtype) for side, dtype in sides]

@@ -639,10 +639,18 @@ def test_unlabelled_is_255_or_0_as_the_class_list_says(small_set):
     got = ade20k.load_label(label, shifted)
     assert got.tolist() == [[255, 0, 1, 255]]
 
-    names = [str(k) for k in range(255)]
-    many = plain_classes(names, zero_ignored=True)  # here 255 is the last class
-    got = ade20k.load_label(label, many)
-    assert got.tolist() == [[255, 0, 1, 254]]
+
+@pytest.mark.parametrize("head,most", [("", 255), ("ignore 0\n", 254)])
+def test_255_is_no_class_however_many_there_are(head, most, small_set):
+    write_classes(small_set, head + "\n".join(map(str, range(most))))
+    classes = ade20k.read_classes(small_set)
+    label = small_set + "/annotations/training/p0.png"
+    save(label, [[1, 254, 255]])
+    first = int(classes.zero_ignored)
+    got = ade20k.load_label(label, classes)
+    assert got.tolist() == [[1 - first, 254 - first, 255]]
+    if head:
+        assert (got == reduce_zero_label([[1, 254, 255]])).all()
 
 
 def reduce_zero_label(values):
@@ -737,6 +745,7 @@ UNUSABLE = [
     ("ignore 0\n", "must name 1 to 255 classes"),
     ("# only this\n", "must name 1 to 255 classes"),
     ("\n".join(map(str, range(256))), "must name 1 to 255 classes"),
+    ("ignore 0\n" + "\n".join(map(str, range(255))), "with `ignore 0` 1 to 254"),
     ("sky\nroad\nsky 1 2 3\n", "'sky 1 2 3': " + OWN),
     ("sky 1 2 256", r"'sky 1 2 256': .*range\(0, 256\)"),
     ("ignore 7\nsky", "'ignore 7': .*" + FIRST),
@@ -819,7 +828,7 @@ def test_a_sample_that_cannot_be_used_is_named_with_what_to_do(small_set):
     pairs = ade20k.find_pairs(small_set, "training")
     write(pairs[0][0], b"no picture at all")
     data = ade20k.TrainSet(pairs, seed=0)
-    message = "`python ade20k.py check DIR` names all faults, .*p0.jpg: cannot be read as a picture"
+    message = "a fault in the data .`python ade20k.py check DIR` names all.: .*p0.jpg: cannot be read"
 
     def read_all():
         return [data[position] for position in range(2)]
@@ -934,8 +943,8 @@ def test_a_picture_turned_by_exif_whose_label_is_not_is_said_with_all_sizes(smal
     exif[274] = 6
     picture.save(image, exif=exif)
     message = (
-        r"p1.jpg: the picture, turned if its EXIF block says so, has height and width \(60, 40\), "
-        r"its label file \(40, 60\)"
+        r"p1.jpg: has height and width \(60, 40\) \(\(40, 60\) before EXIF turned it\), its label file "
+        r"\(40, 60\)"
     )
     pairs = ade20k.find_pairs(small_set, "training")
     refused(message, ade20k.load, *pairs[1])
@@ -943,7 +952,7 @@ def test_a_picture_turned_by_exif_whose_label_is_not_is_said_with_all_sizes(smal
     for kind in ("images", "annotations"):
         os.rmdir(f"{small_set}/{kind}/validation")
     (fault,) = ade20k.check(small_set)
-    assert "turned if its EXIF block says so" in fault
+    assert "(60, 40) ((40, 60) before EXIF turned it), its label file (40, 60)" in fault
 
     picture.save(image)
     assert ade20k.check(small_set) == []
@@ -1133,7 +1142,7 @@ def test_samples_depend_on_seed_and_position_alone(small_set):
 
     def compare(start, rank, world, workers):
         """The batches of one process from iteration `start` on: six pictures in all."""
-        order = list(ade20k.positions(start, 2, 6, rank, world))
+        order = list(ade20k.sample_positions(start, 2, 6, rank, world))
         assert len(order) == 2 - start
         loader = torch.utils.data.DataLoader(data, batch_sampler=iter(order), num_workers=workers)
 

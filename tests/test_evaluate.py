@@ -788,16 +788,16 @@ def test_a_single_picture_that_is_not_there_is_named_too(named, run, main, monke
     [
         (("--image", "set"), "needs --show"),
         (("--scales", "0.5,big"), "--scales: invalid list_of_scales value: '0.5,big'"),
-        (("--scales", "-1"), "--scales: -1 is not a number of 0.01 or more"),
-        (("--scales", "0.5,...,1e9"), "--scales: 1e9 is not a number of 0.01 or more, or it is"),
-        (("--scales", "1,inf"), "--scales: inf is not a number of 0.01 or more, or it is too"),
-        (("--scales", "1,nan"), "--scales: nan is not a number of 0.01 or more"),
-        (("--scales", "0,...,1"), "--scales: 0 is not a number of 0.01 or more"),
+        (("--scales", "-1"), "--scales: -1 is not a number from 0.01 to 100"),
+        (("--scales", "0.5,...,1e9"), "--scales: 1e9 is not a number from 0.01 to 100"),
+        (("--scales", "1,inf"), "--scales: inf is not a number from 0.01 to 100"),
+        (("--scales", "1,nan"), "--scales: nan is not a number from 0.01 to 100"),
+        (("--scales", "0,...,1"), "--scales: 0 is not a number from 0.01 to 100"),
         (("--scales", "1,2,...,3"), "--scales: invalid list_of_scales value: '1,2,...,3'"),
-        (("--opacity", "nan"), "--opacity: nan is not a number of 0 or more"),
-        (("--short-side", "-5"), "--short-side: -5 is not a number of 1 or more"),
-        (("--short-side", "0"), "--short-side: 0 is not a number of 1 or more"),
-        (("--workers", "-1"), "--workers: -1 is not a number of 0 or more"),
+        (("--opacity", "nan"), "--opacity: nan is not a number from 0 to 1"),
+        (("--short-side", "-5"), "--short-side: -5 is not a number from 1 to 1e+18"),
+        (("--short-side", "0"), "--short-side: 0 is not a number from 1 to 1e+18"),
+        (("--workers", "-1"), "--workers: -1 is not a number from 0 to 1e+18"),
         (("--workers", "two"), "--workers: invalid number value: 'two'"),
         (("--slide", "0", "--stride", "1"), "--slide needs a --stride"),
         (("--slide", "64"), "--slide needs a --stride"),
@@ -852,8 +852,6 @@ def test_of_a_run_its_best_is_taken_or_the_newest_and_of_a_folder_of_runs_the_ne
         main(evaluate, "--checkpoint", named, "--workers", 0)
         printed = capsys.readouterr().out
         assert f"{want}: kind ours" in printed
-        said = "runs/a: has no best.pt, its newest checkpoint is taken" in printed
-        assert said == (named == "runs/a")
 
 
 PLAIN = ("a", "b", "c", "d", "e", "f")

@@ -1065,6 +1065,41 @@ def test_the_folder_of_save_pretrained_stands_for_its_file(tmp_path):
         load_weights(str(tmp_path))
 
 
+def hugging_face(tmp_path, golden, config):
+    """A file of Hugging Face's ViT, deit_t16's sizes, with a config.json beside it. -> its path"""
+    write_safetensors(by_formula(golden("transformers")), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config)
+    return str(tmp_path)
+
+
+def test_hugging_faces_config_tells_heads_and_positions(tmp_path, golden):
+    """32 x 32 patches, as many as 16 x 64. The config of google/vit-base-patch16-224, shortened."""
+    whole = {"hidden_act": "gelu", "image_size": 512, "num_attention_heads": 3, "patch_size": 16}
+
+    def facts_of(**changed):
+        folder = hugging_face(tmp_path, golden, json.dumps(whole | changed))
+        return load_weights(folder)[1]
+
+    assert facts_of()["resolution"] == "512x512"
+    assert "assumed" not in facts_of()
+    assert facts_of(image_size=[256, 1024])["resolution"] == "256x1024"
+    with pytest.raises(WeightsError, match="its config says {'num_heads': '6'}, this network"):
+        facts_of(num_attention_heads=6)
+    with pytest.raises(WeightsError, match="1025 rows of positions are not .* what its config"):
+        facts_of(image_size=224)
+
+
+@pytest.mark.parametrize("config", ["{}", "[1]", "{", '{"architecture": "vit_tiny_patch16_224"}'])
+def test_a_config_of_another_program_counts_as_none(config, tmp_path, golden):
+    _, facts = load_weights(hugging_face(tmp_path, golden, config))
+    assert "3 heads" in facts["assumed"]
+
+    config = json.dumps({"num_attention_heads": 7, "image_size": 1})
+    (tmp_path / "config.json").write_text(config)
+    path = write_safetensors(timm_weights(), tmp_path / "of_timm.safetensors")
+    assert "2 heads" in load_weights(path)[1]["assumed"]
+
+
 def test_kernels_with_time_are_listed_with_their_shape(tmp_path):
     weights = timm_weights()
     weights["patch_embed.proj.weight"] = np.zeros((128, 3, 2, 8, 8), np.float32)
