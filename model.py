@@ -158,8 +158,8 @@ def drop_path_factors(rate: float, depth: int, B: int, device: torch.device) -> 
     The probability grows in equal steps from 0 in the first layer to `rate` in the last: early
     layers are left out least, because all later ones build on them. A branch that stays is divided
     by its probability of staying, so that its expected value does not change. One draw for all
-    layers is one kernel to start, not 24. (Later mmsegmentation, 1.2, drops only the MLP branch. The
-    published runs dropped both.)"""
+    layers is one kernel to start, not 24. (Later mmsegmentation, 1.2, drops only the MLP branch.
+    The published runs dropped both.)"""
     stays = 1 - torch.linspace(0, rate, depth, device=device)  # (depth,)
     stays = stays.view(depth, 1, 1, 1, 1)
     draws = torch.rand(depth, 2, B, 1, 1, device=device)  # one per picture, not one per token
