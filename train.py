@@ -292,7 +292,7 @@ def train(args: Namespace, checkpoint: dict) -> None:
         if i >= args.iters:  # (more, where --resume has a smaller --iters)
             break
 
-        # The learning rate; the seed of dropout and drop path (it ends with 2, a sample's with 0, 1).
+        # The learning rate; the seed of dropout and drop path (it ends with 2, samples' with 0, 1).
         rate = learning_rate(i, args.iters, args.lr, args.power, args.floor, args.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]

@@ -435,16 +435,16 @@ def peers(args):
     header("seconds", "mmsegmentation 1.2.2", *names, "peak MB")
 
     for item in items:
-        there, *here = fastest_of_two(args, item, dtypes)
-        cells = [f"{there['seconds'] / there['pictures']:.4g}"]
-        for f in here:
-            cells.append(f"{f['seconds'] / f['pictures']:.4g}")
-            cells.append(f"{there['seconds'] / there['pictures'] * f['pictures'] / f['seconds']:.2f}")
-        cells.append(" / ".join(f"{f['peak']:.0f}" for f in (there, *here)))
-        row(" ".join(item[:3]), *cells)
+        best = fastest_of_two(args, item, dtypes)
+        there, *here = [f["seconds"] / f["pictures"] for f in best]
+        cells = [f"{there:.4g}"]
+        for seconds in here:
+            cells += [f"{seconds:.4g}", f"{there / seconds:.2f}"]
+        memory = " / ".join(f"{f['peak']:.0f}" for f in best)
+        row(" ".join(item[:3]), *cells, memory)
 
     threads = torch.get_num_threads()
-    print(f"\nseconds a picture; {here[-1]['device']}, {threads} threads (data: one)")
+    print(f"\nseconds a picture; {best[-1]['device']}, {threads} threads (data: one)")
 
 
 def fastest_of_two(args, item, dtypes):

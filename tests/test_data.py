@@ -745,7 +745,7 @@ UNUSABLE = [
     ("ignore 0\n", "must name 1 to 255 classes"),
     ("# only this\n", "must name 1 to 255 classes"),
     ("\n".join(map(str, range(256))), "must name 1 to 255 classes"),
-    ("ignore 0\n" + "\n".join(map(str, range(255))), "with `ignore 0` 1 to 254"),
+    ("ignore 0\n" + "\n".join(map(str, range(255))), "must name 1 .* with `ignore 0` 1 to 254"),
     ("sky\nroad\nsky 1 2 3\n", "'sky 1 2 3': " + OWN),
     ("sky 1 2 256", r"'sky 1 2 256': .*range\(0, 256\)"),
     ("ignore 7\nsky", "'ignore 7': .*" + FIRST),
@@ -809,10 +809,10 @@ def test_faults_are_named_with_file_and_value(small_set):
     save_label(label, 151)
     refused("p1.png: holds 151, which is neither a class nor ignored", ade20k.load, image, label)
     save(label, np.ones((41, 60)))
-    sizes = r"p1.jpg: .* height and width \(40, 60\), its label file \(41, 60\)"
+    sizes = r"p1.jpg: .* height and width \(40, 60\) .*, its label file \(41, 60\)"
     refused(sizes, ade20k.load, image, label)
     save(label, np.ones((40, 60, 3)))
-    sizes = r"p1.jpg: .* \(40, 60\), its label file \(40, 60, 3\)"
+    sizes = r"p1.jpg: .* \(40, 60\) .*, its label file \(40, 60, 3\), .*one channel"
     refused(sizes, ade20k.load, image, label)
     save(label, np.full((40, 60, 3), 200))
     refused("p1.png: holds 200, .*`colours` where they are colours", ade20k.load_label, label)
@@ -828,7 +828,7 @@ def test_a_sample_that_cannot_be_used_is_named_with_what_to_do(small_set):
     pairs = ade20k.find_pairs(small_set, "training")
     write(pairs[0][0], b"no picture at all")
     data = ade20k.TrainSet(pairs, seed=0)
-    message = "a fault in the data .`python ade20k.py check DIR` names all.: .*p0.jpg: cannot be read"
+    message = "a fault in the data .`python ade20k.py check DIR` names all.: .*p0.jpg: cannot"
 
     def read_all():
         return [data[position] for position in range(2)]
@@ -943,8 +943,8 @@ def test_a_picture_turned_by_exif_whose_label_is_not_is_said_with_all_sizes(smal
     exif[274] = 6
     picture.save(image, exif=exif)
     message = (
-        r"p1.jpg: has height and width \(60, 40\) \(\(40, 60\) before EXIF turned it\), its label file "
-        r"\(40, 60\)"
+        r"p1.jpg: has height and width \(60, 40\) \(\(40, 60\) before any turn by EXIF\), its label "
+        r"file \(40, 60\)"
     )
     pairs = ade20k.find_pairs(small_set, "training")
     refused(message, ade20k.load, *pairs[1])
@@ -952,7 +952,7 @@ def test_a_picture_turned_by_exif_whose_label_is_not_is_said_with_all_sizes(smal
     for kind in ("images", "annotations"):
         os.rmdir(f"{small_set}/{kind}/validation")
     (fault,) = ade20k.check(small_set)
-    assert "(60, 40) ((40, 60) before EXIF turned it), its label file (40, 60)" in fault
+    assert "(60, 40) ((40, 60) before any turn by EXIF), its label file (40, 60)" in fault
 
     picture.save(image)
     assert ade20k.check(small_set) == []

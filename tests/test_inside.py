@@ -385,7 +385,7 @@ def test_the_program_draws_a_sheet_of_each_picture(folder):
 IMPOSSIBLE = [
     (["--image", "in"], "--out"),
     (["--image", "in", "--out", "out", "--at", "0.5", "1"], "--at needs two numbers of 0 or more"),
-    (["--image", "in", "--out", "out", "--at", "0.5", "-1"], "--at: -1 is not a number from 0 to 1e+18"),
+    (["--image", "in", "--out", "out", "--at", "0.5", "-1"], "--at: -1 is not a number from 0 to"),
     (["--image", "in", "--out", "out", "--at", "0.5"], "--at: expected 2 arguments"),
     (["--image", "none.png", "--out", "out"], "none.png"),
     (["--image", "in", "--out", "out", "--checkpoint", "none.pt"], "none.pt"),
