@@ -408,8 +408,8 @@ def load(image_path: str, label_path: str | None, classes: Classes = Classes()) 
     if label.shape != size:
         stored = Image.open(image_path).size[::-1]
         raise DataError(
-            f"{image_path}: has height and width {size} ({stored} before any turn by EXIF), its label "
-            f"file {label.shape}, they must be equal (a third number: save labels with one channel)"
+            f"{image_path}: has height and width {size} ({stored} before any turn by EXIF), its "
+            f"label file {label.shape}, they must be equal (a third number: save it with one channel)"
         )
     return image, label
 

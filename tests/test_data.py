@@ -943,8 +943,8 @@ def test_a_picture_turned_by_exif_whose_label_is_not_is_said_with_all_sizes(smal
     exif[274] = 6
     picture.save(image, exif=exif)
     message = (
-        r"p1.jpg: has height and width \(60, 40\) \(\(40, 60\) before any turn by EXIF\), its label "
-        r"file \(40, 60\)"
+        r"p1.jpg: has height and width \(60, 40\) \(\(40, 60\) before any turn by EXIF\), its "
+        r"label file \(40, 60\)"
     )
     pairs = ade20k.find_pairs(small_set, "training")
     refused(message, ade20k.load, *pairs[1])
