@@ -409,7 +409,7 @@ def load(image_path: str, label_path: str | None, classes: Classes = Classes()) 
         stored = Image.open(image_path).size[::-1]
         raise DataError(
             f"{image_path}: has height and width {size} ({stored} before any turn by EXIF), its "
-            f"label file {label.shape}, they must be equal (a third number: save it with one channel)"
+            f"label file {label.shape}, both must be equal (a third number: save one channel)"
         )
     return image, label
 
