@@ -602,7 +602,7 @@ def look_at(pair: tuple, classes: Classes) -> tuple:
         if file.format == "TIFF" and file.n_frames > 1:  # (phones' JPEGs hold several by habit)
             odd = f"{path} holds several pages: only the first one is read"
     if image.max() < 16:
-        odd = f"{path} is almost black: of 16 bits the upper 8 are read, so multiply 12 bits by 16"
+        odd = f"{path} is very dark: of 16 bits the upper 8 are read; multiply 12 by 16, 8 by 256"
     return label.shape, np.bincount(label.ravel(), minlength=256), odd
 
 

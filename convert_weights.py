@@ -21,12 +21,12 @@ import ast
 import hashlib
 import json
 import os
-import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from glob import glob
 from math import isqrt
 from os.path import exists, isdir, join
 from pathlib import Path
@@ -261,8 +261,10 @@ def load_weights(path_or_url: str) -> tuple:
     resized to the architecture's grid, with resize_pos_embed. A tensor may be a view of the file:
     copy it before the file is overwritten."""
     path, choice = split_choice(path_or_url)
-    if isdir(path):  # Hugging Face's save_pretrained makes a folder
-        path = join(path, "model.safetensors")
+    if isdir(path):  # of Hugging Face's save_pretrained. (Of shards it has an index.)
+        path = join(
+            path, min(glob("model.safetensors*", root_dir=path), default="model.safetensors")
+        )
     content = read_checkpoint(path)
     facts = {"added": [], "left_out": [], "grid": content.get("grid")}
 
@@ -511,8 +513,11 @@ def check_settings(config: str, facts: dict) -> None:
     theirs = {}
 
     with suppress(Exception):
-        # (Some configs have a list as out_indices, and it is a tuple in SETTINGS.)
-        nodes = ast.walk(ast.parse(config.replace("[", "(").replace("]", ")")))
+        # In the form of SETTINGS: some configs have a list as out_indices, and 1.x sorts by name.
+        nodes = ast.walk(ast.parse(
+            config.replace("[", "(").replace("]", ")")
+            .replace("eps=1e-06, type='LN'", "type='LN', eps=1e-06")
+        ))
         backbone = next(node.value for node in nodes if getattr(node, "arg", 0) == "backbone")
         theirs = DEFAULTS | {each.arg: ast.unparse(each.value) for each in backbone.keywords}
         size = ast.literal_eval(theirs["img_size"])  # s, (s,) or (h, w)
@@ -736,11 +741,11 @@ def read_torch(path: str, names: Iterable = STAND_INS, mapped: bool = True) -> d
     try:
         with warnings.catch_warnings(action="ignore"), safe_globals(stand_ins):
             return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
-    except (pickle.UnpicklingError, TypeError) as error:  # torch's words advise to execute the file
+    except Exception as error:  # torch's words advise to execute the file
         raise ValueError(
-            "it holds no tensors by name: of a whole model save the state_dict(), of a web page or "
-            "a pointer of Git LFS fetch the file itself, of an index in JSON join the "
-            "shards, by save_pretrained(DIR, max_shard_size='9GB')"
+            "it is damaged, or holds no tensors by name: of a whole model save the state_dict(), "
+            "of a web page or a pointer of Git LFS fetch the file itself, of an index in JSON join "
+            "the shards, by save_pretrained(DIR, max_shard_size='9GB')"
         ) from error
 
 
@@ -762,6 +767,9 @@ SAFETENSORS_DTYPES = read_table("""
     C64     complex64
     F8_E4M3 float8_e4m3fn
     F8_E5M2 float8_e5m2
+    F8_E4M3FNUZ float8_e4m3fnuz
+    F8_E5M2FNUZ float8_e5m2fnuz
+    F8_E8M0 float8_e8m0fnu
 """)
 
 

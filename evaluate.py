@@ -477,9 +477,9 @@ def find_data(args: Namespace, facts: dict) -> tuple:
         known = known._replace(names=CLASSES if n == len(CLASSES) else tuple(map(str, range(n))))
 
     if args.image:
-        # All below a folder, without hidden files; [] for a file.
-        in_folder = glob(join(escape(args.image), "**"), recursive=True)
-        files = sorted(filter(isfile, in_folder)) or [args.image]
+        # All below a folder, without hidden files; none below a file.
+        files = sorted(filter(isfile, glob(join(escape(args.image), "**"), recursive=True)))
+        files = files or [args.image]
         return [(file, None) for file in files], known, commonpath(map(dirname, files))
 
     args.data = data_root(args.data)
@@ -522,8 +522,7 @@ def run(args: Namespace) -> None:
     names = [splitext(relpath(path, top))[0] + ".png" for path, _ in pairs]
     open_outputs(args, pairs, names)
     if rank == 0:
-        plan = PLAN.format(**vars(args), facts=describe(facts), device=device)
-        say(*plan.splitlines())
+        say(*PLAN.format(**vars(args), facts=describe(facts), device=device).splitlines())
 
     faults = [] if args.image else None  # with --image unreadable ones are named at the end
     model = prepare(model, device, dtype, args.compile)
@@ -536,8 +535,10 @@ def run(args: Namespace) -> None:
     if rank == 0 and not args.image:
         result = scores(matrix)
         if args.json:
-            protocol = {key: getattr(args, key) for key in PROTOCOL}
-            result |= dict(classes=classes.names, confusion=matrix.tolist(), protocol=protocol)
+            result |= dict(
+                classes=classes.names, confusion=matrix.tolist(),
+                protocol={key: getattr(args, key) for key in PROTOCOL},
+            )
             with whole_or_not_at_all(args.json) as part:
                 Path(part).write_text(json.dumps(result))
         say(*table(result, classes.names))

@@ -59,7 +59,7 @@ def resize_pos_embed(pos_embed: Tensor, old: Size, new: Size) -> Tensor:
     it happens in every forward pass, as pictures vary in size. As in the reference, the resizing is
     torch's bicubic (a = -0.75) with align_corners=False and without antialiasing. (timm
     antialiases, and so do DINOv2's models with registers, for which see VisionTransformer. Its
-    models without registers scale by (new + 0.1) / old. Either changes a smooth table by 2 to 6%.)
+    models without registers scale by (new + 0.1) / old. Either changes a smooth table by 1 to 6%.)
 
     One departure: the reference resizes only if the *number* of patches differs. There, a picture
     of 16x64 patches reads the positions of a 32x32 table as they are; here it gets its own."""

@@ -23,13 +23,14 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 WIDTH, HEADS, SIZE = 192, 3, 512
 
 
-def store(name, state_dict, features):
+def store(name, state_dict, features, **more):
     path = os.path.join(HERE, "goldens", name + ".npz")
     np.savez_compressed(
         path,
         shapes=np.array([f"{k} {' '.join(map(str, v.shape))}" for k, v in state_dict.items()]),
         features=samples(features),
         largest=features.abs().max(),
+        **more,
     )
     print(path, os.path.getsize(path), "bytes")
 
@@ -107,7 +108,8 @@ def through_mmseg122():
 
     model = filled(mmseg122.build("deit_s16", "mln")[0])
     logits = model.decode_head.forward(model.extract_feat(torch.from_numpy(image(97, 131))))
-    store("mmseg122", model.state_dict(), logits)
+    config = mmseg122.config("deit_s16", "mln").pretty_text
+    store("mmseg122", model.state_dict(), logits, config=config)
 
 
 if __name__ == "__main__":

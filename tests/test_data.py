@@ -899,8 +899,8 @@ def odd_pictures():
     page = Image.fromarray(formulas.picture(40, 60))
     twelve = Image.fromarray((dark + 1696).astype(np.uint16))  # up to 4095
     return {
-        "twelve.png": (twelve, {}, "is almost black"),
-        "bits32.tif": (Image.fromarray(bright), {}, "is almost black"),
+        "twelve.png": (twelve, {}, "is very dark"),
+        "bits32.tif": (Image.fromarray(bright), {}, "is very dark"),
         "pages.tif": (page, dict(save_all=True, append_images=[page]), "holds several pages"),
     }
 

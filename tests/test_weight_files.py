@@ -136,9 +136,16 @@ def test_features_are_those_of_the_code_the_file_comes_from(
 def test_mmsegmentation_1_has_no_patch_bias_and_loads_with_one_of_zeros(golden, tmp_path):
     gold = golden("mmseg122")
     weights = tensors(by_formula(gold))
-    state_dict, facts = load({"state_dict": weights}, tmp_path / "x.pth")
+    meta = {"cfg": str(gold["config"]), "dataset_meta": {"classes": ade20k.CLASSES}}
+    state_dict, facts = load({"state_dict": weights, "meta": meta}, tmp_path / "x.pth")
 
     assert "bias of zeros" in facts["added"][0]
+    assert "assumed" not in facts and facts["zero_ignored"] == "True"
+    for old, new in (("eps=1e-06, ", ""), ("num_heads=6", "num_heads=12"), ("'GELU'", "'ReLU'")):
+        changed = meta | {"cfg": meta["cfg"].replace(old, new)}
+        assert changed != meta
+        with pytest.raises(WeightsError, match="x.pth: its config says"):
+            load({"state_dict": weights, "meta": changed}, tmp_path / "x.pth")
     assert facts["neck"] == "mln"
     assert facts["arch"] == "deit_s16"
 
@@ -1044,14 +1051,21 @@ def test_what_is_not_a_checkpoint_is_called_what_it_is(legacy, tmp_path):
     with pytest.raises(WeightsError, match=r"of a whole model save the state_dict\(\)"):
         load_weights(str(path))
 
-    for content in (
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 346\n",
-        b"<!DOCTYPE html><html>sign in</html>",
-        json.dumps({"metadata": {"total_size": 1}, "weight_map": {"a": "b"}}).encode(),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(WeightsError, match="web page or a pointer of Git LFS.* the shards"):
-            load_weights(str(path))
+    # (torch takes a path that ends with .safetensors for such a file.)
+    for path in (path, tmp_path / "x.safetensors"):
+        for content in (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 346\n",
+            b"<!DOCTYPE html><html>sign in</html>",
+            json.dumps({"metadata": {"total_size": 1}, "weight_map": {"a": "b"}}).encode(),
+            b"a text\n",
+            b"",
+        ):
+            path.write_bytes(content)
+            with pytest.raises(WeightsError, match="web page or a pointer of Git LFS.* the shards"):
+                load_weights(str(path))
+    torch.save([torch.zeros(2)], path)
+    with pytest.raises(WeightsError, match="it is damaged, or holds no tensors by name"):
+        load_weights(str(path))
 
 
 def test_the_folder_of_save_pretrained_stands_for_its_file(tmp_path):
@@ -1062,6 +1076,9 @@ def test_the_folder_of_save_pretrained_stands_for_its_file(tmp_path):
 
     os.rename(tmp_path / "model.safetensors", tmp_path / "model-00001-of-00002.safetensors")
     with pytest.raises(WeightsError, match="model.safetensors: cannot be read .*No such file"):
+        load_weights(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}')
+    with pytest.raises(WeightsError, match="index.json: cannot be read .* join the shards"):
         load_weights(str(tmp_path))
 
 
