@@ -1,7 +1,7 @@
 """Faults, injected for real: signals, kill -9, damaged files, a full disk, a folder that vanishes,
 processes that die, hang or differ, numbers that are not finite.
 
-    python -m pytest tests/faults.py    about six minutes; .ci/run does it too, pytest tests not
+    python -m pytest tests/faults.py    about fifteen minutes; .ci/run does it too, pytest tests not
     python tests/faults.py 50           so many random kills of one run, which must end with the
                                         weights of a run that was left alone"""
 
