@@ -406,10 +406,10 @@ def load(image_path: str, label_path: str | None, classes: Classes = Classes()) 
     label = load_label(label_path, classes)
     size = image.shape[:2]
     if label.shape != size:
-        stored = Image.open(image_path).size[::-1]
         raise DataError(
-            f"{image_path}: has height and width {size} ({stored} before any turn by EXIF), its "
-            f"label file {label.shape}, both must be equal (a third number: save one channel)"
+            f"{image_path}: the picture, turned as its EXIF block says, has height and width "
+            f"{size}, its label file {label.shape}, both must be equal (a third number: save one "
+            "channel)"
         )
     return image, label
 

@@ -218,7 +218,7 @@ SETTINGS = """
 """
 HUGGING_FACE_CONFIG = (
     "dict(backbone=dict(num_heads={num_attention_heads}, img_size={image_size}, "
-    "norm_cfg=dict(type='LN', eps=1e-06)))"
+    "act_cfg=dict(type='{hidden_act}'), norm_cfg=dict(type='LN', eps=1e-06)))"
 )
 
 
@@ -261,7 +261,7 @@ def load_weights(path_or_url: str) -> tuple:
     resized to the architecture's grid, with resize_pos_embed. A tensor may be a view of the file:
     copy it before the file is overwritten."""
     path, choice = split_choice(path_or_url)
-    if isdir(path):  # of Hugging Face's save_pretrained. (Of shards it has an index.)
+    if isdir(path):  # made by Hugging Face's save_pretrained. (Shards have an index: refused.)
         path = join(
             path, min(glob("model.safetensors*", root_dir=path), default="model.safetensors")
         )
@@ -276,9 +276,8 @@ def load_weights(path_or_url: str) -> tuple:
         config = recall(content, facts)
         if facts["kind"] == "Hugging Face":
             with suppress(Exception):  # if there is none beside the file, or another program's
-                config = HUGGING_FACE_CONFIG.format(
-                    **json.loads(Path(path).with_name("config.json").read_text())
-                )
+                beside = Path(path).with_name("config.json").read_text()
+                config = HUGGING_FACE_CONFIG.format(**json.loads(beside)).replace("gelu", "GELU")
         check_settings(config, facts)
         add_known_missing(tensors, facts)
         fit_positions(tensors, model.backbone, facts)
@@ -514,12 +513,13 @@ def check_settings(config: str, facts: dict) -> None:
 
     with suppress(Exception):
         # In the form of SETTINGS: some configs have a list as out_indices, and 1.x sorts by name.
-        nodes = ast.walk(ast.parse(
-            config.replace("[", "(").replace("]", ")")
-            .replace("eps=1e-06, type='LN'", "type='LN', eps=1e-06")
-        ))
+        nodes = ast.walk(ast.parse(config.replace("[", "(").replace("]", ")")))
         backbone = next(node.value for node in nodes if getattr(node, "arg", 0) == "backbone")
-        theirs = DEFAULTS | {each.arg: ast.unparse(each.value) for each in backbone.keywords}
+        theirs = DEFAULTS | {
+            each.arg: ast.unparse(each.value)
+            .replace("eps=1e-06, type='LN'", "type='LN', eps=1e-06")
+            for each in backbone.keywords
+        }
         size = ast.literal_eval(theirs["img_size"])  # s, (s,) or (h, w)
         facts["grid"] = (np.broadcast_to(size, 2) // arguments["patch"]).tolist()
 
@@ -697,7 +697,7 @@ def read_checkpoint(path: str) -> dict:
 def read_zip(path: str) -> dict:
     """A zip: numpy's archive of arrays (numpy refuses Python objects by itself), or what torch.save
     writes."""
-    with zipfile.ZipFile(path) as archive:
+    with about("a damaged zip", ValueError), zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if entries[0].filename.endswith(".npy"):
             with np.load(path) as arrays:
@@ -743,33 +743,34 @@ def read_torch(path: str, names: Iterable = STAND_INS, mapped: bool = True) -> d
             return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
     except Exception as error:  # torch's words advise to execute the file
         raise ValueError(
-            "it is damaged, or holds no tensors by name: of a whole model save the state_dict(), "
-            "of a web page or a pointer of Git LFS fetch the file itself, of an index in JSON join "
-            "the shards, by save_pretrained(DIR, max_shard_size='9GB')"
+            "it is damaged, too large for the memory, torch's under the name .safetensors, or "
+            "holds no tensors by name: of a whole model save the state_dict(), of a web page or a "
+            "pointer of Git LFS fetch the file itself, of an index in JSON join the shards, by "
+            "save_pretrained(DIR, max_shard_size='9GB')"
         ) from error
 
 
 # safetensors: u64 n | n bytes of JSON {name: {dtype, shape, data_offsets: [a, b]}} | the data
 SAFETENSORS_DTYPES = read_table("""
-    F64     float64
-    F32     float32
-    F16     float16
-    BF16    bfloat16
-    I64     int64
-    I32     int32
-    I16     int16
-    I8      int8
-    U8      uint8
-    BOOL    bool
-    U16     uint16
-    U32     uint32
-    U64     uint64
-    C64     complex64
-    F8_E4M3 float8_e4m3fn
-    F8_E5M2 float8_e5m2
-    F8_E4M3FNUZ float8_e4m3fnuz
-    F8_E5M2FNUZ float8_e5m2fnuz
-    F8_E8M0 float8_e8m0fnu
+    F64             float64
+    F32             float32
+    F16             float16
+    BF16            bfloat16
+    I64             int64
+    I32             int32
+    I16             int16
+    I8              int8
+    U8              uint8
+    BOOL            bool
+    U16             uint16
+    U32             uint32
+    U64             uint64
+    C64             complex64
+    F8_E4M3         float8_e4m3fn
+    F8_E5M2         float8_e5m2
+    F8_E8M0         float8_e8m0fnu
+    F8_E4M3FNUZ     float8_e4m3fnuz
+    F8_E5M2FNUZ     float8_e5m2fnuz
 """)
 
 
@@ -897,7 +898,7 @@ def convert(src: str, dst: str, to: str) -> None:
             "drop the bias of the patch embedding without a word"
         )
 
-    with about(dst, WeightsError):
+    with about(dst + ": cannot be written (is the disk full?)", WeightsError):
         write_checkpoint(content, dst)
     say(f"written: {dst}")
 

@@ -224,7 +224,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, block_loss: Callable) -> Tenso
     reference. So a labelled pixel weighs the same, 1 / (B H W), however much of the batch is
     labelled. Also as in the reference, the loss is computed in float32 under autocast. (Float64
     stays float64.) The logits at the large size never exist all at once: see
-    UpsampledCrossEntropy. block_loss: summed_cross_entropy, or the same compiled."""
+    UpsampledCrossEntropy. block_loss: summed_cross_entropy, or its compiled form."""
     with torch.autocast(logits.device.type, enabled=False):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         return UpsampledCrossEntropy.apply(logits.to(dtype), labels, block_loss)

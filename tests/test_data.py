@@ -809,10 +809,10 @@ def test_faults_are_named_with_file_and_value(small_set):
     save_label(label, 151)
     refused("p1.png: holds 151, which is neither a class nor ignored", ade20k.load, image, label)
     save(label, np.ones((41, 60)))
-    sizes = r"p1.jpg: .* height and width \(40, 60\) .*, its label file \(41, 60\)"
+    sizes = r"p1.jpg: .* height and width \(40, 60\), its label file \(41, 60\)"
     refused(sizes, ade20k.load, image, label)
     save(label, np.ones((40, 60, 3)))
-    sizes = r"p1.jpg: .* \(40, 60\) .*, its label file \(40, 60, 3\), .*one channel"
+    sizes = r"p1.jpg: .* \(40, 60\), its label file \(40, 60, 3\), .*one channel"
     refused(sizes, ade20k.load, image, label)
     save(label, np.full((40, 60, 3), 200))
     refused("p1.png: holds 200, .*`colours` where they are colours", ade20k.load_label, label)
@@ -943,8 +943,8 @@ def test_a_picture_turned_by_exif_whose_label_is_not_is_said_with_all_sizes(smal
     exif[274] = 6
     picture.save(image, exif=exif)
     message = (
-        r"p1.jpg: has height and width \(60, 40\) \(\(40, 60\) before any turn by EXIF\), its "
-        r"label file \(40, 60\)"
+        r"p1.jpg: the picture, turned as its EXIF block says, has height and width \(60, 40\), "
+        r"its label file \(40, 60\)"
     )
     pairs = ade20k.find_pairs(small_set, "training")
     refused(message, ade20k.load, *pairs[1])
@@ -952,7 +952,7 @@ def test_a_picture_turned_by_exif_whose_label_is_not_is_said_with_all_sizes(smal
     for kind in ("images", "annotations"):
         os.rmdir(f"{small_set}/{kind}/validation")
     (fault,) = ade20k.check(small_set)
-    assert "(60, 40) ((40, 60) before any turn by EXIF), its label file (40, 60)" in fault
+    assert "turned as its EXIF block says, has height and width (60, 40), its label" in fault
 
     picture.save(image)
     assert ade20k.check(small_set) == []
