@@ -522,6 +522,11 @@ at(6, fail)
 KILLED = """
 at(3, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
 """
+INTERRUPTED = """
+def interrupt(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+train.build_model = interrupt
+"""
 HANGING = """
 load, count = ade20k.load, []
 def hang(*arguments):
@@ -569,8 +574,7 @@ def test_what_cannot_be_fetched_ends_a_run_with_all_that_is_done_saved(
 
 
 def test_ctrl_c_before_training_ends_without_a_traceback(folder):
-    code = "train.build_model = lambda *arguments: os.kill(os.getpid(), signal.SIGINT)"
-    out, err = finish(start_changed(folder, code, *BRIEF, "--work-dir", "early"), 130)
+    out, err = finish(start_changed(folder, INTERRUPTED, *BRIEF, "--work-dir", "early"), 130)
     assert err == ""
 
 

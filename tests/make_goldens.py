@@ -228,8 +228,12 @@ TINY = {
 def configs():
     """The released configs as a Runner writes them into its files. Then small models whose tensors
     are alike: their configs and logits."""
-    text = mmcv_config.FormatCode
-    mmcv_config.FormatCode = lambda *args, verify, **more: text(*args, **more)  # (yapf dropped it)
+    format_code = mmcv_config.FormatCode
+
+    def without_verify(*args, verify, **more):  # (yapf dropped this argument)
+        return format_code(*args, **more)
+
+    mmcv_config.FormatCode = without_verify
     out = {}
     for (arch, neck, iters), name in mmseg017.CONFIGS.items():
         out[f"{arch} {neck} {name}"] = mmseg017.config(arch, neck, iters).pretty_text

@@ -557,7 +557,8 @@ def test_bits_flipped_inside_a_tensor_do_not_pass_a_zips_checksum(tmp_path):
     (tmp_path / "x.pt").write_bytes(content.replace(inside, turned))
 
     assert torch.load(tmp_path / "x.pt")  # torch itself sees nothing
-    with pytest.raises(WeightsError, match="x.pt: cannot be read as a checkpoint: a damaged zip: Bad CRC-32"):
+    message = "x.pt: cannot be read as a checkpoint: a damaged zip: Bad CRC-32"
+    with pytest.raises(WeightsError, match=message):
         load_weights(str(tmp_path / "x.pt"))
 
 

@@ -488,7 +488,8 @@ def test_a_full_disk_ends_a_conversion_with_one_sentence(
     with pytest.raises(SystemExit) as end:
         main(convert_weights, path, tmp_path / "b.pt")
     words = getattr(error, "strerror", None) or error
-    assert end.value.code == 2 and f"b.pt: cannot be written (is the disk full?): {words}\n" in capsys.readouterr().err
+    sentence = f"b.pt: cannot be written (is the disk full?): {words}\n"
+    assert end.value.code == 2 and sentence in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
